@@ -1,0 +1,34 @@
+"""The exceptions a user can meet, each with one plain meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: the message says what, where, and what was expected.
+
+    The command line prints it as one line and exits with 2.
+    """
+
+
+class CheckFailed(RuntimeError):  # noqa: N818  (reads as what happened)
+    """A result disagrees with plain autograd: the message names the parameter and the examples."""
+
+
+class NonFinite(RuntimeError):  # noqa: N818
+    """A gradient is not finite: the message names the module and the example."""
+
+
+class NotConverged(RuntimeError):  # noqa: N818
+    """An iteration stopped short of its tolerance.
+
+    Attributes:
+        partial: what had been found so far.
+        residual: how far from the tolerance it stopped.
+    """
+
+    def __init__(self, message: str, partial: Any = None, residual: float = float("nan")) -> None:
+        super().__init__(message)
+        self.partial = partial
+        self.residual = residual

@@ -1,0 +1,166 @@
+"""Plain autograd on a few samples, one at a time: what the sweep must agree with before it is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import CheckFailed
+from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.tiles import Frame
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.readout import Readout
+from ntkengine.tangents.blocks import call_model, wanting_gradients
+from ntkengine.tangents.probe import Structure
+
+# Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_BUDGET = 1 << 27  # gradient entries held at once
+
+
+class Check:
+    """Truth for a few samples: their Gram entries by plain autograd, whole and by parameter.
+
+    Args:
+        model: frozen, in eval mode.
+        selected: parameters by name.
+        samples: the job's samples; at most three of each group are drawn.
+        readout: f.
+        frame: the job's frame.
+        seed: of the draw.
+
+    Cost: for each drawn sample and output one ordinary backward pass, at most 2²⁷ gradient entries held at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, selected: Mapping[str, nn.Parameter], samples: Samples, readout: Readout, frame: Frame, seed: int
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        self.frame, self.model, self.selected, self.readout = frame, model, selected, readout
+        self.drawn = [(g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 3), replace=False)]
+        self.inputs = [{k: v[r : r + 1] for k, v in samples.groups[g].items()} for g, r in self.drawn]
+        parameter = next(iter(model.parameters()))
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.parts = {name: self._products(G) for name, G in self._gradients()}
+        self.total = sum(self.parts.values(), torch.zeros(()))
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, gradients (m, C, p)) by plain autograd, a few parameters at a time."""
+        C, m = self.frame.outputs, len(self.inputs)
+        for names in _groups(self.selected, _BUDGET // (m * C)):
+            wanted = [self.selected[name] for name in names]
+            rows: list[list[Tensor]] = [[] for _ in names]
+            for one in self.inputs:
+                given = Samples([one], microbatch=1, trim=False)
+                batch = given.inputs(given.chunks[0], self.device, self.dtype)
+                with wanting_gradients(wanted):
+                    f = self.readout(call_model(self.model, batch), batch)
+                    for c in range(C):
+                        grads = _grad(f[0, c], wanted)
+                        for row, p, g in zip(rows, wanted, grads, strict=True):
+                            row.append((torch.zeros_like(p) if g is None else g.detach()).reshape(-1))
+            for i, name in enumerate(names):
+                yield name, torch.stack(rows[i]).view(m, C, -1)
+                rows[i] = []
+
+    def _products(self, G: Tensor) -> Tensor:
+        """Return (layers, m·w, m·w) inner products in float64, tile by tile."""
+        m, C, p = G.shape
+        out = torch.zeros(self.frame.layers, m * self.frame.width, m * self.frame.width, dtype=torch.float64, device=G.device)
+        for start in range(0, p, 1 << 20):
+            x = G[:, :, start : start + (1 << 20)].to(torch.float64)
+            if self.frame.contraction == "per-output":
+                x = x.transpose(0, 1)
+            elif self.frame.contraction == "full":
+                x = x.reshape(1, m * C, -1)
+            else:
+                x = x.reshape(1, m, -1)
+            out += x @ x.transpose(1, 2)
+        return out
+
+    def sweep(self, structure: Structure) -> None:
+        """Sweep the drawn samples alone and compare parameter by parameter.
+
+        Raises:
+            CheckFailed: naming the parameter and the examples.
+        """
+        # Samples of both groups in one: the layouts agree, or they would not have been one job's groups.
+        few = Samples(self.inputs, microbatch=1, trim=structure.trim)
+        m = len(self.drawn)
+        frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
+        sums = sum_gram(self.model, self.selected, structure, few, self.readout, frame, group=lambda name: name)
+        for name, truth in self.parts.items():
+            part = sums.parts.get(name)
+            got = torch.zeros_like(truth) if part is None else part.finish()
+            self._compare(name, got, truth, self.total)
+
+    def entries(self, sums: Sums, samples: Samples) -> None:
+        """Compare the finished Gram's entries between drawn samples with plain autograd.
+
+        Args:
+            sums: finished sums of the whole job.
+            samples: its samples.
+
+        Raises:
+            CheckFailed: naming the examples.
+        """
+        frame, w = self.frame, self.frame.width
+        places = [samples.span(g)[0] + int(samples.unsort(g)[r]) for g, r in self.drawn]
+        rows = [i for i, p in enumerate(places) if frame.rows[0] <= p < frame.rows[1]]
+        columns = [i for i, p in enumerate(places) if frame.columns[0] <= p < frame.columns[1]]
+
+        def index(which: Sequence[int], start: int) -> Tensor:
+            return torch.tensor([(places[i] - start) * w + k for i in which for k in range(w)], device=self.device)
+
+        def local(which: Sequence[int]) -> Tensor:
+            return torch.tensor([i * w + k for i in which for k in range(w)], device=self.device)
+
+        got = sums.total.K[:, index(rows, frame.rows[0])][:, :, index(columns, frame.columns[0])]
+        truth = self.total[:, local(rows)][:, :, local(columns)]
+        scale = self.total.diagonal(dim1=1, dim2=2).sqrt()
+        self._judge("the Gram matrix", got, truth, scale[:, local(rows)], scale[:, local(columns)], rows, columns)
+
+    def _compare(self, name: str, got: Tensor, truth: Tensor, total: Tensor) -> None:
+        # A parameter whose gradient is nothing but rounding is judged by the whole gradient's size.
+        floor = 1e3 * torch.finfo(self.dtype).eps * total.diagonal(dim1=1, dim2=2).sqrt()
+        scale = truth.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() + floor
+        every = list(range(len(self.drawn)))
+        self._judge(name, got, truth, scale, scale, every, every)
+
+    def _judge(
+        self, name: str, got: Tensor, truth: Tensor, left: Tensor, right: Tensor, rows: Sequence[int], columns: Sequence[int]
+    ) -> None:
+        tiny = torch.finfo(torch.float64).tiny
+        error = (got - truth).abs() / (left[:, :, None] * right[:, None, :] + tiny)
+        worst = int(error.nan_to_num(nan=float("inf")).argmax())
+        value = float(error.view(-1)[worst])
+        if value <= TOLERANCE.get(self.dtype, 5e-2):
+            return
+        i, j = worst // error.shape[2] % error.shape[1] // self.frame.width, worst % error.shape[2] // self.frame.width
+        (gi, ri), (gj, rj) = self.drawn[rows[i]], self.drawn[columns[j]]
+        names = [f"{r}{' (second inputs)' if g else ''}" for g, r in ((gi, ri), (gj, rj))]
+        msg = f"{name}: differs from plain autograd by {value:.1e} relative, between examples {names[0]} and {names[1]}"
+        raise CheckFailed(msg)
+
+
+def _grad(f: Tensor, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:
+    if not f.requires_grad:
+        return [None] * len(wanted)
+    return torch.autograd.grad(f, wanted, retain_graph=True, allow_unused=True)
+
+
+def _groups(selected: Mapping[str, nn.Parameter], budget: int) -> Iterator[list[str]]:
+    """Yield lists of parameter names whose sizes sum to at most the budget (at least one each)."""
+    names: list[str] = []
+    held = 0
+    for name, p in selected.items():
+        if names and held + p.numel() > budget:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += p.numel()
+    if names:
+        yield names

@@ -1,0 +1,105 @@
+"""The Gram's own error bar: an estimate of ‖K̃ − K‖₂."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.tiles import Frame
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.readout import Readout
+from ntkengine.tangents.probe import Structure
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far K̃ is from the exact Gram.
+
+    Attributes:
+        norm: estimate of ‖K̃ − K‖₂. Unit: gradient².
+        relative: ‖E‖_F / ‖K‖_F over the recomputed entries.
+        rows: samples recomputed.
+    """
+
+    norm: float
+    relative: float
+    rows: int
+
+
+def estimate_noise(
+    model: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    structure: Structure,
+    samples: Samples,
+    readout: Readout,
+    frame: Frame,
+    sums: Sums,
+    *,
+    rows: int = 16,
+    seed: int = 0,
+) -> Noise:
+    """Return the noise of a finished Gram, from a random block of it recomputed in float64, one sample at a time.
+
+    The block's error E_m is carried over to all N rows by ‖E‖₂ ≈ ‖E_m‖₂ (N/m)^q. Errors that point one way in all rows
+    grow with q = 1, independent ones with q = ½; q is read off the growth from half the block to the whole.
+    Never below 2⁻⁵³ ‖K‖_F, the rounding of the stored entries.
+
+    Args:
+        model: a float64 copy, frozen, in eval mode.
+        selected: its parameters by name.
+        structure: from the probe, on the copy.
+        samples: the job's samples.
+        readout: f.
+        frame: the job's frame.
+        sums: the job's finished sums.
+        rows: samples to recompute, m.
+        seed: of the draw.
+
+    Cost: a float64 sweep of m samples.
+    """
+    rng = np.random.default_rng(seed)
+    w = frame.width
+    picked: list[tuple[int, np.ndarray]] = []
+    for g, n in enumerate(samples.sizes):
+        start, stop = samples.span(g)
+        if start < frame.columns[1] and frame.columns[0] < stop or not frame.symmetric:
+            picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
+    groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
+    few = Samples(groups, microbatch=1, trim=structure.trim)
+    spans = [few.span(i) for i in range(len(groups))]
+    small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction)
+    exact = sum_gram(model, selected, structure, few, readout, small).total.finish().cpu().numpy()
+
+    def places(i: int, start: int) -> np.ndarray:
+        g, r = picked[i]
+        order = few.order[i]
+        at = samples.span(g)[0] + samples.unsort(g)[r[order]] - start
+        return (at[:, None] * w + np.arange(w)).reshape(-1)
+
+    K = sums.total.K.cpu().numpy()
+    block = K[:, places(0, frame.rows[0])[:, None], places(len(picked) - 1, frame.columns[0])[None, :]]
+    error = block - exact
+    sizes = samples.sizes[picked[0][0]], samples.sizes[picked[-1][0]]
+    norm = max(_extrapolate(layer, sizes, w) for layer in error)
+    floor = 2.0**-53 * float(np.linalg.norm(K))
+    scale = float(np.linalg.norm(exact))
+    return Noise(max(norm, floor), float(np.linalg.norm(error)) / scale if scale else 0.0, len(picked[0][1]))
+
+
+def _extrapolate(error: np.ndarray, sizes: tuple[int, int], width: int) -> float:
+    """Return ‖E‖₂ for `sizes` samples from the block E_m of a few."""
+    m = error.shape[0] // width, error.shape[1] // width
+    whole = float(np.linalg.norm(error, 2))
+    grow = np.sqrt(sizes[0] / m[0] * sizes[1] / m[1])
+    if grow <= 1 or whole == 0:
+        return whole
+    h = max(1, m[0] // 2) * width, max(1, m[1] // 2) * width
+    quarters = [np.linalg.norm(b, 2) for rows in (error[: h[0]], error[h[0] :]) for b in (rows[:, : h[1]], rows[:, h[1] :]) if b.size]
+    half = float(np.sqrt(np.mean(np.square(quarters))))
+    q = float(np.clip(np.log2(whole / half), 0.5, 1.0)) if half > 0 else 1.0
+    return whole * float(grow**q)

@@ -1,0 +1,194 @@
+"""What a job will do before it does it: per parameter the path, the strategy, flops and bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ntkengine.gram.strategies import TILE_BYTES, choose
+from ntkengine.gram.tiles import Frame
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.parameters import module_of
+from ntkengine.tangents.probe import Structure
+
+
+@dataclass
+class PlanRow:
+    """One parameter.
+
+    Attributes:
+        module: the module it is reported under.
+        parameter: its name.
+        segment: where its last use is.
+        path: how its per-sample gradient is taken.
+        strategy: how factors become Gram entries.
+        rows: R of its gradient's matrix.
+        columns: I.
+        tokens: token axis of its factors.
+        flops: of the contraction.
+        bytes: of its factors over all samples.
+        seconds: measured, after the run; None before.
+    """
+
+    module: str
+    parameter: str
+    segment: str
+    path: str
+    strategy: str
+    rows: int
+    columns: int
+    tokens: int
+    flops: float
+    bytes: float
+    seconds: float | None = None
+
+
+@dataclass
+class Plan:
+    """A job's plan, like a database's EXPLAIN.
+
+    Attributes:
+        parameters: a row for every selected parameter that f depends on.
+        unused: selected parameters that f does not depend on: their gradient is zero.
+        samples: samples in all groups.
+        tokens: tokens in all samples, padding cut.
+        outputs: C.
+        microbatches: number of microbatches.
+        blocks: blocks in the stack; 0 when the model is one segment.
+        pass_flops: forward, recomputed forward and C activation-only backwards.
+        hidden_bytes: hidden states and cotangents held between the directions.
+        factor_bytes: the largest segment's factors.
+        gram_bytes: the accumulators.
+        rate: measured flop/s of the product used for `seconds`.
+    """
+
+    parameters: list[PlanRow]
+    unused: list[str]
+    samples: int
+    tokens: int
+    outputs: int
+    microbatches: int
+    blocks: int
+    pass_flops: float
+    hidden_bytes: float
+    factor_bytes: float
+    gram_bytes: float
+    rate: float
+
+    @property
+    def flops(self) -> float:
+        """All floating-point operations, passes and contractions."""
+        return self.pass_flops + sum(row.flops for row in self.parameters)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Estimate of the memory needed above the loaded model."""
+        return self.hidden_bytes + self.factor_bytes + self.gram_bytes + TILE_BYTES
+
+    @property
+    def seconds(self) -> float:
+        """Estimate of the run's time: flops over the measured rate of a matrix product here."""
+        return self.flops / self.rate
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one mapping for each parameter."""
+        return [asdict(row) for row in self.parameters]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON types."""
+        found = asdict(self)
+        return found | {"flops": self.flops, "peak_bytes": self.peak_bytes, "seconds": self.seconds}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Plan:
+        """Return the plan `to_dict` described."""
+        given = {k: v for k, v in found.items() if k not in {"flops", "peak_bytes", "seconds"}}
+        return cls(**{**given, "parameters": [PlanRow(**row) for row in found["parameters"]]})
+
+
+def make_plan(
+    model: nn.Module, structure: Structure, samples: Samples, frame: Frame, per_module: bool, rate: float | None = None
+) -> Plan:
+    """Return the plan of a job whose structure is known.
+
+    Args:
+        model: the model, in the dtype it will run in.
+        structure: from the probe.
+        samples: the job's samples.
+        frame: the wanted Gram.
+        per_module: whether every module gets its own accumulator.
+        rate: flop/s of a matrix product; measured when None.
+    """
+    parameter = next(iter(model.parameters()))
+    size = parameter.element_size()
+    lengths = np.concatenate(samples.lengths)
+    S, C, tokens = samples.total, structure.outputs, int(lengths.sum())
+    mean = max(1, round(tokens / S))
+    rows = []
+    factor_bytes: dict[int, float] = {}
+    last = {path.parameter: path for segment in sorted(structure.paths, reverse=True) for path in structure.paths[segment]}
+    for path in last.values():
+        shape = structure.shapes[path.parameter]
+        kinds = {k for p in structure.paths.values() for q in p if q.parameter == path.parameter for k in q.kind.split("+")}
+        kind = _factor_kind(kinds)
+        T = 0 if kind == "dense" else min(mean, structure.tokens.get(path.parameter, mean))
+        strategy, flops = choose(kind, shape, T, S, frame)
+        held = S * C * shape[0] * shape[1] if kind == "dense" else S * T * (shape[1] + C * shape[0])
+        held = S * T * C * shape[1] if kind == "lookup" else held
+        factor_bytes[path.segment] = factor_bytes.get(path.segment, 0.0) + held * size
+        segment = structure.stack.segment_name(path.segment)
+        name = path.parameter
+        rows.append(PlanRow(module_of(name), name, segment, path.kind, strategy, *shape, T, flops, float(held * size)))
+    rows.sort(key=lambda row: row.parameter)
+    modules = len({row.module for row in rows}) if per_module else 0
+    entries = (frame.rows[1] - frame.rows[0]) * (frame.columns[1] - frame.columns[0]) * frame.width**2 * frame.layers
+    linear = sum(m.weight.numel() for m in model.modules() if not isinstance(m, nn.Embedding) and _matrix(m))
+    width = max((r.columns for r in rows if r.path == "norm"), default=0) or getattr(
+        getattr(model, "config", None), "hidden_size", 0
+    )
+    return Plan(
+        rows,
+        structure.unused,
+        S,
+        tokens,
+        C,
+        len(samples.chunks),
+        structure.stack.depth,
+        2.0 * linear * tokens * (2 + C),
+        float(tokens * (width or 0) * size * (structure.stack.depth + C)),
+        max(factor_bytes.values(), default=0.0),
+        8.0 * entries * (1 + modules),
+        rate or product_rate(parameter.dtype, parameter.device),
+    )
+
+
+def product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the flop/s of a Gram-shaped matrix product here, measured in about a tenth of a second."""
+    x = torch.randn(256, 32_768, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        x @ x.T
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * 256 * 256 * 32_768 / best
+
+
+def _factor_kind(kinds: set[str]) -> str:
+    if kinds <= {"outer", "outer-transposed"}:
+        return "outer"
+    if kinds == {"lookup"}:
+        return "lookup"
+    return "mixed" if kinds & {"outer", "lookup"} else "dense"
+
+
+def _matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.ndim == 2

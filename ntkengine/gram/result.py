@@ -1,0 +1,65 @@
+"""The Gram matrix as users hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkengine.gram.plan import Plan
+
+
+@dataclass
+class Gram:
+    """An empirical NTK Gram matrix with what is needed to trust and use it.
+
+    Attributes:
+        values: array-like float64. `"trace"`, `"sum-of-outputs"`: (N, M); `"full"`: (N·C, M·C), row n·C + c;
+            `"per-output"`: (C, N, M). Unit: gradient²; sums over parameters (and, for `"trace"`, over outputs), never
+            divided.
+        outputs: (N, C) float64, f(x; θ0) of the row examples.
+        contraction: how outputs enter.
+        transform: inner product between gradients.
+        noise: estimate of ‖K̃ − K‖₂, the error of `values` in the spectral norm. By Weyl every eigenvalue is ± noise.
+        modules: per-module Grams by module name, empty unless asked for; they sum to `values`.
+        cross: eval × train Gram in the same layout, when eval inputs were given.
+        eval_outputs: (M, C) float64, f of the eval examples.
+        targets: (N, C) float64 or None.
+        eval_targets: (M, C) float64 or None.
+        plan: how it was computed.
+        meta: versions, fingerprints, settings, timings, `module_trace`.
+        extras: further arrays stored beside the Gram.
+        path: the file it lives in, or None.
+    """
+
+    values: Any
+    outputs: np.ndarray
+    contraction: str
+    transform: str
+    noise: float
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    cross: Any = None
+    eval_outputs: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    eval_targets: np.ndarray | None = None
+    plan: Plan | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of `values`."""
+        return tuple(self.values.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return `values` as a numpy array."""
+        array = np.asarray(self.values[...] if hasattr(self.values, "chunks") else self.values, dtype=dtype)
+        return array.copy() if copy else array
+
+    def __repr__(self) -> str:
+        where = f", file {str(self.path)!r}" if self.path else ""
+        return f"Gram({self.contraction}, shape {self.shape}, noise {self.noise:.2g}, {len(self.modules)} modules{where})"

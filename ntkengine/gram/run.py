@@ -1,0 +1,126 @@
+"""One sweep summed into Gram matrices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from ntkengine.errors import NonFinite
+from ntkengine.gram.strategies import choose, contract
+from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.parameters import module_of
+from ntkengine.inputs.readout import Readout
+from ntkengine.tangents.factors import ParameterFactors
+from ntkengine.tangents.probe import Structure
+from ntkengine.tangents.sweep import Sweep
+
+
+@dataclass
+class Sums:
+    """What a sweep added up to.
+
+    Attributes:
+        total: the Gram, in sweep order.
+        parts: Grams by group name, when asked for.
+        traces: trace over the symmetric square by module.
+        outputs: (S, C) float64 in sweep order.
+        done: by parameter: (strategy, tokens, flops, seconds) as executed.
+        pass_seconds: time outside the contractions.
+    """
+
+    total: Accumulator
+    parts: dict[str, Accumulator] = field(default_factory=dict)
+    traces: dict[str, float] = field(default_factory=dict)
+    outputs: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
+    done: dict[str, tuple[str, int, float, float]] = field(default_factory=dict)
+    pass_seconds: float = 0.0
+
+
+def sum_gram(
+    model: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    structure: Structure,
+    samples: Samples,
+    readout: Readout,
+    frame: Frame,
+    *,
+    group: Callable[[str], str] | None = None,
+    tick: Callable[[float, str], None] = lambda _flops, _stage: None,
+    pass_flops: float = 0.0,
+) -> Sums:
+    """Return the Gram of all samples in the frame.
+
+    Args:
+        model: frozen, in eval mode.
+        selected: parameters by name.
+        structure: from the probe.
+        samples: microbatches.
+        readout: f.
+        frame: rows, columns and contraction.
+        group: parameter name -> the part it is also kept under; None keeps no parts.
+        tick: called with flops done and the segment's name.
+        pass_flops: flops of the passes, spread over the microbatches for `tick`.
+
+    Raises:
+        NonFinite: naming the parameter and the example.
+    """
+    start = time.perf_counter()
+    device = next(iter(model.parameters())).device
+    sums = Sums(Accumulator(frame, device))
+    steps = len(samples.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
+    sweep = Sweep(model, selected, structure, samples, readout, lambda: tick(pass_flops / steps, "passes"))
+    spent = 0.0
+    for segment, found in sweep.segments():
+        while found:
+            factors = found.pop()
+            began = time.perf_counter()
+            _add(factors, sums, frame, group, sweep, samples)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            strategy, tokens, flops, _ = sums.done[factors.name]
+            sums.done[factors.name] = strategy, tokens, flops, time.perf_counter() - began
+            spent += time.perf_counter() - began
+            tick(flops, segment)
+    sums.outputs = sweep.outputs
+    sums.pass_seconds = time.perf_counter() - start - spent
+    return sums
+
+
+def _add(
+    factors: ParameterFactors,
+    sums: Sums,
+    frame: Frame,
+    group: Callable[[str], str] | None,
+    sweep: Sweep,
+    samples: Samples,
+) -> None:
+    strategy, flops = choose(factors.kind, factors.shape, factors.tokens, samples.total, frame)
+    sums.done[factors.name] = strategy, factors.tokens, flops, 0.0
+    target = sums.total
+    if group is not None:
+        part = group(factors.name)
+        if part not in sums.parts:
+            sums.parts[part] = Accumulator(frame, sweep.device)
+        target = sums.parts[part]
+    before = target.trace()
+    contract(factors, strategy, target)
+    after = target.trace() if frame.symmetric else float(target.K.sum())
+    if not np.isfinite(after):
+        raise NonFinite(_where(factors.name, target, frame, samples))
+    if frame.symmetric:
+        module = module_of(factors.name)
+        sums.traces[module] = sums.traces.get(module, 0.0) + after - before
+
+
+def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> str:
+    rows = (~torch.isfinite(target.K)).any(0).any(1).nonzero()
+    position = frame.rows[0] + int(rows[0]) // frame.width if len(rows) else frame.rows[0]
+    chunk = next(c for c in samples.chunks if c.start <= position < c.start + c.n)
+    example = int(chunk.rows[position - chunk.start])
+    return f"{name}: the gradient is not finite for example {example}{' of the eval inputs' if chunk.group else ''}"

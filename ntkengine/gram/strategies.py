@@ -1,0 +1,184 @@
+"""How one parameter's factors become Gram entries: materialise, ghost, lookup, or explicit. The only kernel dispatch.
+
+| strategy | flops (S rows, C outputs folded in, T tokens) | best when |
+|---|---|---|
+| materialise: tiles Φ (S × p) of the gradient, then Φ Φᵀ | 2STRI + pairs·2RI | T ≳ √(d/2) |
+| ghost: Σ_{t,s} (a_t·a_s)(d_t·d_s) | pairs·T²·2(R + I) | heads, short T |
+| lookup: summed rows of equal tokens | Σ_token n_token²·2I | embeddings |
+| explicit: the stored gradient, tile by tile | pairs·2RI | norms, biases |
+
+Shape suffixes: S samples, C outputs, T tokens, R and I rows and columns of the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.tangents.factors import Dense, Lookup, Outer, ParameterFactors
+
+TILE_PARAMETERS = 65_536  # longest inner product in the model's own precision
+TILE_BYTES = 16 << 20  # Φ stays in the last-level cache
+_PAIR_BYTES = 64 << 20  # temporary products of ghost and lookup
+
+
+def choose(kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: Frame) -> tuple[str, float]:
+    """Return the cheapest strategy for a parameter and its flops.
+
+    Args:
+        kind: `ParameterFactors.kind`.
+        shape: (R, I).
+        tokens: longest token axis after compaction.
+        samples: S.
+        frame: the wanted Gram.
+    """
+    R, I = shape  # noqa: E741
+    outputs = frame.outputs * frame.width  # pairs count samples; a full Gram has C² entries for each
+    product = frame.pairs * outputs * 2.0 * R * I
+    if kind == "zero":
+        return "zero", 0.0
+    if kind == "lookup":
+        return "lookup", frame.pairs * outputs * 2.0 * tokens * I
+    if kind == "dense":
+        return "explicit", product
+    materialise = 2.0 * samples * frame.outputs * tokens * R * I + product
+    ghost = frame.pairs * tokens**2 * 2.0 * (I + R * outputs)
+    if kind == "outer" and ghost < materialise:
+        return "ghost", ghost
+    return "materialise", materialise
+
+
+def contract(factors: ParameterFactors, strategy: str, total: Accumulator) -> None:
+    """Add one parameter's inner products to the Gram.
+
+    Args:
+        factors: all samples' gradient of the parameter.
+        strategy: from `choose`.
+        total: where to add.
+    """
+    if strategy == "zero":
+        return
+    if strategy == "ghost":
+        _ghost(factors, total)
+    elif strategy == "lookup":
+        _lookup(factors, total)
+    else:
+        for phi in feature_tiles(factors, total.frame):
+            total.add_features(phi)
+
+
+def feature_tiles(factors: ParameterFactors, frame: Frame) -> Iterator[Tensor]:
+    """Yield tangent features (S, C, p), tiles of whole rows of the parameter, in a buffer that is reused."""
+    R, I = factors.shape  # noqa: E741
+    like = _like(factors)
+    S = sum(factors.sizes)
+    C = frame.outputs
+    fit = TILE_BYTES // (S * C * I * like.element_size())
+    rows = max(1, min(R, TILE_PARAMETERS // (I * frame.folded), max(fit, 16)))
+    if all(isinstance(u, Dense) for uses in factors.chunks for u in uses) and I == 1:
+        rows = R
+    buffer = torch.empty(S * C * rows * I, dtype=like.dtype, device=like.device)
+    for start in range(0, R, rows):
+        stop = min(start + rows, R)
+        phi = buffer[: S * C * (stop - start) * I].view(S, C, stop - start, I)
+        at = 0
+        for uses, n in zip(factors.chunks, factors.sizes, strict=True):
+            out = phi[at : at + n]
+            for k, use in enumerate(uses):
+                use.rows(start, stop, out, add=k > 0)
+            if not uses:
+                out.zero_()
+            at += n
+        yield phi.view(S, C, -1)
+
+
+def _ghost(factors: ParameterFactors, total: Accumulator) -> None:
+    """Σ_{t,s} (a_it·a_js)(d_it·d_js), row panel by row panel; token sums in float64."""
+    frame = total.frame
+    a_STI, d_SCTR = _padded(factors)
+    S, C, T, R = d_SCTR.shape
+    w = frame.width
+    if frame.contraction == "trace":
+        d = d_SCTR.transpose(1, 2).reshape(1, S, T, C * R)
+    elif frame.contraction == "per-output":
+        d = d_SCTR.transpose(0, 1)
+    else:  # one Gram row for each sample and output
+        d = d_SCTR.reshape(1, S * C, T, R)
+    a = a_STI.repeat_interleave(w, 0) if w > 1 else a_STI
+    rows = max(1, _PAIR_BYTES // (8 * T * T * max(1, total.c1 - total.c0)))
+    for layer in range(frame.layers):
+        for start, stop, last in total.panels(rows):
+            r, q = stop - start, last - total.c0
+            A = a[start:stop].reshape(r * T, -1) @ a[total.c0 : last].reshape(q * T, -1).T
+            D = d[layer, start:stop].reshape(r * T, -1) @ d[layer, total.c0 : last].reshape(q * T, -1).T
+            values = (A.to(torch.float64) * D).view(r, T, q, T).sum((1, 3))
+            total.K[layer, start - total.r0 : stop - total.r0, :q] += values
+
+
+def _lookup(factors: ParameterFactors, total: Accumulator) -> None:
+    """Sum each sample's rows by token, then take inner products only between samples that share a token."""
+    frame = total.frame
+    rows, samples, tokens = _summed_rows(factors)  # (M, C, I), sorted by token
+    _, C, I = rows.shape  # noqa: E741
+    _, counts = torch.unique_consecutive(tokens, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    for count in counts.unique().tolist():  # tokens that occur in equally many samples go together
+        first = starts[counts == count]
+        per_batch = max(1, _PAIR_BYTES // (8 * (count * frame.width) ** 2))
+        for part in first.split(per_batch):
+            index = part[:, None] + torch.arange(count, device=part.device)
+            x, s = rows[index], samples[index]  # (G, count, C, I), (G, count)
+            if frame.contraction == "full":
+                x = x.reshape(len(part), count * C, I)
+                s = (s[:, :, None] * C + torch.arange(C, device=s.device)).reshape(len(part), -1)
+            for layer in range(frame.layers):
+                y = x[:, :, layer] if frame.contraction == "per-output" else x.reshape(len(part), s.shape[1], -1)
+                values = y @ y.transpose(1, 2)
+                i, j = s[:, :, None].expand_as(values), s[:, None, :].expand_as(values)
+                total.add_entries(layer, i.reshape(-1), j.reshape(-1), values.reshape(-1))
+
+
+def _summed_rows(factors: ParameterFactors) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (rows (M, C, I), sample (M,), token (M,)) with one row for each sample and token, sorted by token."""
+    found = []
+    at = 0
+    for uses, n in zip(factors.chunks, factors.sizes, strict=True):
+        for use in uses:
+            if not isinstance(use, Lookup) or not use.ids.shape[1]:
+                continue
+            sample = (torch.arange(n, device=use.d.device) + at)[:, None].expand_as(use.ids)
+            pairs = torch.stack([use.ids.reshape(-1), sample.reshape(-1)])
+            keys, inverse = torch.unique(pairs, dim=1, return_inverse=True)
+            values = use.d.transpose(1, 2).reshape(-1, use.d.shape[1], use.d.shape[3])
+            summed = torch.zeros(keys.shape[1], *values.shape[1:], dtype=values.dtype, device=values.device)
+            found.append((summed.index_add_(0, inverse, values), keys[1], keys[0]))
+        at += n
+    rows, samples, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order = tokens.argsort(stable=True)
+    return rows[order], samples[order], tokens[order]
+
+
+def _padded(factors: ParameterFactors) -> tuple[Tensor, Tensor]:
+    """Return all samples' outer factors with one token axis: a (S, T, I), d (S, C, T, R), zero where there is none."""
+    like = _like(factors)
+    S, T = sum(factors.sizes), factors.tokens
+    R, I = factors.shape  # noqa: E741
+    C = next(u.d.shape[1] for uses in factors.chunks for u in uses if isinstance(u, Outer))
+    a = torch.zeros(S, T, I, dtype=like.dtype, device=like.device)
+    d = torch.zeros(S, C, T, R, dtype=like.dtype, device=like.device)
+    at = 0
+    for uses, n in zip(factors.chunks, factors.sizes, strict=True):
+        for use in uses:
+            if isinstance(use, Outer):
+                t = use.d.shape[2]
+                a[at : at + n, :t] = use.a
+                d[at : at + n, :, :t] = use.d
+        at += n
+    return a, d
+
+
+def _like(factors: ParameterFactors) -> Tensor:
+    return next(u.g if isinstance(u, Dense) else u.d for uses in factors.chunks for u in uses)

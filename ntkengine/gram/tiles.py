@@ -1,0 +1,147 @@
+"""The Gram matrix being summed: fp64 across tiles, one triangle where it is symmetric.
+
+Sample axis S: the groups of a job one after the other, in sweep order. Rows and columns are two ranges of it; when the
+columns are the first rows (train × train with eval rows below), only the lower triangle of that square is computed.
+Shape suffixes: S samples, C outputs, R and Q row and column entries of the Gram, p parameters of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkengine.inputs.batches import Samples
+
+CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Which rows and columns are wanted, and how outputs enter.
+
+    Attributes:
+        rows: [start, stop) on the sample axis.
+        columns: [start, stop) on the sample axis.
+        outputs: C.
+        contraction: one of `CONTRACTIONS`.
+    """
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    outputs: int
+    contraction: str
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the columns are also the first rows."""
+        return self.rows[0] == self.columns[0]
+
+    @property
+    def width(self) -> int:
+        """Gram rows per sample: C for `"full"`, else 1."""
+        return self.outputs if self.contraction == "full" else 1
+
+    @property
+    def layers(self) -> int:
+        """Separate matrices: C for `"per-output"`, else 1."""
+        return self.outputs if self.contraction == "per-output" else 1
+
+    @property
+    def folded(self) -> int:
+        """Outputs summed inside one inner product: C for `"trace"`, else 1."""
+        return self.outputs if self.contraction == "trace" else 1
+
+    @property
+    def pairs(self) -> float:
+        """Sample pairs that are computed, one triangle counted once."""
+        m, n = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+        return (n * (n + 1) / 2 + (m - n) * n) if self.symmetric else float(m * n)
+
+
+class Accumulator:
+    """K = Σ of what is added, in float64.
+
+    Args:
+        frame: what is wanted.
+        device: where products run.
+    """
+
+    def __init__(self, frame: Frame, device: torch.device) -> None:
+        self.frame = frame
+        w = frame.width
+        self.r0, self.r1 = frame.rows[0] * w, frame.rows[1] * w
+        self.c0, self.c1 = frame.columns[0] * w, frame.columns[1] * w
+        self.K = torch.zeros(frame.layers, self.r1 - self.r0, self.c1 - self.c0, dtype=torch.float64, device=device)
+
+    def add_features(self, phi: Tensor) -> None:
+        """Add the inner products of a tile of tangent features.
+
+        Args:
+            phi: (S, C, p) contiguous, all samples in sweep order. One product sums at most p·C terms in phi's own
+                precision; the sum over tiles is float64.
+        """
+        S, C, _ = phi.shape
+        if self.frame.contraction == "per-output":
+            for c in range(C):
+                self._add_products(c, phi[:, c])
+        elif self.frame.contraction == "full":
+            self._add_products(0, phi.view(S * C, -1))
+        else:
+            self._add_products(0, phi.view(S, -1))
+
+    def _add_products(self, layer: int, x: Tensor) -> None:
+        for start, stop, last in self.panels():
+            product = x[start:stop] @ x[self.c0 : last].T
+            self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0] += product
+
+    def panels(self, panel: int | None = None) -> list[tuple[int, int, int]]:
+        """Return (row start, row stop, last column) panels on the Gram's own axis, right of the diagonal left out."""
+        size = panel or max(128, -(-(self.r1 - self.r0) // 12))
+        found = []
+        for start in range(self.r0, self.r1, size):
+            stop = min(start + size, self.r1)
+            found.append((start, stop, min(stop, self.c1) if self.frame.symmetric else self.c1))
+        return found
+
+    def add_entries(self, layer: int, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        """Add values at (rows, columns) given on the Gram's whole axis; pairs outside the frame are dropped."""
+        inside = (rows >= self.r0) & (rows < self.r1) & (columns >= self.c0) & (columns < self.c1)
+        if not bool(inside.all()):
+            rows, columns, values = rows[inside], columns[inside], values[inside]
+        flat = (rows - self.r0) * (self.c1 - self.c0) + (columns - self.c0)
+        self.K[layer].view(-1).index_add_(0, flat, values.to(torch.float64))
+
+    def trace(self) -> float:
+        """Return the sum over the diagonal of the symmetric square; NaN when there is none."""
+        if not self.frame.symmetric:
+            return float("nan")
+        n = self.c1 - self.c0
+        return float(self.K[:, :n].diagonal(dim1=1, dim2=2).sum())
+
+    def finish(self) -> Tensor:
+        """Return (layers, rows, columns) with the symmetric square mirrored."""
+        if self.frame.symmetric:
+            n = self.c1 - self.c0
+            lower = self.K[:, :n].tril(-1)
+            self.K[:, :n] = lower + lower.transpose(1, 2) + torch.diag_embed(self.K[:, :n].diagonal(dim1=1, dim2=2))
+        return self.K
+
+
+def unsorted(K: np.ndarray, samples: Samples, rows: int, columns: int, width: int) -> np.ndarray:
+    """Return K (…, rows, columns) with both axes back in the order of the user's examples.
+
+    Args:
+        K: entries of group `rows` against group `columns`, in sweep order.
+        samples: the samples.
+        rows: group of the rows.
+        columns: group of the columns.
+        width: Gram rows per sample.
+    """
+
+    def index(group: int) -> np.ndarray:
+        return (samples.unsort(group)[:, None] * width + np.arange(width)).reshape(-1)
+
+    return np.ascontiguousarray(K[..., index(rows)[:, None], index(columns)[None, :]])

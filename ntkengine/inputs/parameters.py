@@ -1,0 +1,60 @@
+"""Which parameters the tangent kernel is taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ntkengine.errors import InputError
+
+
+def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the selected parameters by name, in the model's order; a shared parameter once, under its first name.
+
+    Args:
+        model: any module.
+        params: `"trainable"` (requires_grad), `"all"`, a glob over parameter names, or a list of names and globs.
+            Any alias of a shared parameter selects it.
+
+    Raises:
+        InputError: a pattern that matches nothing, or a selected parameter that is not floating point.
+    """
+    first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+    aliases = [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
+    if params == "all":
+        chosen = set(first.values())
+    elif params == "trainable":
+        chosen = {name for name, p in model.named_parameters() if p.requires_grad}
+        if not chosen:
+            msg = "params 'trainable': no parameter of the model has requires_grad; use 'all', a glob, or names"
+            raise InputError(msg)
+    else:
+        chosen = set()
+        for pattern in [params] if isinstance(params, str) else list(params):
+            matched = {name for alias, name in aliases if fnmatchcase(alias, pattern)}
+            if not matched:
+                examples = ", ".join(name for name, _ in aliases[:3])
+                msg = f"params {pattern!r}: matches no parameter; names look like {examples}, …"
+                raise InputError(msg)
+            chosen |= matched
+        if not chosen:
+            msg = "params: expected 'trainable', 'all', a glob, or names, got an empty list"
+            raise InputError(msg)
+    selected = {name: p for name, p in model.named_parameters() if name in chosen}
+    for name, p in selected.items():
+        if not p.is_floating_point():
+            msg = f"params: {name} is {p.dtype}; only floating-point parameters have gradients, exclude it"
+            raise InputError(msg)
+    return selected
+
+
+def module_of(parameter_name: str) -> str:
+    """Return the module a parameter is reported under: its owner; for adapters, the layer they adapt."""
+    owner = parameter_name.rpartition(".")[0]
+    parts = owner.split(".")
+    for i, part in enumerate(parts):
+        if part.startswith("lora_"):
+            return ".".join(parts[:i])
+    return owner or parameter_name

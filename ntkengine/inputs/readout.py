@@ -1,0 +1,141 @@
+"""Readouts: which numbers of the model's output the tangent kernel differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkengine.errors import InputError
+
+ReadoutFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A named map from the model's outputs to the differentiated numbers f(x; θ).
+
+    Attributes:
+        name: what a file calls it.
+        function: (model_outputs, inputs) -> (N, C); row n depends on example n alone.
+    """
+
+    name: str
+    function: ReadoutFunction
+
+    def __call__(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return f, (N, C), after checking its shape against the batch."""
+        f = self.function(outputs, inputs)
+        n = len(next(iter(inputs.values())))
+        if not isinstance(f, Tensor) or f.ndim != 2 or f.shape[0] != n:
+            got = f"{tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
+            msg = f"readout {self.name!r}: expected a tensor of shape (N={n}, C), got {got}"
+            raise InputError(msg)
+        return f
+
+
+def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) -> Readout:
+    """Return the readout of that name, summed over its C outputs for `"sum-of-outputs"`.
+
+    Args:
+        readout: `"logits"`, `"margin"` (logit₁ − logit₀), `"loss"` (per-example cross-entropy, or ½ squared error with
+            one logit; labels in `inputs["labels"]`), or a callable (model_outputs, inputs) -> (N, C).
+        contraction: the Gram's contraction.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if isinstance(readout, Readout):
+        chosen = readout
+    elif callable(readout):
+        chosen = Readout(f"{readout.__module__}.{getattr(readout, '__qualname__', type(readout).__qualname__)}", readout)
+    elif readout in _READOUTS:
+        chosen = Readout(readout, _READOUTS[readout])
+    else:
+        msg = f"readout: expected one of {sorted(_READOUTS)} or a callable, got {readout!r}"
+        raise InputError(msg)
+    if contraction != "sum-of-outputs":
+        return chosen
+    return Readout(chosen.name, lambda outputs, inputs: chosen(outputs, inputs).sum(1, keepdim=True))
+
+
+def encode_targets(labels: Any, readout: str, num_classes: int) -> np.ndarray:
+    """Return regression targets for class labels: +1 for the true class, −1 elsewhere.
+
+    Args:
+        labels: (N,) integers in [0, num_classes).
+        readout: `"logits"` gives one column per class; `"margin"` one column, +1 for class 1 and −1 for class 0.
+        num_classes: number of classes.
+
+    Returns:
+        (N, C) float64.
+
+    Raises:
+        InputError: labels out of range, or a readout that has no class targets.
+    """
+    y = np.asarray(labels)
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        msg = f"labels: expected (N,) integers, got shape {y.shape} of {y.dtype}"
+        raise InputError(msg)
+    if y.size and (y.min() < 0 or y.max() >= num_classes):
+        msg = f"labels: expected values in 0..{num_classes - 1}, got {y.min()}..{y.max()}"
+        raise InputError(msg)
+    if readout == "margin":
+        if num_classes != 2:
+            msg = f"readout 'margin': expected 2 classes, got {num_classes}; use readout 'logits'"
+            raise InputError(msg)
+        return np.where(y == 1, 1.0, -1.0)[:, None]
+    if readout == "logits":
+        return np.where(np.arange(num_classes)[None, :] == y[:, None], 1.0, -1.0)
+    msg = f"readout {readout!r}: class targets are defined for 'logits' and 'margin'; give targets yourself"
+    raise InputError(msg)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Return the logits tensor of a Hugging Face output, a tuple (its first entry), or a plain tensor."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = getattr(outputs, "logits", None)
+    if logits is None and isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
+        logits = outputs[0]
+    if not isinstance(logits, Tensor):
+        msg = f"readout: the model returned {type(outputs).__name__} without logits; give a callable readout"
+        raise InputError(msg)
+    return logits
+
+
+def _class_logits(outputs: Any, _inputs: Mapping[str, Tensor]) -> Tensor:
+    logits = logits_of(outputs)
+    if logits.ndim != 2:
+        msg = (
+            f"readout 'logits': expected (N, C) class logits, got {tuple(logits.shape)}; "
+            "for a language model give a callable that picks positions and words"
+        )
+        raise InputError(msg)
+    return logits
+
+
+def _margin(outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    logits = _class_logits(outputs, inputs)
+    if logits.shape[1] != 2:
+        msg = f"readout 'margin': expected 2 logits, got {logits.shape[1]}; use readout 'logits'"
+        raise InputError(msg)
+    return logits[:, 1:] - logits[:, :1]
+
+
+def _loss(outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    logits = _class_logits(outputs, inputs)
+    if "labels" not in inputs:
+        msg = "readout 'loss': inputs have no 'labels'"
+        raise InputError(msg)
+    labels = inputs["labels"]
+    if logits.shape[1] == 1:
+        return 0.5 * (logits - labels.to(logits.dtype).reshape(-1, 1)) ** 2
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")[:, None]
+
+
+_READOUTS: dict[str, ReadoutFunction] = {"logits": _class_logits, "margin": _margin, "loss": _loss}

@@ -1,0 +1,1 @@
+"""Per-sample gradients as factors, streamed through the model one block at a time."""

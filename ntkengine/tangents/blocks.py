@@ -1,0 +1,255 @@
+"""The model as input → stack of blocks → head, found by watching one forward pass.
+
+A list of modules is the stack when its members are called once each, in order, each on exactly the tensor the one before
+it returned, and nothing else carries a gradient across a boundary. A model without such a list is one single segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ntkengine.inputs.readout import Readout
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The stack of blocks.
+
+    Attributes:
+        names: the blocks' module names; empty when the model is one segment.
+        blocks: the modules.
+        hidden: where a block takes its hidden states: a position or a keyword.
+    """
+
+    names: tuple[str, ...] = ()
+    blocks: tuple[nn.Module, ...] = ()
+    hidden: int | str = 0
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def segment_name(self, index: int) -> str:
+        """Return the name of segment `index`: 0 the input, 1…L the blocks, L + 1 the head."""
+        if not self.blocks:
+            return "model"
+        if index == 0:
+            return "input"
+        return "head" if index > self.depth else self.names[index - 1]
+
+    @property
+    def head(self) -> int:
+        """Index of the last segment."""
+        return self.depth + 1 if self.blocks else 0
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the hidden states among a block's arguments."""
+        if isinstance(self.hidden, str):
+            return kwargs.get(self.hidden)
+        return args[self.hidden] if len(args) > self.hidden else None
+
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return a block's arguments with other hidden states."""
+        if isinstance(self.hidden, str):
+            return args, {**kwargs, self.hidden: value}
+        return (*args[: self.hidden], value, *args[self.hidden + 1 :]), kwargs
+
+
+def first_tensor(output: Any) -> Any:
+    """Return a block's hidden states: its output, or the first entry of a tuple."""
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def replace_first(output: Any, value: Tensor) -> Any:
+    """Return the output with other hidden states."""
+    return type(output)([value, *output[1:]]) if isinstance(output, tuple | list) else value
+
+
+class Reached(Exception):  # noqa: N818
+    """Raised to end a forward pass at the first block; carries its hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("first block reached")
+        self.hidden = hidden
+
+
+def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """Return the model's output on a batch, labels kept back (the readout, not the model, looks at them)."""
+    given = {k: v for k, v in inputs.items() if k != "labels"}
+    if len(given) == 1 and not hasattr(model, "config"):  # a plain torch module: its one input has no agreed name
+        return model(*given.values())
+    return model(**given)
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a model as the kernel needs it: eval mode, weights frozen, no KV cache, no TF32; restore everything after."""
+    training = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    configs |= {id(c): c for owner in list(configs.values()) if (c := getattr(owner, "text_config", None)) is not None}
+    caches = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None)]
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        model.eval()
+        for p, _ in grads:
+            p.requires_grad_(False)
+        for config, _ in caches:
+            config.use_cache = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, was in training:
+            module.training = was
+        for p, wanted in grads:
+            p.requires_grad_(wanted)
+        for config, was in caches:
+            config.use_cache = was
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def wanting_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block these frozen parameters require gradients."""
+    chosen = list(parameters)
+    try:
+        for p in chosen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in chosen:
+            p.requires_grad_(False)
+
+
+@dataclass
+class CutPass:
+    """One forward pass cut at every block boundary: segment i maps leaves[i] to outs[i] (the first has no leaf).
+
+    Attributes:
+        leaves: detached inputs of the segments; None for the first.
+        outs: the segments' outputs; the last is f, (n, C).
+        sealed: whether every boundary was crossed by the hidden states alone.
+    """
+
+    leaves: list[Tensor | None]
+    outs: list[Tensor]
+    sealed: bool = True
+
+
+def cut_forward(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    stack: Stack,
+    readout: Readout,
+    enter: Callable[[int], None] = lambda _segment: None,
+) -> CutPass:
+    """Return one forward pass in which each segment starts from a detached leaf.
+
+    Args:
+        model: the model, frozen or with gradients wanted for some parameters.
+        inputs: a microbatch.
+        stack: its blocks.
+        readout: f.
+        enter: called with the index of each segment that begins.
+    """
+    result = CutPass([None], [])
+    handles = []
+
+    def cut(hidden: Tensor, segment: int) -> Tensor:
+        leaf = hidden.detach().requires_grad_(True)
+        result.outs.append(hidden)
+        result.leaves.append(leaf)
+        enter(segment)
+        return leaf
+
+    def before(segment: int) -> Any:
+        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = stack.take(args, kwargs)
+            others = tree_flatten(stack.put(args, kwargs, None))[0]
+            if any(isinstance(t, Tensor) and t.requires_grad for t in others):
+                result.sealed = False
+            return stack.put(args, kwargs, cut(hidden, segment))
+
+        return hook
+
+    def after_last(_m: nn.Module, _args: Any, output: Any) -> Any:
+        return replace_first(output, cut(first_tensor(output), stack.head))
+
+    try:
+        for i, block in enumerate(stack.blocks):
+            handles.append(block.register_forward_pre_hook(before(i + 1), with_kwargs=True))
+        if stack.blocks:
+            handles.append(stack.blocks[-1].register_forward_hook(after_last))
+        enter(0)
+        result.outs.append(readout(call_model(model, inputs), inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def find_stack(model: nn.Module, inputs: Mapping[str, Tensor], n: int) -> Stack:
+    """Return the model's stack of blocks, or an empty one, from one forward pass of n samples."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    log: dict[str, list[tuple[int, tuple[Any, ...], dict[str, Any], Any, bool]]] = {name: [] for name in lists}
+    handles = []
+
+    def watch(name: str, index: int) -> tuple[Any, Any]:
+        versions: list[list[tuple[Tensor, int]]] = []
+
+        def before(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            versions.append([(t, t._version) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)])
+
+        def after(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            kept = all(t._version == v for t, v in versions.pop())
+            log[name].append((index, args, kwargs, first_tensor(output), kept))
+
+        return before, after
+
+    try:
+        for name, modules in lists.items():
+            for index, child in enumerate(modules):
+                before, after = watch(name, index)
+                handles.append(child.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(child.register_forward_hook(after, with_kwargs=True))
+        with torch.no_grad():
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    best = Stack()
+    for name, modules in lists.items():
+        hidden = _chain(log[name], len(modules), n)
+        if hidden is not None and _size(modules) > sum(_size(b) for b in best.blocks):
+            best = Stack(tuple(f"{name}.{i}" for i in range(len(modules))), tuple(modules), hidden)
+    return best
+
+
+def _chain(calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Any, bool]], length: int, n: int) -> int | str | None:
+    """Return where the hidden states come in, if the calls are a chain in which each block feeds the next unchanged."""
+    if [c[0] for c in calls] != list(range(length)) or not all(c[4] for c in calls):
+        return None
+    spots = []
+    for before, now in zip(calls, calls[1:], strict=False):
+        places: list[tuple[int | str, Any]] = [*enumerate(now[1]), *now[2].items()]
+        found = [place for place, value in places if value is before[3]]
+        if len(found) != 1 or not isinstance(before[3], Tensor):
+            return None
+        spots.append(found[0])
+    stack = Stack(hidden=spots[0])
+    first = stack.take(calls[0][1], calls[0][2])
+    same = all(s == spots[0] for s in spots) and isinstance(first, Tensor) and first.is_floating_point()
+    return spots[0] if same and first.shape[0] == n == calls[-1][3].shape[0] else None
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

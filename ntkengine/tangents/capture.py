@@ -1,0 +1,234 @@
+"""What a module saw and what came back: recorded inputs and output gradients, turned into gradient factors.
+
+Shape suffixes: n samples of a microbatch, C outputs, T tokens, I and O layer inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.pytorch_utils import Conv1D
+
+from ntkengine.tangents.factors import Dense, Lookup, Outer, Use
+
+
+class PathFailed(Exception):  # noqa: N818
+    """This way of taking a gradient does not fit the module; a slower one must."""
+
+
+@dataclass
+class Call:
+    """One use of a module: its arguments, and where its output's gradient can be read."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    edge: GradientEdge | None
+    out_shape: torch.Size
+    versions: tuple[tuple[Tensor, int], ...]
+
+    def check_unchanged(self, name: str) -> None:
+        """Refuse inputs that were overwritten after the module read them."""
+        if any(t._version != version for t, version in self.versions):
+            msg = f"{name}: its input is changed in place after use"
+            raise PathFailed(msg)
+
+
+class Recorder:
+    """Context manager that records every call of the given modules during a forward pass of n samples."""
+
+    def __init__(self, modules: dict[str, nn.Module], n: int) -> None:
+        self.modules = modules
+        self.n = n
+        self.calls: dict[str, list[Call]] = defaultdict(list)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        for name, module in self.modules.items():
+            hook = self._hook(name)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Record no more: the modules can be called again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                self.calls[name].append(Call(args, kwargs, None, torch.Size(), ()))  # no path but the enclosing block's
+                return None
+            if output.ndim > 1 and output.shape[0] == 1 < self.n:
+                # One row for all samples (position embeddings): give each its own, so that each has its own gradient.
+                output = output.expand(self.n, *output.shape[1:])
+            if not output.requires_grad:
+                # The clone lets code downstream write in place, which a leaf forbids.
+                output = output.detach().requires_grad_(True).clone()
+            leaves = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+            versions = tuple((t, t._version) for t in leaves)
+            self.calls[name].append(Call(args, kwargs, get_gradient_edge(output), output.shape, versions))
+            return output
+
+        return record
+
+
+class Pulled(NamedTuple):
+    """One call with its output gradients d, (C, *out.shape)."""
+
+    call: Call
+    d: Tensor
+
+
+def path_for(module: nn.Module, parameter: str) -> str:
+    """Return the cheapest path that fits the module's own forward: a subclass that overrides it gets the general one.
+
+    `"outer"`: a linear weight; `"outer-transposed"`: one stored (in, out); `"lookup"`: an embedding table; `"sum"`: a bias,
+    output gradients summed over tokens; `"norm"`: a LayerNorm weight; `"leaf"`: the module's own VJP, vmapped over samples.
+    """
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        return "outer" if parameter == "weight" else "sum"
+    if forward is Conv1D.forward:
+        return "outer-transposed" if parameter == "weight" else "sum"
+    if forward is nn.Embedding.forward:
+        simple = getattr(module, "max_norm", None) is None and not getattr(module, "scale_grad_by_freq", False)
+        return "lookup" if simple else "leaf"
+    if forward is nn.LayerNorm.forward:
+        return "norm" if parameter == "weight" else "sum"
+    return "leaf"
+
+
+def uses_of(path: str, module: nn.Module, name: str, parameter: str, pulled: Iterable[Pulled], n: int) -> list[Use]:
+    """Return the factors of one parameter from its module's calls on n samples.
+
+    With n = 1 every row a call saw belongs to that sample, whatever its shape; with more, the leading axis must be the
+    samples'.
+
+    Args:
+        path: one of `path_for`.
+        module: the module that owns the parameter.
+        name: its name, for messages.
+        parameter: the parameter's own name in the module.
+        pulled: calls and output gradients.
+        n: samples in the microbatch.
+
+    Raises:
+        PathFailed: a call has no leading sample axis, its input was overwritten, or its VJP cannot be vmapped.
+    """
+    built = []
+    for call, d_C in pulled:
+        call.check_unchanged(name)
+        if path == "leaf":
+            g = _leaf_one(module, parameter, call, d_C) if n == 1 else _leaf(module, parameter, call, d_C.transpose(0, 1))
+            built.append(Dense(g.detach()))
+            continue
+        whole = n == 1 and (d_C.ndim == 2 or d_C.shape[1] != 1)
+        d = d_C[None] if whole else d_C.transpose(0, 1)  # (n, C, tokens..., O)
+        if d.shape[0] != n:
+            msg = f"{name}: output of shape {tuple(call.out_shape)} has no leading axis of {n} samples"
+            raise PathFailed(msg)
+        x = _input(call)
+        x = x[None] if whole else x.expand(n, *x.shape[1:]) if x.shape[0] == 1 else x
+        if x.shape[0] != n:
+            msg = f"{name}: input of shape {tuple(x.shape)} has no leading axis of {n} samples"
+            raise PathFailed(msg)
+        built.append(_BUILDERS[path](module, x, d).compact())
+    return built
+
+
+def _input(call: Call) -> Tensor:
+    tensors = [*call.args, *call.kwargs.values()]
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor) or tensors[0].ndim == 0:
+        msg = "expected one tensor argument"
+        raise PathFailed(msg)
+    return tensors[0].detach()
+
+
+def _tokens(d: Tensor) -> Tensor:
+    """Return d as (n, C, T, O): every axis between outputs and features is a token axis."""
+    return d.unsqueeze(2) if d.ndim == 3 else d.flatten(2, -2)
+
+
+def _outer(_module: nn.Module, x: Tensor, d: Tensor) -> Use:
+    return Outer(x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2), _tokens(d))
+
+
+def _lookup(module: nn.Module, x: Tensor, d: Tensor) -> Use:
+    ids = x.unsqueeze(1) if x.ndim == 1 else x.flatten(1)
+    d = _tokens(d)
+    padding = getattr(module, "padding_idx", None)
+    if padding is not None:  # autograd gives this row no gradient
+        d = d * (ids != padding)[:, None, :, None]
+    return Lookup(ids, d)
+
+
+def _sum(_module: nn.Module, _x: Tensor, d: Tensor) -> Use:
+    return Dense(_tokens(d).sum(2)[..., None])
+
+
+def _norm(module: nn.Module, x: Tensor, d: Tensor) -> Use:
+    shape = tuple(module.normalized_shape)  # type: ignore[arg-type]
+    xhat = nn.functional.layer_norm(x, shape, eps=float(module.eps))  # type: ignore[arg-type]
+    g = d * xhat.unsqueeze(1)
+    tokens = tuple(range(2, g.ndim - len(shape)))
+    g = g.sum(tokens) if tokens else g
+    return Dense(g.reshape(*g.shape[:2], shape[0], -1))
+
+
+_BUILDERS = {"outer": _outer, "outer-transposed": _outer, "lookup": _lookup, "sum": _sum, "norm": _norm}
+
+
+def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
+    """Return (n, C, R, I): one VJP for each sample, vmapped."""
+    n, C = d.shape[:2]
+    weight = getattr(module, parameter)
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    values = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+    mapped = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == n for x in values]
+    rows = [x for x, m in zip(values, mapped, strict=True) if m]
+    if not rows:
+        msg = f"no argument has a leading axis of {n} samples"
+        raise PathFailed(msg)
+
+    def per_sample(d_C: Tensor, *row: Tensor) -> Tensor:
+        given = iter(row)
+        args, kwargs = tree_unflatten([next(given)[None] if m else x for x, m in zip(values, mapped, strict=True)], spec)
+        _, pull = torch.func.vjp(lambda p: torch.func.functional_call(module, {parameter: p}, args, kwargs), weight.detach())
+        return torch.func.vmap(lambda one: pull(one[None])[0])(d_C)
+
+    try:
+        g = torch.func.vmap(per_sample)(d, *rows)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        msg = f"its VJP cannot be vmapped ({(str(error).splitlines() or [''])[0]})"
+        raise PathFailed(msg) from error
+    return g.reshape(n, C, *matrix_shape(weight))
+
+
+def _leaf_one(module: nn.Module, parameter: str, call: Call, d_C: Tensor) -> Tensor:
+    """Return (1, C, R, I): the module's VJP on the one sample it saw."""
+    weight = getattr(module, parameter)
+    args, kwargs = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in tree_flatten((call.args, call.kwargs))[0]], tree_flatten((call.args, call.kwargs))[1])
+    with torch.enable_grad():
+        p = weight.detach().requires_grad_(True)
+        out = torch.func.functional_call(module, {parameter: p}, args, kwargs)
+        if not isinstance(out, Tensor) or out.shape != d_C.shape[1:]:
+            msg = "its output is not the recorded tensor"
+            raise PathFailed(msg)
+        grads = [torch.autograd.grad(out, p, d, retain_graph=True)[0] for d in d_C]
+    return torch.stack(grads).reshape(1, len(d_C), *matrix_shape(weight))
+
+
+def matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """Return (R, I): the parameter as a matrix, its first axis the rows."""
+    return (parameter.shape[0], parameter[0].numel()) if parameter.ndim and parameter.numel() else (1, parameter.numel())

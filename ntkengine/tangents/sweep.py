@@ -1,0 +1,208 @@
+"""The sweep: all samples through the model, one block at a time, yielding each segment's gradient factors.
+
+Forward once under frozen weights, recording what enters each block; then from the head down re-run each block with
+gradients only with respect to activations, and read off the factors of its parameters.
+Cost: one forward, one recomputed forward, C activation-only backwards. Memory: hidden states N·T·d·L, cotangents
+N·C·T·d, and the factors of one segment. Shape suffixes: n samples of a microbatch, C outputs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import CheckFailed, NonFinite
+from ntkengine.inputs.batches import Chunk, Samples
+from ntkengine.inputs.readout import Readout
+from ntkengine.tangents.blocks import Reached, call_model, first_tensor, replace_first, wanting_gradients
+from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shape, uses_of
+from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
+from ntkengine.tangents.probe import Path, Structure
+
+Saved = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Sweep:
+    """One pass over all samples.
+
+    Args:
+        model: frozen, in eval mode, of one floating dtype.
+        selected: parameters by name.
+        structure: from `probe`.
+        samples: microbatches; of one sample each when the structure says so.
+        readout: f.
+        tick: called after every microbatch of every segment.
+
+    Attributes:
+        outputs: (S, C) float64, f in sweep order; complete after the first segment was yielded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selected: Mapping[str, nn.Parameter],
+        structure: Structure,
+        samples: Samples,
+        readout: Readout,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.selected, self.structure = model, selected, structure
+        self.samples, self.readout, self.tick = samples, readout, tick
+        self.stack = structure.stack
+        parameter = next(iter(model.parameters()))
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.outputs = np.full((samples.total, structure.outputs), np.nan)
+        self.lowest = min((s for s, paths in structure.paths.items() if paths), default=self.stack.head)
+        self._saved: list[dict[int, Saved]] = [{} for _ in samples.chunks]
+        self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
+
+    def segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
+        """Yield (segment name, factors of the parameters whose last use it was), from the head down to the input."""
+        factors: dict[str, ParameterFactors] = {}
+        remaining: dict[str, int] = defaultdict(int)
+        for paths in self.structure.paths.values():
+            for path in paths:
+                remaining[path.parameter] += 1
+        for segment in range(self.stack.head, self.lowest - 1, -1):
+            paths = self.structure.paths.get(segment, [])
+            for i, chunk in enumerate(self.samples.chunks):
+                run = self._head if segment == self.stack.head else self._input if segment == 0 else self._block
+                for name, uses in run(segment, i, chunk, paths).items():
+                    if name not in factors:
+                        sizes = [c.n for c in self.samples.chunks]
+                        factors[name] = ParameterFactors(name, self.structure.shapes[name], sizes, [[] for _ in sizes])
+                    factors[name].chunks[i] = merge([*factors[name].chunks[i], *uses])
+                self.tick()
+            done = []
+            for path in paths:
+                remaining[path.parameter] -= 1
+                if remaining[path.parameter] == 0:
+                    done.append(factors.pop(path.parameter))
+            yield self.stack.segment_name(segment), done
+            del done
+        if factors:
+            msg = f"{next(iter(factors))}: its gradient was collected but never summed"
+            raise CheckFailed(msg)
+
+    def _head(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+        """Forward the whole model, save what enters each block that will be replayed, and take the head's factors."""
+        inputs = self.samples.inputs(chunk, self.device, self.dtype)
+        saved = self._saved[i]
+        leaf: list[Tensor] = []
+
+        def before(index: int) -> Any:
+            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                saved[index] = args, kwargs
+
+            return hook
+
+        def after_last(_m: nn.Module, _args: Any, output: Any) -> Any:
+            leaf.append(first_tensor(output).detach().requires_grad_(True))
+            return replace_first(output, leaf[0])
+
+        handles = [
+            block.register_forward_pre_hook(before(s + 1), with_kwargs=True)
+            for s, block in enumerate(self.stack.blocks)
+            if s + 1 >= self.lowest
+        ]
+        if self.stack.blocks:
+            handles.append(self.stack.blocks[-1].register_forward_hook(after_last))
+        try:
+            with Recorder(self._modules(paths), chunk.n) as recorder, self._wanted(paths):
+                f = self.readout(call_model(self.model, inputs), inputs)
+                values = f.detach().to(torch.float64).cpu().numpy()
+                if not np.isfinite(values).all():
+                    row = int(chunk.rows[np.nonzero(~np.isfinite(values).all(1))[0][0]])
+                    msg = f"the model's output is not finite for example {row}"
+                    raise NonFinite(msg)
+                self.outputs[chunk.start : chunk.start + chunk.n] = values
+                if not f.requires_grad:
+                    return {}
+                eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device).expand(chunk.n, -1, -1)
+                return self._pull(i, f, eye, leaf, recorder, paths, chunk)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _block(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+        """Replay one block from its recorded input."""
+        args, kwargs = self._saved[i].pop(segment)
+        leaf = self.stack.take(args, kwargs).detach().requires_grad_(True)
+        args, kwargs = self.stack.put(args, kwargs, leaf)
+        with Recorder(self._modules(paths), chunk.n) as recorder, self._wanted(paths):
+            out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
+            return self._pull(i, out, self._cotangents[i], [leaf] if segment > self.lowest else [], recorder, paths, chunk)
+
+    def _input(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+        """Re-run the model up to its first block."""
+
+        def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise Reached(self.stack.take(args, kwargs))
+
+        handle = self.stack.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        inputs = self.samples.inputs(chunk, self.device, self.dtype)
+        try:
+            with Recorder(self._modules(paths), chunk.n) as recorder, self._wanted(paths):
+                try:
+                    call_model(self.model, inputs)
+                except Reached as reached:
+                    return self._pull(i, reached.hidden, self._cotangents[i], [], recorder, paths, chunk)
+        finally:
+            handle.remove()
+        msg = "the first block was not reached"
+        raise CheckFailed(msg)
+
+    def _modules(self, paths: list[Path]) -> dict[str, nn.Module]:
+        return {m: self.model.get_submodule(m) for path in paths for m, _, _ in path.owners}
+
+    def _wanted(self, paths: list[Path]) -> AbstractContextManager[None]:
+        return wanting_gradients([self.selected[path.parameter] for path in paths if not path.owners])
+
+    def _pull(
+        self,
+        i: int,
+        out: Tensor,
+        cotangent: Tensor | None,
+        leaf: list[Tensor],
+        recorder: Recorder,
+        paths: list[Path],
+        chunk: Chunk,
+    ) -> dict[str, list[Use]]:
+        """Backward once per output; keep the leaf's cotangent, return the parameters' factors."""
+        recorder.stop()
+        calls = [(m, call) for m, found in recorder.calls.items() for call in found if call.edge is not None]
+        own = [path for path in paths if not path.owners]
+        targets: list[Any] = [*leaf, *(call.edge for _, call in calls), *(self.selected[p.parameter] for p in own)]
+        self._cotangents[i] = None
+        if not targets or not out.requires_grad or cotangent is None:
+            return {}
+        C = cotangent.shape[1]
+        grads = [
+            torch.autograd.grad(out, targets, cotangent[:, c], retain_graph=c < C - 1, allow_unused=True) for c in range(C)
+        ]
+        stacked = [None if g[0] is None else g[0][None] if C == 1 else torch.stack(g) for g in zip(*grads, strict=True)]
+        if leaf:
+            down = stacked.pop(0)
+            self._cotangents[i] = None if down is None else down.transpose(0, 1)
+        pulled: dict[str, list[Pulled]] = defaultdict(list)
+        for (m, call), d in zip(calls, stacked, strict=False):
+            if d is not None:
+                pulled[m].append(Pulled(call, d))
+        uses: dict[str, list[Use]] = {path.parameter: [] for path in paths}
+        for path in paths:
+            for m, local, kind in path.owners:
+                try:
+                    uses[path.parameter] += uses_of(kind, self.model.get_submodule(m), m, local, pulled.get(m, ()), chunk.n)
+                except PathFailed as error:
+                    msg = f"{path.parameter}: {error}, unlike on the probed samples; compute it with one sample per microbatch"
+                    raise CheckFailed(msg) from error
+        for path, g in zip(own, stacked[len(calls) :], strict=True):
+            if g is not None:
+                uses[path.parameter].append(Dense(g.reshape(1, C, *matrix_shape(self.selected[path.parameter]))))
+        return uses
