@@ -2,7 +2,7 @@
 
 /gram                 float64, (N, M), (N·C, M·C) or (C, N, M); chunks are tiles
 /cross                eval × train in the same layout, when there is an eval set
-/modules/<i>          per-module Grams, attribute `name`; their eval × train Grams in /modules_cross/<i>
+/modules/<i>          per-module Grams, attribute `name`
 /outputs /targets     (N, C) float64;   /eval_outputs /eval_targets  (M, C)
 /example_id           N strings;        /eval_id  M strings
 /tiles/crc32          checksum of each tile of /gram;   /tiles/done  its flag
@@ -85,7 +85,11 @@ def write_gram(path: Path, gram: Gram, job: Mapping[str, Any], ids: Mapping[str,
             file.attrs["contraction"], file.attrs["transform"] = gram.contraction, gram.transform
             file.attrs["precision"] = str(gram.meta.get("precision", ""))
             file.attrs["noise"] = gram.noise
-            for name, value in (("job", dict(job)), ("meta", gram.meta), ("plan", gram.plan.to_dict() if gram.plan else None)):
+            for name, value in (
+                ("job", dict(job)),
+                ("meta", gram.meta),
+                ("plan", gram.plan.to_dict() if gram.plan else None),
+            ):
                 # A dataset, because attributes end at 64 KiB.
                 file.create_dataset(f"json/{name}", data=json.dumps(value), dtype=h5py.string_dtype())
             file.flush()
@@ -159,9 +163,8 @@ def verify_gram(path: str | Path) -> list[str]:
                 problems.append(f"tile {i} of /gram does not match its checksum")
         datasets: list[h5py.Dataset] = []
         file.visititems(lambda _name, item: datasets.append(item) if isinstance(item, h5py.Dataset) else None)
-        for dataset in datasets:
-            if dataset.dtype.kind == "f" and not np.isfinite(dataset[...]).all():
-                problems.append(f"{dataset.name} has values that are not finite")
+        bad = [d.name for d in datasets if d.dtype.kind == "f" and not np.isfinite(d[...]).all()]
+        problems += [f"{name} has values that are not finite" for name in bad]
         noise = float(file.attrs.get("noise", np.nan))
         if not np.isfinite(noise):
             problems.append("the noise is not a finite number")

@@ -27,7 +27,7 @@ class Check:
     Args:
         model: frozen, in eval mode.
         selected: parameters by name.
-        samples: the job's samples; at most three of each group are drawn.
+        samples: the job's samples; at most two of each group are drawn.
         readout: f.
         frame: the job's frame.
         seed: of the draw.
@@ -36,11 +36,19 @@ class Check:
     """
 
     def __init__(
-        self, model: nn.Module, selected: Mapping[str, nn.Parameter], samples: Samples, readout: Readout, frame: Frame, seed: int
+        self,
+        model: nn.Module,
+        selected: Mapping[str, nn.Parameter],
+        samples: Samples,
+        readout: Readout,
+        frame: Frame,
+        seed: int,
     ) -> None:
         rng = np.random.default_rng(seed)
         self.frame, self.model, self.selected, self.readout = frame, model, selected, readout
-        self.drawn = [(g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 3), replace=False)]
+        self.drawn = [
+            (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 2), replace=False)
+        ]
         self.inputs = [{k: v[r : r + 1] for k, v in samples.groups[g].items()} for g, r in self.drawn]
         parameter = next(iter(model.parameters()))
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -69,7 +77,9 @@ class Check:
     def _products(self, G: Tensor) -> Tensor:
         """Return (layers, m·w, m·w) inner products in float64, tile by tile."""
         m, C, p = G.shape
-        out = torch.zeros(self.frame.layers, m * self.frame.width, m * self.frame.width, dtype=torch.float64, device=G.device)
+        out = torch.zeros(
+            self.frame.layers, m * self.frame.width, m * self.frame.width, dtype=torch.float64, device=G.device
+        )
         for start in range(0, p, 1 << 20):
             x = G[:, :, start : start + (1 << 20)].to(torch.float64)
             if self.frame.contraction == "per-output":
@@ -131,7 +141,14 @@ class Check:
         self._judge(name, got, truth, scale, scale, every, every)
 
     def _judge(
-        self, name: str, got: Tensor, truth: Tensor, left: Tensor, right: Tensor, rows: Sequence[int], columns: Sequence[int]
+        self,
+        name: str,
+        got: Tensor,
+        truth: Tensor,
+        left: Tensor,
+        right: Tensor,
+        rows: Sequence[int],
+        columns: Sequence[int],
     ) -> None:
         tiny = torch.finfo(torch.float64).tiny
         error = (got - truth).abs() / (left[:, :, None] * right[:, None, :] + tiny)

@@ -40,10 +40,11 @@ def estimate_noise(
     frame: Frame,
     sums: Sums,
     *,
+    one_by_one: bool,
     rows: int = 16,
     seed: int = 0,
 ) -> Noise:
-    """Return the noise of a finished Gram, from a random block of it recomputed in float64, one sample at a time.
+    """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
     The block's error E_m is carried over to all N rows by ‖E‖₂ ≈ ‖E_m‖₂ (N/m)^q. Errors that point one way in all rows
     grow with q = 1, independent ones with q = ½; q is read off the growth from half the block to the whole.
@@ -57,6 +58,7 @@ def estimate_noise(
         readout: f.
         frame: the job's frame.
         sums: the job's finished sums.
+        one_by_one: recompute sample by sample, for a Gram that is itself float64.
         rows: samples to recompute, m.
         seed: of the draw.
 
@@ -70,7 +72,7 @@ def estimate_noise(
         if start < frame.columns[1] and frame.columns[0] < stop or not frame.symmetric:
             picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
-    few = Samples(groups, microbatch=1, trim=structure.trim)
+    few = Samples(groups, microbatch=1 if one_by_one else None, trim=structure.trim)
     spans = [few.span(i) for i in range(len(groups))]
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction)
     exact = sum_gram(model, selected, structure, few, readout, small).total.finish().cpu().numpy()
@@ -99,7 +101,12 @@ def _extrapolate(error: np.ndarray, sizes: tuple[int, int], width: int) -> float
     if grow <= 1 or whole == 0:
         return whole
     h = max(1, m[0] // 2) * width, max(1, m[1] // 2) * width
-    quarters = [np.linalg.norm(b, 2) for rows in (error[: h[0]], error[h[0] :]) for b in (rows[:, : h[1]], rows[:, h[1] :]) if b.size]
+    quarters = [
+        np.linalg.norm(b, 2)
+        for rows in (error[: h[0]], error[h[0] :])
+        for b in (rows[:, : h[1]], rows[:, h[1] :])
+        if b.size
+    ]
     half = float(np.sqrt(np.mean(np.square(quarters))))
     q = float(np.clip(np.log2(whole / half), 0.5, 1.0)) if half > 0 else 1.0
     return whole * float(grow**q)

@@ -132,10 +132,14 @@ def make_plan(
     mean = max(1, round(tokens / S))
     rows = []
     factor_bytes: dict[int, float] = {}
-    last = {path.parameter: path for segment in sorted(structure.paths, reverse=True) for path in structure.paths[segment]}
+    last = {
+        path.parameter: path for segment in sorted(structure.paths, reverse=True) for path in structure.paths[segment]
+    }
     for path in last.values():
         shape = structure.shapes[path.parameter]
-        kinds = {k for p in structure.paths.values() for q in p if q.parameter == path.parameter for k in q.kind.split("+")}
+        kinds = {
+            k for p in structure.paths.values() for q in p if q.parameter == path.parameter for k in q.kind.split("+")
+        }
         kind = _factor_kind(kinds)
         T = 0 if kind == "dense" else min(mean, structure.tokens.get(path.parameter, mean))
         strategy, flops = choose(kind, shape, T, S, frame)

@@ -62,4 +62,6 @@ class Gram:
 
     def __repr__(self) -> str:
         where = f", file {str(self.path)!r}" if self.path else ""
-        return f"Gram({self.contraction}, shape {self.shape}, noise {self.noise:.2g}, {len(self.modules)} modules{where})"
+        return (
+            f"Gram({self.contraction}, shape {self.shape}, noise {self.noise:.2g}, {len(self.modules)} modules{where})"
+        )

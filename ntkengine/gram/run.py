@@ -119,7 +119,9 @@ def _add(
 
 
 def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> str:
-    rows = (~torch.isfinite(target.K)).any(0).any(1).nonzero()
+    bad = (~torch.isfinite(target.K)).any(0)
+    square = bad[: bad.shape[1]].diagonal() if frame.symmetric else bad.any(1)
+    rows = (square if bool(square.any()) else bad.any(1)).nonzero()
     position = frame.rows[0] + int(rows[0]) // frame.width if len(rows) else frame.rows[0]
     chunk = next(c for c in samples.chunks if c.start <= position < c.start + c.n)
     example = int(chunk.rows[position - chunk.start])

@@ -18,6 +18,10 @@ from ntkengine.inputs.batches import Samples
 CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 
 
+# Terms summed in float32. One float32 product over millions of terms was wrong by 2.8e-4, over 65,536 by 2e-6.
+RUN = 4096
+
+
 @dataclass(frozen=True)
 class Frame:
     """Which rows and columns are wanted, and how outputs enter.
@@ -80,8 +84,8 @@ class Accumulator:
         """Add the inner products of a tile of tangent features.
 
         Args:
-            phi: (S, C, p) contiguous, all samples in sweep order. One product sums at most p·C terms in phi's own
-                precision; the sum over tiles is float64.
+            phi: (S, C, p) contiguous, all samples in sweep order. Runs of `RUN` terms are summed in phi's own
+                precision, everything beyond in float64.
         """
         S, C, _ = phi.shape
         if self.frame.contraction == "per-output":
@@ -93,13 +97,20 @@ class Accumulator:
             self._add_products(0, phi.view(S, -1))
 
     def _add_products(self, layer: int, x: Tensor) -> None:
+        whole = x.shape[1] // RUN * RUN
         for start, stop, last in self.panels():
-            product = x[start:stop] @ x[self.c0 : last].T
-            self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0] += product
+            K = self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0]
+            left, right = x[start:stop], x[self.c0 : last]
+            if whole:
+                K += torch.bmm(_runs(left[:, :whole]), _runs(right[:, :whole]).transpose(1, 2)).sum(
+                    0, dtype=torch.float64
+                )
+            if whole < x.shape[1]:
+                K += left[:, whole:] @ right[:, whole:].T
 
     def panels(self, panel: int | None = None) -> list[tuple[int, int, int]]:
         """Return (row start, row stop, last column) panels on the Gram's own axis, right of the diagonal left out."""
-        size = panel or max(128, -(-(self.r1 - self.r0) // 12))
+        size = panel or max(64, -(-(self.r1 - self.r0) // 8))  # thinner panels lose more speed than the triangle saves
         found = []
         for start in range(self.r0, self.r1, size):
             stop = min(start + size, self.r1)
@@ -128,6 +139,11 @@ class Accumulator:
             lower = self.K[:, :n].tril(-1)
             self.K[:, :n] = lower + lower.transpose(1, 2) + torch.diag_embed(self.K[:, :n].diagonal(dim1=1, dim2=2))
         return self.K
+
+
+def _runs(x: Tensor) -> Tensor:
+    """Return (k, rows, RUN): x (rows, k·RUN) as k runs, without a copy."""
+    return x.unflatten(1, (-1, RUN)).transpose(0, 1)
 
 
 def unsorted(K: np.ndarray, samples: Samples, rows: int, columns: int, width: int) -> np.ndarray:

@@ -5,7 +5,6 @@ Shape suffixes: S all samples of a job (its groups one after the other), n sampl
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,13 +77,13 @@ class Samples:
 
     def _fit(self, group: int, order: np.ndarray, at: int, tokens: int) -> int:
         # Lengths ascend, so the last sample of a microbatch sets its width.
-        lengths = self.lengths[group][order[at:]] if self.trim[group] else np.full(len(order) - at, _width(self.groups[group]))
+        lengths = (
+            self.lengths[group][order[at:]]
+            if self.trim[group]
+            else np.full(len(order) - at, _width(self.groups[group]))
+        )
         used = (np.arange(len(lengths)) + 1) * lengths
         return max(1, int(np.searchsorted(used, tokens, side="right")))
-
-    def one_by_one(self) -> Samples:
-        """Return the same samples in microbatches of one."""
-        return Samples(self.groups, microbatch=1, trim=any(self.trim))
 
     def span(self, group: int) -> tuple[int, int]:
         """Return the positions [start, stop) of a group on the sample axis."""
@@ -142,16 +141,6 @@ def check_inputs(inputs: Mapping[str, Tensor]) -> int:
         msg = f"inputs['attention_mask']: sample {row} attends to no token"
         raise InputError(msg)
     return n
-
-
-def fingerprint_inputs(inputs: Mapping[str, Tensor]) -> str:
-    """Return a sha256 over names, dtypes, shapes and bytes of a mapping of tensors."""
-    digest = hashlib.sha256()
-    for key in sorted(inputs):
-        value = inputs[key].detach().cpu().contiguous()
-        digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _can_trim(inputs: Mapping[str, Tensor]) -> bool:

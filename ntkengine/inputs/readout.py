@@ -52,11 +52,13 @@ def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) 
     if isinstance(readout, Readout):
         chosen = readout
     elif callable(readout):
-        chosen = Readout(f"{readout.__module__}.{getattr(readout, '__qualname__', type(readout).__qualname__)}", readout)
-    elif readout in _READOUTS:
-        chosen = Readout(readout, _READOUTS[readout])
+        chosen = Readout(
+            f"{readout.__module__}.{getattr(readout, '__qualname__', type(readout).__qualname__)}", readout
+        )
+    elif readout in NAMED_READOUTS:
+        chosen = Readout(readout, NAMED_READOUTS[readout])
     else:
-        msg = f"readout: expected one of {sorted(_READOUTS)} or a callable, got {readout!r}"
+        msg = f"readout: expected one of {sorted(NAMED_READOUTS)} or a callable, got {readout!r}"
         raise InputError(msg)
     if contraction != "sum-of-outputs":
         return chosen
@@ -138,4 +140,4 @@ def _loss(outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")[:, None]
 
 
-_READOUTS: dict[str, ReadoutFunction] = {"logits": _class_logits, "margin": _margin, "loss": _loss}
+NAMED_READOUTS: dict[str, ReadoutFunction] = {"logits": _class_logits, "margin": _margin, "loss": _loss}

@@ -1,7 +1,7 @@
 """The model as input → stack of blocks → head, found by watching one forward pass.
 
-A list of modules is the stack when its members are called once each, in order, each on exactly the tensor the one before
-it returned, and nothing else carries a gradient across a boundary. A model without such a list is one single segment.
+A list of modules is the stack when its members are called once each, in order, each on exactly the tensor the one
+before it returned, and nothing else carries a gradient across a boundary. A model without such a list is one segment.
 """
 
 from __future__ import annotations
@@ -234,7 +234,9 @@ def find_stack(model: nn.Module, inputs: Mapping[str, Tensor], n: int) -> Stack:
     return best
 
 
-def _chain(calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Any, bool]], length: int, n: int) -> int | str | None:
+def _chain(
+    calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Any, bool]], length: int, n: int
+) -> int | str | None:
     """Return where the hidden states come in, if the calls are a chain in which each block feeds the next unchanged."""
     if [c[0] for c in calls] != list(range(length)) or not all(c[4] for c in calls):
         return None

@@ -56,7 +56,9 @@ class Recorder:
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -93,8 +95,9 @@ class Pulled(NamedTuple):
 def path_for(module: nn.Module, parameter: str) -> str:
     """Return the cheapest path that fits the module's own forward: a subclass that overrides it gets the general one.
 
-    `"outer"`: a linear weight; `"outer-transposed"`: one stored (in, out); `"lookup"`: an embedding table; `"sum"`: a bias,
-    output gradients summed over tokens; `"norm"`: a LayerNorm weight; `"leaf"`: the module's own VJP, vmapped over samples.
+    `"outer"`: a linear weight; `"outer-transposed"`: one stored (in, out); `"lookup"`: an embedding table; `"sum"`: a
+    bias, output gradients summed over tokens; `"norm"`: a LayerNorm weight; `"leaf"`: the module's own VJP, vmapped
+    over samples.
     """
     forward = type(module).forward
     if forward is nn.Linear.forward:
@@ -130,7 +133,11 @@ def uses_of(path: str, module: nn.Module, name: str, parameter: str, pulled: Ite
     for call, d_C in pulled:
         call.check_unchanged(name)
         if path == "leaf":
-            g = _leaf_one(module, parameter, call, d_C) if n == 1 else _leaf(module, parameter, call, d_C.transpose(0, 1))
+            g = (
+                _leaf_one(module, parameter, call, d_C)
+                if n == 1
+                else _leaf(module, parameter, call, d_C.transpose(0, 1))
+            )
             built.append(Dense(g.detach()))
             continue
         whole = n == 1 and (d_C.ndim == 2 or d_C.shape[1] != 1)
@@ -203,8 +210,12 @@ def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
 
     def per_sample(d_C: Tensor, *row: Tensor) -> Tensor:
         given = iter(row)
-        args, kwargs = tree_unflatten([next(given)[None] if m else x for x, m in zip(values, mapped, strict=True)], spec)
-        _, pull = torch.func.vjp(lambda p: torch.func.functional_call(module, {parameter: p}, args, kwargs), weight.detach())
+        args, kwargs = tree_unflatten(
+            [next(given)[None] if m else x for x, m in zip(values, mapped, strict=True)], spec
+        )
+        _, pull = torch.func.vjp(
+            lambda p: torch.func.functional_call(module, {parameter: p}, args, kwargs), weight.detach()
+        )
         return torch.func.vmap(lambda one: pull(one[None])[0])(d_C)
 
     try:
@@ -218,7 +229,10 @@ def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
 def _leaf_one(module: nn.Module, parameter: str, call: Call, d_C: Tensor) -> Tensor:
     """Return (1, C, R, I): the module's VJP on the one sample it saw."""
     weight = getattr(module, parameter)
-    args, kwargs = tree_unflatten([x.detach() if isinstance(x, Tensor) else x for x in tree_flatten((call.args, call.kwargs))[0]], tree_flatten((call.args, call.kwargs))[1])
+    args, kwargs = tree_unflatten(
+        [x.detach() if isinstance(x, Tensor) else x for x in tree_flatten((call.args, call.kwargs))[0]],
+        tree_flatten((call.args, call.kwargs))[1],
+    )
     with torch.enable_grad():
         p = weight.detach().requires_grad_(True)
         out = torch.func.functional_call(module, {parameter: p}, args, kwargs)
@@ -231,4 +245,6 @@ def _leaf_one(module: nn.Module, parameter: str, call: Call, d_C: Tensor) -> Ten
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:
     """Return (R, I): the parameter as a matrix, its first axis the rows."""
-    return (parameter.shape[0], parameter[0].numel()) if parameter.ndim and parameter.numel() else (1, parameter.numel())
+    return (
+        (parameter.shape[0], parameter[0].numel()) if parameter.ndim and parameter.numel() else (1, parameter.numel())
+    )

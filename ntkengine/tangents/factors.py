@@ -127,7 +127,7 @@ class ParameterFactors:
 
     @property
     def kind(self) -> str:
-        """`"outer"`, `"lookup"`, `"dense"`, `"zero"` (nothing that is not zero) or `"mixed"` (uses to be summed by row)."""
+        """`"outer"`, `"lookup"`, `"dense"`, `"zero"` (all is zero) or `"mixed"` (uses to be summed row by row)."""
         kinds = {type(use).__name__.lower() for uses in self.chunks for use in uses if not use.is_zero}
         if not kinds:
             return "zero"

@@ -21,12 +21,17 @@ from torch import Tensor, nn
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.tangents.blocks import CutPass, Stack, call_model, cut_forward, find_stack, wanting_gradients
-from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
-from ntkengine.tangents.factors import ParameterFactors, merge
-
-# Two wrong paths differ by O(1); rounding, attention kernels and padding by far less.
-_AGREE = {torch.float64: 1e-4, torch.float32: 1e-3}
+from ntkengine.tangents.blocks import Stack, call_model, cut_forward, find_stack, wanting_gradients
+from ntkengine.tangents.capture import matrix_shape
+from ntkengine.tangents.verify import (
+    Owners,
+    Recording,
+    agreeing,
+    agreeing_alone,
+    close,
+    factors_of,
+    reference_gradients,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Path:
 
     parameter: str
     segment: int
-    owners: tuple[tuple[str, str, str], ...]
+    owners: Owners
 
     @property
     def kind(self) -> str:
@@ -80,7 +85,9 @@ class Structure:
         return replace(self, stack=replace(self.stack, blocks=blocks))
 
 
-def probe(model: nn.Module, selected: Mapping[str, nn.Parameter], samples: Samples, readout: Readout, seed: int = 0) -> Structure:
+def probe(
+    model: nn.Module, selected: Mapping[str, nn.Parameter], samples: Samples, readout: Readout, seed: int = 0
+) -> Structure:
     """Return the model's structure and a verified path for every selected parameter.
 
     Args:
@@ -99,7 +106,9 @@ def probe(model: nn.Module, selected: Mapping[str, nn.Parameter], samples: Sampl
     trim = _trim_holds(model, samples, readout, parameter)
     order = samples.order[0]
     rows = order[sorted({0, len(order) // 2, len(order) - 1})]
-    few = Samples([{k: v[torch.from_numpy(rows).to(v.device)] for k, v in samples.groups[0].items()}], microbatch=3, trim=trim)
+    few = Samples(
+        [{k: v[torch.from_numpy(rows).to(v.device)] for k, v in samples.groups[0].items()}], microbatch=3, trim=trim
+    )
     inputs = few.inputs(few.chunks[0], parameter.device, parameter.dtype)
     n = len(rows)
     stack = find_stack(model, inputs, n) if n > 1 else find_stack(model, {k: v[:1] for k, v in inputs.items()}, 1)
@@ -123,33 +132,6 @@ def _owners(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> dict[str,
     return owners
 
 
-class _Recording:
-    """A cut pass with recorded calls, by segment."""
-
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], inputs: Mapping[str, Tensor], stack: Stack, readout: Readout) -> None:
-        self.n = len(next(iter(inputs.values())))
-        ends: list[dict[str, int]] = []
-        with Recorder(modules, self.n) as recorder:
-            self.cut = cut_forward(model, inputs, stack, readout, lambda _s: ends.append({m: len(c) for m, c in recorder.calls.items()}))
-        ends.append({m: len(c) for m, c in recorder.calls.items()})
-        self.calls = [
-            {m: c[a.get(m, 0) : b.get(m, 0)] for m, c in recorder.calls.items() if b.get(m, 0) > a.get(m, 0)}
-            for a, b in zip(ends, ends[1:], strict=False)
-        ]
-
-    def pull(self, segment: int, v: Tensor) -> dict[str, list[Pulled]]:
-        """Return each module's calls in a segment with the output gradient for cotangent v, C = 1."""
-        calls = [(m, c) for m, cs in self.calls[segment].items() for c in cs if c.edge is not None]
-        out = self.cut.outs[segment]
-        pulled: dict[str, list[Pulled]] = defaultdict(list)
-        if calls and out.requires_grad:
-            grads = torch.autograd.grad(out, [c.edge for _, c in calls], v, retain_graph=True, allow_unused=True)
-            for (m, c), g in zip(calls, grads, strict=True):
-                if g is not None:
-                    pulled[m].append(Pulled(c, g[None]))
-        return pulled
-
-
 def _assign(
     model: nn.Module,
     selected: Mapping[str, nn.Parameter],
@@ -163,7 +145,7 @@ def _assign(
     n = len(next(iter(inputs.values())))
     modules = {m: model.get_submodule(m) for places in owners.values() for m, _ in places}
     singles = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(n)]
-    batch = _Recording(model, modules, inputs, stack, readout)
+    batch = Recording(model, modules, inputs, stack, readout)
     with wanting_gradients(selected.values()):
         return _verified(model, selected, owners, modules, stack, readout, seed, singles, batch)
 
@@ -177,7 +159,7 @@ def _verified(
     readout: Readout,
     seed: int,
     singles: list[dict[str, Tensor]],
-    batch: _Recording,
+    batch: Recording,
 ) -> Structure | None:
     n = batch.n
     references = [cut_forward(model, one, stack, readout) for one in singles]
@@ -185,16 +167,16 @@ def _verified(
         return None
     if stack.blocks and any(out.shape[0] != n for out in batch.cut.outs):
         return None
-    alone: list[_Recording] = []  # recorded on demand
+    alone: list[Recording] = []  # recorded on demand
     structure = Structure(stack, outputs=int(references[0].outs[-1].shape[1]))
     f_one = torch.cat([r.outs[-1].detach() for r in references])
-    structure.one_by_one = not _close(batch.cut.outs[-1].detach(), f_one, float(f_one.abs().max()))
+    structure.one_by_one = not close(batch.cut.outs[-1].detach(), f_one, float(f_one.abs().max()))
     generator = torch.Generator().manual_seed(seed)
     used: set[str] = set()
     for segment in range(len(batch.cut.outs)):
         out = batch.cut.outs[segment]
         v = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-        truth = _reference_gradients(references, segment, selected, v)
+        truth = reference_gradients(references, segment, selected, v)
         if truth is None:
             return None
         scale = max((float(g.norm()) for grads in truth.values() for g in grads), default=0.0)
@@ -205,15 +187,17 @@ def _verified(
                 msg = f"{name}: its gradient is not finite on the probed samples"
                 raise NonFinite(msg)
             here = [(m, local) for m, local in owners[name] if m in batch.calls[segment]]
-            choice = None if structure.one_by_one else _agreeing(model, name, here, pulled, n, grads, scale)
+            choice = None if structure.one_by_one else agreeing(model, name, here, pulled, n, grads, scale)
             if choice is None:
                 if not alone:
-                    alone = [_Recording(model, modules, one, stack, readout) for one in singles]
+                    alone = [Recording(model, modules, one, stack, readout) for one in singles]
                 structure.one_by_one = True
-                choice = _agreeing_alone(model, name, here, [r.pull(segment, v[i : i + 1]) for i, r in enumerate(alone)], grads, scale)
+                choice = agreeing_alone(
+                    model, name, here, [r.pull(segment, v[i : i + 1]) for i, r in enumerate(alone)], grads, scale
+                )
             if segment == stack.head and choice and not structure.one_by_one:
                 # Real cotangents here, random ones below: only the head shows which tokens f looks at.
-                structure.tokens[name] = _factors(model, name, choice, pulled, n, grads[0]).tokens
+                structure.tokens[name] = factors_of(model, name, choice, pulled, n, grads[0]).tokens
             path = Path(name, segment, choice or ())
             structure.paths[segment].append(path)
             _settle_shape(structure, path, selected[name])
@@ -229,98 +213,6 @@ def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:
         raise CheckFailed(msg)
 
 
-def _reference_gradients(
-    references: list[CutPass], segment: int, selected: Mapping[str, nn.Parameter], v: Tensor
-) -> dict[str, list[Tensor]] | None:
-    """Return each used parameter's gradient of ⟨v, segment output⟩ by plain autograd, sample by sample.
-
-    None when the output also depends on another segment's input.
-    """
-    names = list(selected)
-    truth: dict[str, list[Tensor]] = {}
-    for i, reference in enumerate(references):
-        out, leaves = reference.outs[segment], [x for x in reference.leaves if x is not None]
-        if not out.requires_grad:
-            continue
-        wanted = [*leaves, *selected.values()]
-        grads = torch.autograd.grad(out, wanted, v[i : i + 1], retain_graph=True, allow_unused=True)
-        for leaf, g in zip(leaves, grads, strict=False):
-            if g is not None and leaf is not reference.leaves[segment]:
-                return None
-        for name, g in zip(names, grads[len(leaves) :], strict=True):
-            if g is not None:
-                truth.setdefault(name, [torch.zeros_like(selected[name]) for _ in references])[i] = g
-    return truth
-
-
-def _agreeing(
-    model: nn.Module,
-    name: str,
-    here: list[tuple[str, str]],
-    pulled: dict[str, list[Pulled]],
-    n: int,
-    truth: list[Tensor],
-    scale: float,
-) -> tuple[tuple[str, str, str], ...] | None:
-    """Return the owners and kinds of the first path that reproduces the true per-sample gradients, or None."""
-    for general in (False, True):
-        kinds = tuple((m, local, "leaf" if general else path_for(model.get_submodule(m), local)) for m, local in here)
-        got = _gradient(model, name, kinds, pulled, n, truth[0])
-        if got is not None and _close(got, torch.stack(truth), scale):
-            return kinds
-    return None
-
-
-def _agreeing_alone(
-    model: nn.Module,
-    name: str,
-    here: list[tuple[str, str]],
-    pulled: list[dict[str, list[Pulled]]],
-    truth: list[Tensor],
-    scale: float,
-) -> tuple[tuple[str, str, str], ...] | None:
-    for general in (False, True):
-        kinds = tuple((m, local, "leaf" if general else path_for(model.get_submodule(m), local)) for m, local in here)
-        got = [_gradient(model, name, kinds, one, 1, truth[0]) for one in pulled]
-        if all(g is not None and _close(g[0], t, scale) for g, t in zip(got, truth, strict=True)):
-            return kinds
-    return None
-
-
-def _gradient(
-    model: nn.Module, name: str, kinds: tuple[tuple[str, str, str], ...], pulled: dict[str, list[Pulled]], n: int, like: Tensor
-) -> Tensor | None:
-    """Return the per-sample gradients (n, *parameter shape) that these paths give, or None when one does not fit."""
-    transposed = [k == "outer-transposed" for _, _, k in kinds]
-    if not kinds or any(transposed) != all(transposed):
-        return None
-    try:
-        factors = _factors(model, name, kinds, pulled, n, like)
-    except PathFailed:
-        return None
-    if not factors.chunks[0]:
-        return torch.zeros(n, *like.shape, dtype=like.dtype, device=like.device)
-    g = factors.dense(0, 1, like)[:, 0]
-    return (g.transpose(1, 2) if all(transposed) else g).reshape(n, *like.shape)
-
-
-def _factors(
-    model: nn.Module, name: str, kinds: tuple[tuple[str, str, str], ...], pulled: dict[str, list[Pulled]], n: int, like: Tensor
-) -> ParameterFactors:
-    shape = matrix_shape(like)[::-1] if kinds[0][2] == "outer-transposed" else matrix_shape(like)
-    uses = [u for m, local, k in kinds for u in uses_of(k, model.get_submodule(m), m, local, pulled.get(m, ()), n)]
-    return ParameterFactors(name, shape, [n], [merge(uses)])
-
-
-def _close(got: Tensor, truth: Tensor, scale: float) -> bool:
-    """Whether two tensors agree to far better than two different gradients would, and are finite."""
-    tolerance = _AGREE.get(truth.dtype, 5e-2)
-    floor = 100 * torch.finfo(truth.dtype).eps * scale
-    error = (got - truth).reshape(len(got), -1).norm(dim=1) if got.ndim > 1 else (got - truth).norm()
-    size = truth.reshape(len(truth), -1).norm(dim=1) if truth.ndim > 1 else truth.norm()
-    return bool((error <= tolerance * size + floor).all())
-
-
 def _trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
     """Whether cutting padding columns leaves f unchanged, on the shortest sample."""
     if not any(samples.trim):
@@ -331,4 +223,4 @@ def _trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter:
             one = Samples(samples.groups, microbatch=1, trim=trim)
             inputs = one.inputs(one.chunks[0], parameter.device, parameter.dtype)
             f.append(readout(call_model(model, inputs), inputs))
-    return _close(f[0], f[1], float(f[1].abs().max()))
+    return close(f[0], f[1], float(f[1].abs().max()))

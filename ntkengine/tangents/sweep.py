@@ -72,8 +72,7 @@ class Sweep:
         for segment in range(self.stack.head, self.lowest - 1, -1):
             paths = self.structure.paths.get(segment, [])
             for i, chunk in enumerate(self.samples.chunks):
-                run = self._head if segment == self.stack.head else self._input if segment == 0 else self._block
-                for name, uses in run(segment, i, chunk, paths).items():
+                for name, uses in self._run(segment, i, chunk, paths).items():
                     if name not in factors:
                         sizes = [c.n for c in self.samples.chunks]
                         factors[name] = ParameterFactors(name, self.structure.shapes[name], sizes, [[] for _ in sizes])
@@ -90,7 +89,12 @@ class Sweep:
             msg = f"{next(iter(factors))}: its gradient was collected but never summed"
             raise CheckFailed(msg)
 
-    def _head(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+    def _run(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+        if segment == self.stack.head:
+            return self._head(i, chunk, paths)
+        return self._block(segment, i, chunk, paths) if segment else self._input(i, chunk, paths)
+
+    def _head(self, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
         """Forward the whole model, save what enters each block that will be replayed, and take the head's factors."""
         inputs = self.samples.inputs(chunk, self.device, self.dtype)
         saved = self._saved[i]
@@ -137,9 +141,11 @@ class Sweep:
         args, kwargs = self.stack.put(args, kwargs, leaf)
         with Recorder(self._modules(paths), chunk.n) as recorder, self._wanted(paths):
             out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
-            return self._pull(i, out, self._cotangents[i], [leaf] if segment > self.lowest else [], recorder, paths, chunk)
+            return self._pull(
+                i, out, self._cotangents[i], [leaf] if segment > self.lowest else [], recorder, paths, chunk
+            )
 
-    def _input(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+    def _input(self, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
         """Re-run the model up to its first block."""
 
         def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -184,7 +190,8 @@ class Sweep:
             return {}
         C = cotangent.shape[1]
         grads = [
-            torch.autograd.grad(out, targets, cotangent[:, c], retain_graph=c < C - 1, allow_unused=True) for c in range(C)
+            torch.autograd.grad(out, targets, cotangent[:, c], retain_graph=c < C - 1, allow_unused=True)
+            for c in range(C)
         ]
         stacked = [None if g[0] is None else g[0][None] if C == 1 else torch.stack(g) for g in zip(*grads, strict=True)]
         if leaf:
@@ -198,9 +205,11 @@ class Sweep:
         for path in paths:
             for m, local, kind in path.owners:
                 try:
-                    uses[path.parameter] += uses_of(kind, self.model.get_submodule(m), m, local, pulled.get(m, ()), chunk.n)
+                    uses[path.parameter] += uses_of(
+                        kind, self.model.get_submodule(m), m, local, pulled.get(m, ()), chunk.n
+                    )
                 except PathFailed as error:
-                    msg = f"{path.parameter}: {error}, unlike on the probed samples; compute it with one sample per microbatch"
+                    msg = f"{path.parameter}: {error}, unlike on the probed samples"
                     raise CheckFailed(msg) from error
         for path, g in zip(own, stacked[len(calls) :], strict=True):
             if g is not None:

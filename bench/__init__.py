@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench NAME`. Results are JSON lines under bench/results."""

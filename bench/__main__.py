@@ -1,0 +1,21 @@
+"""Run one benchmark by name."""
+
+from __future__ import annotations
+
+import sys
+
+from bench import gram_vs_torch_func
+
+CASES = {"gram-vs-torch-func": gram_vs_torch_func.main}
+
+
+def main() -> int:
+    """Run the named case."""
+    if len(sys.argv) != 2 or sys.argv[1] not in CASES:
+        print(f"usage: python -m bench [{' | '.join(CASES)}]", file=sys.stderr)
+        return 2
+    return CASES[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

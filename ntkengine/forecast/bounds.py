@@ -1,0 +1,91 @@
+"""The published bounds on fine-tuning near its start, as functions of numbers.
+
+Source of all: Rahimi Afzal et al. 2025, "Linearization Explains Fine-Tuning in Large Language Models" (arXiv
+2602.08239). Their loss is the *sum* ‖f − y‖² over all entries; every function says where another scale enters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ntkengine.errors import InputError
+
+
+def risk_bounds(ridge: float, residual_norm: float, lambda_min: float, lambda_max: float) -> tuple[float, float]:
+    """Return bounds on the training risk of kernel ridge regression, (lower, upper).
+
+    (σ‖y‖/(σ + λ_max))² <= R <= (σ‖y‖/(σ + λ_min))², R = ‖y − f‖² summed over all entries, not divided. With an offset,
+    y is the residual y − f0.
+
+    Args:
+        ridge: σ > 0, in the unit of K.
+        residual_norm: ‖y − f0‖, the Euclidean norm over all entries.
+        lambda_min: smallest eigenvalue of K, >= 0.
+        lambda_max: largest eigenvalue of K.
+
+    Returns:
+        Two sums of squares.
+
+    Raises:
+        InputError: ridge not positive, or eigenvalues not ordered.
+    """
+    _check(ridge > 0, "ridge", "a number > 0", ridge)
+    _check(0 <= lambda_min <= lambda_max, "lambda_min", f"between 0 and lambda_max = {lambda_max!r}", lambda_min)
+    return (ridge * residual_norm / (ridge + lambda_max)) ** 2, (ridge * residual_norm / (ridge + lambda_min)) ** 2
+
+
+def displacement_bound(
+    lipschitz: float, residual_norm: float, proximal: float, time: float, scale: float = 2.0
+) -> float:
+    """Return a bound on how far gradient flow moves the parameters, ‖θ_t − θ_0‖.
+
+    scale · Lip(f) · ‖f0 − y‖ · (1 − e^{−λt})/λ, → scale · Lip(f) · ‖f0 − y‖ · t as λ → 0, where λ is the strength of
+    the proximal term (λ/2)‖θ − θ_0‖².
+
+    Args:
+        lipschitz: Lip(f); locally √λ_max(K).
+        residual_norm: ‖f0 − y‖ over all entries.
+        proximal: λ >= 0.
+        time: t >= 0: learning rate × steps.
+        scale: 2 for the loss ‖f − y‖²; 1/n for the mean over n examples of ½‖f − y‖².
+
+    Returns:
+        The bound, a Euclidean norm over the parameters.
+
+    Raises:
+        InputError: negative proximal or time.
+    """
+    _check(proximal >= 0, "proximal", "a number >= 0", proximal)
+    _check(time >= 0, "time", "a number >= 0", time)
+    reach = -np.expm1(-proximal * time) / proximal if proximal > 0 else time
+    return float(scale * lipschitz * residual_norm * reach)
+
+
+def linearisation_gap_bound(
+    lipschitz: float, gradient_lipschitz: float, radius: float, initial_loss: float, time: float
+) -> float:
+    """Return a bound on the distance between the network and its linearisation, ‖f_{θ_t} − f̄_{θ̄_t}‖.
+
+    2 · Lip(f) · R̃(θ_0) · (2 r Lip(∇f) + Lip(f)) · t.
+
+    Args:
+        lipschitz: Lip(f).
+        gradient_lipschitz: Lip(∇f).
+        radius: r >= 0, of the ball that θ stays in.
+        initial_loss: R̃(θ_0) >= 0, in the source's normalisation.
+        time: t >= 0.
+
+    Returns:
+        The bound, a Euclidean norm over the outputs.
+
+    Raises:
+        InputError: a negative argument.
+    """
+    for name, value in (("radius", radius), ("initial_loss", initial_loss), ("time", time)):
+        _check(value >= 0, name, "a number >= 0", value)
+    return float(2.0 * lipschitz * initial_loss * (2.0 * radius * gradient_lipschitz + lipschitz) * time)
+
+
+def _check(holds: bool, name: str, expected: str, got: float) -> None:
+    if not holds:
+        raise InputError(f"{name}: expected {expected}, got {got!r}")

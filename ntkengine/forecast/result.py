@@ -1,0 +1,242 @@
+"""The forecast as users hold it.
+
+Shapes: N train and M eval examples, C outputs, R ridges, T times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+
+from ntkengine.errors import InputError
+from ntkengine.forecast.bounds import displacement_bound
+from ntkengine.spectrum import ConditionNumber
+
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What fine-tuning from this start is forecast to reach, with the error of each number.
+
+    An *mse* is a mean over all entries (examples × outputs). A *loss* is the training objective, the mean over
+    examples of ½‖f − y‖², summed over outputs: C/2 times the mse. Intervals are (value, low, high) at 95%.
+
+    Attributes:
+        n: N, training examples.
+        n_eval: M, eval examples; 0 without.
+        outputs: C.
+        contraction: how outputs enter the Gram.
+        noise: error of each eigenvalue: the Gram's noise, the solver's rounding, and at least the size of the most
+            negative eigenvalue. Unit of K.
+        eigenvalues: descending, of the matrix used (the trace kernel is divided by C; C separate kernels are joined).
+        condition: λ_max/λ_min of it, or a lower bound.
+        trace: sum of `eigenvalues`, not divided.
+        effective_rank: (Σλ)²/Σλ².
+        effective_dimension: tr K(K + ridge·I)⁻¹ at the chosen ridge, summed over systems.
+        alignment: centred kernel-target alignment of the kernel over examples; None for constant targets.
+        ridges: (R,) ascending, in the unit of K.
+        train_mse: (R,) after ridge regression, from the real start.
+        loo_mse: (R,) leave-one-example-out.
+        loo_accuracy: (R,) or None where targets name no class.
+        gcv: (R,) generalised cross-validation, an estimate of the test mse.
+        eval_mse: (R,) on the eval examples, or None.
+        eval_accuracy: (R,) or None.
+        ridge_loo: minimiser of `loo_mse`.
+        ridge_gcv: minimiser of `gcv`.
+        ridge: the chosen one.
+        loo: leave-one-out mse at it; the interval is from the standard error over examples taken as independent. Leave-
+            one-out errors share their training examples, so with a large head fitted on few examples it is too narrow.
+        loo_accuracy_at_ridge: leave-one-out accuracy at it, Wilson interval, or None.
+        gcv_value: GCV at it.
+        eval_at_ridge: eval (mse, low, high, accuracy, low, high) at it, the last three None without classes; or None.
+        start: before training: `train_mse`, `train_accuracy` from the real start, `held_out_mse`, `held_out_accuracy`
+            from the held-out offset, `eval_mse`, `eval_accuracy`; None where unknown.
+        times: (T,) ascending; learning rate × full-batch steps on the loss above.
+        curve_train_loss: (T,) under gradient flow of the linearised model.
+        curve_train_accuracy: (T,) or None.
+        curve_eval_loss: (T,) or None.
+        curve_eval_accuracy: (T,) or None.
+        curve_displacement: (T,) ‖θ_t − θ_0‖ of that flow.
+        best_time: where `curve_eval_loss` is least, or None.
+        lipschitz: √λ_max, the local Lip(f).
+        residual_norm: ‖f0 − y‖ over all entries.
+        paper_lower: lower bound of the training mse at the chosen ridge: the published sum of squares divided by N·C,
+            with λ_max at the top of its error.
+        paper_upper: upper bound, with λ_min at the bottom of its error, at least 0.
+        modules: share of the trace by module name; empty when unknown.
+        assumptions: what the numbers rest on, one sentence each.
+    """
+
+    n: int
+    n_eval: int
+    outputs: int
+    contraction: str
+    noise: float
+    eigenvalues: np.ndarray
+    condition: ConditionNumber
+    trace: float
+    effective_rank: float
+    effective_dimension: float
+    alignment: float | None
+    ridges: np.ndarray
+    train_mse: np.ndarray
+    loo_mse: np.ndarray
+    loo_accuracy: np.ndarray | None
+    gcv: np.ndarray
+    eval_mse: np.ndarray | None
+    eval_accuracy: np.ndarray | None
+    ridge_loo: float
+    ridge_gcv: float
+    ridge: float
+    loo: Interval
+    loo_accuracy_at_ridge: Interval | None
+    gcv_value: float
+    eval_at_ridge: tuple[float, float, float, float | None, float | None, float | None] | None
+    start: dict[str, float | None]
+    times: np.ndarray
+    curve_train_loss: np.ndarray
+    curve_train_accuracy: np.ndarray | None
+    curve_eval_loss: np.ndarray | None
+    curve_eval_accuracy: np.ndarray | None
+    curve_displacement: np.ndarray
+    best_time: float | None
+    lipschitz: float
+    residual_norm: float
+    paper_lower: float
+    paper_upper: float
+    modules: dict[str, float]
+    assumptions: list[str]
+
+    def displacement(self, time: float, proximal: float = 0.0) -> float:
+        """Return the published bound on ‖θ_t − θ_0‖ in this forecast's units (mean over examples of ½‖f − y‖²).
+
+        Args:
+            time: learning rate × full-batch steps, >= 0.
+            proximal: strength λ of (λ/2)‖θ − θ_0‖², >= 0.
+
+        Returns:
+            A Euclidean norm over the parameters. `curve_displacement` is the flow's own value, which lies below.
+
+        Raises:
+            InputError: a negative argument.
+        """
+        return displacement_bound(self.lipschitz, self.residual_norm, proximal, time, scale=1.0 / self.n)
+
+    def at(self, time: float) -> dict[str, float | None]:
+        """Return the forecast curves at one training time, interpolated in log t.
+
+        Args:
+            time: within the range of `times`.
+
+        Returns:
+            `train_loss`, `train_accuracy`, `eval_loss`, `eval_accuracy`, `displacement`; None where there is no curve.
+
+        Raises:
+            InputError: time outside the range.
+        """
+        if not self.times[0] <= time <= self.times[-1]:
+            raise InputError(f"time: expected between {self.times[0]:.3g} and {self.times[-1]:.3g}, got {time!r}")
+        curves = {
+            "train_loss": self.curve_train_loss,
+            "train_accuracy": self.curve_train_accuracy,
+            "eval_loss": self.curve_eval_loss,
+            "eval_accuracy": self.curve_eval_accuracy,
+            "displacement": self.curve_displacement,
+        }
+        x, axis = np.log(time), np.log(self.times)
+        return {name: None if curve is None else float(np.interp(x, axis, curve)) for name, curve in curves.items()}
+
+    def time_of_train_loss(self, loss: float) -> float:
+        """Return the time at which the forecast training loss has fallen to a measured one.
+
+        One run's training loss gives the time that carries its optimiser over to other forecasts.
+
+        Args:
+            loss: mean over examples of ½‖f − y‖².
+
+        Returns:
+            Time, interpolated in log t; the training loss only falls, so it is unique.
+
+        Raises:
+            InputError: a loss the curve does not pass.
+        """
+        curve = self.curve_train_loss
+        if not curve[-1] <= loss <= curve[0]:
+            raise InputError(f"loss: expected between {curve[-1]:.3g} and {curve[0]:.3g} of the curve, got {loss!r}")
+        return float(np.exp(np.interp(loss, curve[::-1], np.log(self.times)[::-1])))
+
+    def table(self) -> list[tuple[str, str]]:
+        """Return (label, value with its error) rows for printing."""
+        start = self.start
+        rows = [
+            ("examples", f"{self.n} train, {self.n_eval} eval, {self.outputs} output{'s' * (self.outputs > 1)}"),
+            ("contraction", self.contraction),
+            ("largest eigenvalue", f"{self.eigenvalues[0]:.4g} ± {self.noise:.1g}"),
+            ("smallest eigenvalue", f"{self.eigenvalues[-1]:.3g} ± {self.noise:.1g}"),
+            ("condition number", str(self.condition)),
+            ("trace", f"{self.trace:.4g}"),
+            ("effective rank", f"{self.effective_rank:.3g}"),
+            ("alignment with targets", "undefined" if self.alignment is None else f"{self.alignment:.3f}"),
+            ("at the start, train", _pair(start["train_mse"], start["train_accuracy"])),
+        ]
+        if start["held_out_mse"] is not None:
+            rows.append(("at the start, held-out head", _pair(start["held_out_mse"], start["held_out_accuracy"])))
+        if start["eval_mse"] is not None:
+            rows.append(("at the start, eval", _pair(start["eval_mse"], start["eval_accuracy"])))
+        rows += [
+            ("ridge", f"{self.ridge:.3g} (LOO {self.ridge_loo:.3g}, GCV {self.ridge_gcv:.3g})"),
+            ("effective dimension", f"{self.effective_dimension:.3g}"),
+            ("leave-one-out mse", _span(*self.loo)),
+        ]
+        if self.loo_accuracy_at_ridge is not None:
+            rows.append(("leave-one-out accuracy", _span(*self.loo_accuracy_at_ridge)))
+        rows.append(("GCV mse", f"{self.gcv_value:.4g}"))
+        if self.eval_at_ridge is not None:
+            mse, low, high, accuracy, worst, best = self.eval_at_ridge
+            rows.append(("eval mse at ridge", _span(mse, low, high)))
+            if accuracy is not None and worst is not None and best is not None:
+                rows.append(("eval accuracy at ridge", _span(accuracy, worst, best)))
+        if self.best_time is not None and self.curve_eval_loss is not None:
+            least = self.curve_eval_loss.min()
+            rows.append(("least eval loss on the way", f"{least:.4g} at time {self.best_time:.3g}"))
+        rows.append(("train mse bounds at ridge", f"{self.paper_lower:.3g} to {self.paper_upper:.3g}"))
+        shares = sorted(self.modules.items(), key=lambda item: -item[1])[:5]
+        rows += [(f"share of trace, {name}", f"{share:.1%}") for name, share in shares]
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as JSON-able values: arrays as lists, NaN and infinity as None."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def figures(self) -> dict[str, Any]:
+        """Return matplotlib figures by name."""
+        from ntkengine.report.plots import forecast_figures  # so that forecasting does not need matplotlib
+
+        return forecast_figures(self)
+
+
+def _pair(mse: float | None, accuracy: float | None) -> str:
+    return f"mse {mse:.4g}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
+
+
+def _span(value: float, low: float, high: float) -> str:
+    return f"{value:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return value

@@ -1,0 +1,268 @@
+"""From a Gram, targets and the start to what fine-tuning will reach.
+
+Shapes: N train and M eval examples, C outputs, R ridges, T times.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ntkengine.errors import InputError
+from ntkengine.forecast.bounds import risk_bounds
+from ntkengine.forecast.curves import checked_times, default_times, flow_curves
+from ntkengine.forecast.result import Forecast
+from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
+from ntkengine.forecast.system import Flow, Kernel, cut
+from ntkengine.ridge import RidgePath, ridge_grid
+from ntkengine.ridge.solve import as_columns
+from ntkengine.ridge.tuning import pick
+from ntkengine.spectrum import condition_from_eigenvalues, noise_of
+
+
+def forecast(
+    gram: Any,
+    targets: ArrayLike,
+    *,
+    offset: ArrayLike | None = None,
+    held_out_offset: ArrayLike | None = None,
+    eval_targets: ArrayLike | None = None,
+    eval_offset: ArrayLike | None = None,
+    head_fitted_on_targets: bool = False,
+    ridge: str | float = "loo",
+    times: ArrayLike | None = None,
+) -> Forecast:
+    """Forecast fine-tuning from its tangent kernel at the start.
+
+    Ridge path: f = f0 + K(·, X)(K + ridge·I)⁻¹(y − f0), scored on the training rows, by leave-one-example-out, by GCV
+    and on the eval rows. Training curve: gradient flow of the linearised model on the mean over the N examples of
+    ½‖f − y‖²: residual e^{−Kt/N}(y − f0), eval prediction f0 + K_x (I − e^{−Kt/N})K⁻¹(y − f0). In the flow,
+    eigen-directions at or below the noise do not move: what K says of them is error, and their true movement is small
+    while t < N/noise.
+
+    Outputs: "trace" with C > 1 takes every output to have the kernel K/C (its noise too is divided by C); "full"
+    couples them, and leaves out all rows of an example; "per-output" gives each its own kernel, with one ridge for all.
+
+    Args:
+        gram: (N, N), (N·C, N·C) or (C, N, N) array, or a Gram-like object with `.values`, and as far as known `.noise`,
+            `.outputs`, `.contraction`, `.cross`, `.eval_outputs`.
+        targets: (N,) or (N, C), for instance ±1.
+        offset: (N, C), f0 on the training examples as training really starts; default `gram.outputs`, else 0.
+        held_out_offset: (N, C), f0 of each training example from a head that was not fitted on it (out-of-fold).
+            Leave-one-out and GCV then use y − held_out_offset; the training curve and eval still use `offset`.
+        eval_targets: (M, C); default `gram.eval_targets`, else no eval.
+        eval_offset: (M, C), f0 on the eval examples; default `gram.eval_outputs`. Needed with an `offset` other than
+            `gram.outputs`.
+        head_fitted_on_targets: the head behind `offset` was fitted on these labels. Then `held_out_offset` must be
+            given.
+        ridge: "loo", "gcv", or a number in the unit of K, not below the noise.
+        times: (T,) > 0, learning rate × full-batch steps; default 121 on a log grid from 0.01·N/λ_max to 100·N/λ_min,
+            or to N/noise where λ_min is unresolved, within ten decades.
+
+    Returns:
+        The forecast; `assumptions` says what it rests on.
+
+    Raises:
+        InputError: shapes that do not fit, entries not finite, a leak that would make every risk too rosy.
+
+    Cost: 9 n³ flops for n rows of a system, n² (m + block) per ridge, n·m·(n + M) per time.
+    Source: Allen 1974 (leave-one-out), Golub, Heath and Wahba 1979 (GCV), Rahimi Afzal et al. 2025 (bounds).
+    """
+    y = _targets("targets", targets)
+    N, C = y.shape
+    f0 = _offset("offset", offset, getattr(gram, "outputs", None), y.shape)
+    held = None if held_out_offset is None else _offset("held_out_offset", held_out_offset, None, y.shape)
+    if head_fitted_on_targets and held is None:
+        raise InputError(
+            "held_out_offset: expected outputs of heads that did not see each example, got none: a head fitted on "
+            "these targets makes leave-one-out and GCV too small; pass out-of-fold outputs (N, C)"
+        )
+    given = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
+    y_eval = None if given is None else _targets("eval_targets", given, C)
+    kernel = cut(gram, N, C, None if y_eval is None else len(y_eval))
+    flow = Flow.of(kernel, kernel.paths(y - f0))
+    f0_eval = None if y_eval is None else _eval_offset(gram, eval_offset, offset, f0, y_eval.shape)
+
+    values = np.sort(np.concatenate([path.eigenvalues for path in flow.paths]))[::-1]
+    condition = condition_from_eigenvalues(values, noise_of(gram) / kernel.divisor)
+    noise = condition.noise
+    ridges = ridge_grid(values, noise)
+    if not isinstance(ridge, str):
+        ridges = np.unique(np.append(ridges, _checked_ridge(ridge, noise)))
+    elif ridge not in ("loo", "gcv"):
+        raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {ridge!r}")
+
+    # Honest residuals for leave-one-out and GCV; the flow keeps those of the real start.
+    tested = flow.paths if held is None else _retargeted(kernel, flow.paths, y - held)
+    left_out = np.stack([kernel.joined([path.loo_residuals(r) for path in tested]) for r in ridges])  # (R, N, C)
+    loo_mse = (left_out**2).mean(axis=(1, 2))
+    gcv = np.mean([path.gcv(ridges) for path in tested], axis=0)
+    by_loo, by_gcv = pick(ridges, loo_mse), pick(ridges, gcv)
+    chosen = {"loo": by_loo.ridge, "gcv": by_gcv.ridge}[ridge] if isinstance(ridge, str) else float(ridge)
+    at = int(np.searchsorted(ridges, chosen))
+
+    classes = name_classes(y, y_eval)
+    loo_hits = hits(y - left_out, y) if classes else None
+    predicted = None
+    if y_eval is not None and f0_eval is not None:
+        predicted = np.stack([f0_eval + flow.evaluate(partial(_ridge_response, r)) for r in ridges])
+    eval_hits = hits(predicted, y_eval) if classes and predicted is not None and y_eval is not None else None
+    eval_errors = None if predicted is None else ((predicted - y_eval) ** 2).mean(axis=2)  # (R, M)
+
+    residual_norm = float(np.linalg.norm(y - f0))
+    top, bottom = condition.lambda_max, condition.lambda_min
+    lower, upper = risk_bounds(chosen, residual_norm, max(bottom - noise, 0.0), top + noise)
+    t = default_times(N, top, bottom, noise) if times is None else checked_times(times)
+    curves = flow_curves(flow, y, y_eval, f0_eval, t, noise, classes)
+    eval_loss = curves["curve_eval_loss"]
+    return Forecast(
+        n=N,
+        n_eval=0 if y_eval is None else len(y_eval),
+        outputs=C,
+        contraction=kernel.contraction,
+        noise=noise,
+        eigenvalues=values,
+        condition=condition,
+        trace=float(values.sum()),
+        effective_rank=float(values.sum() ** 2 / (values**2).sum()),
+        effective_dimension=float(sum(path.effective_dimension(chosen)[0] for path in flow.paths)),
+        alignment=centred_alignment(kernel.over_examples(), y),
+        ridges=ridges,
+        train_mse=np.mean([path.train_mse(ridges) for path in flow.paths], axis=0),
+        loo_mse=loo_mse,
+        loo_accuracy=None if loo_hits is None else loo_hits.mean(axis=1),
+        gcv=gcv,
+        eval_mse=None if eval_errors is None else eval_errors.mean(axis=1),
+        eval_accuracy=None if eval_hits is None else eval_hits.mean(axis=1),
+        ridge_loo=by_loo.ridge,
+        ridge_gcv=by_gcv.ridge,
+        ridge=chosen,
+        loo=mean_interval((left_out[at] ** 2).mean(axis=1)),
+        loo_accuracy_at_ridge=None if loo_hits is None else wilson_interval(int(loo_hits[at].sum()), N),
+        gcv_value=float(gcv[at]),
+        eval_at_ridge=None
+        if eval_errors is None
+        else (
+            *mean_interval(eval_errors[at]),
+            *(
+                (None, None, None)
+                if eval_hits is None
+                else wilson_interval(int(eval_hits[at].sum()), eval_hits.shape[1])
+            ),
+        ),
+        start=_start(y, f0, held, y_eval, f0_eval, classes),
+        times=t,
+        **curves,
+        best_time=None if eval_loss is None else float(t[np.argmin(eval_loss)]),
+        lipschitz=float(np.sqrt(condition.lambda_max)),
+        residual_norm=residual_norm,
+        paper_lower=lower / y.size,
+        paper_upper=upper / y.size,
+        modules=_module_shares(gram),
+        assumptions=_assumptions(kernel, condition.resolved, held is not None, classes, by_loo.edge, by_gcv.edge, gram),
+    )
+
+
+def _ridge_response(ridge: float, eigenvalues: np.ndarray) -> np.ndarray:
+    return 1.0 / (eigenvalues + ridge)
+
+
+def _retargeted(kernel: Kernel, paths: list[RidgePath], residual: np.ndarray) -> list[RidgePath]:
+    return [path.with_residual(r) for path, r in zip(paths, kernel.columns(residual), strict=True)]
+
+
+def _targets(name: str, values: ArrayLike, outputs: int | None = None) -> np.ndarray:
+    shape = np.shape(values)
+    array = as_columns(name, values, shape[0] if shape else 1)
+    if outputs is not None and array.shape[1] != outputs:
+        raise InputError(f"{name}: expected {outputs} columns, as in targets, got {array.shape[1]}")
+    return array
+
+
+def _offset(name: str, given: ArrayLike | None, default: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
+    chosen = default if given is None else given
+    if chosen is None:
+        return np.zeros(shape)
+    array = as_columns(name, chosen, shape[0])
+    if array.shape != shape:
+        raise InputError(f"{name}: expected shape {shape}, as targets, got {array.shape}")
+    return array
+
+
+def _eval_offset(
+    gram: Any, given: ArrayLike | None, offset: ArrayLike | None, f0: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return f0 on the eval rows, which must come from the same start as `offset`."""
+    own = getattr(gram, "outputs", None)
+    moved = offset is not None and (own is None or not np.array_equal(as_columns("outputs", own, len(f0)), f0))
+    if given is None and moved:
+        raise InputError("eval_offset: expected f0 on the eval examples from the same start as offset, got none")
+    default = getattr(gram, "eval_outputs", None)
+    if given is None and default is None and f0.any():
+        raise InputError("eval_offset: expected f0 on the eval examples, as offset is not 0; got none")
+    return _offset("eval_offset", given, default, shape)
+
+
+def _checked_ridge(ridge: float, noise: float) -> float:
+    if not np.isfinite(ridge) or ridge <= 0 or ridge < noise:
+        raise InputError(f"ridge: expected a number > 0 and not below the noise {noise:.3g}, got {ridge!r}")
+    return float(ridge)
+
+
+def _start(
+    y: np.ndarray,
+    f0: np.ndarray,
+    held: np.ndarray | None,
+    y_eval: np.ndarray | None,
+    f0_eval: np.ndarray | None,
+    classes: bool,
+) -> dict[str, float | None]:
+    result: dict[str, float | None] = {}
+    for name, f, target in (("train", f0, y), ("held_out", held, y), ("eval", f0_eval, y_eval)):
+        result[f"{name}_mse"] = result[f"{name}_accuracy"] = None
+        if f is not None and target is not None:
+            result[f"{name}_mse"] = float(np.mean((f - target) ** 2))
+            if classes:
+                result[f"{name}_accuracy"] = float(hits(f, target).mean())
+    return result
+
+
+def _module_shares(gram: Any) -> dict[str, float]:
+    """Share of the trace by module, from per-module Grams or from the traces noted beside the Gram."""
+    noted = (getattr(gram, "meta", None) or {}).get("module_trace") or {}
+    grams = getattr(gram, "modules", None) or {}
+    traces = {name: float(np.einsum("...ii->", np.asarray(K))) for name, K in grams.items()} or dict(noted)
+    total = sum(traces.values())
+    return {name: value / total for name, value in traces.items()} if total > 0 else {}
+
+
+def _assumptions(
+    kernel: Kernel, resolved: bool, held_out: bool, classes: bool, loo_edge: str, gcv_edge: str, gram: Any
+) -> list[str]:
+    lines = [
+        "The model stays near its linearisation at the start.",
+        "Time is learning rate x full-batch steps of gradient descent on the mean over examples of 0.5*||f - y||^2.",
+        "Intervals take examples as independent; the chosen ridge minimises an estimate, so its value is a little low.",
+    ]
+    transform = getattr(gram, "transform", "sgd")
+    if transform != "sgd":
+        lines.append(f"The kernel uses the {transform!r} inner product; the flow is that of this kernel.")
+    if kernel.divisor > 1:
+        lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
+    if held_out:
+        lines.append("Leave-one-out and GCV start from the held-out outputs; curves and eval from the real start.")
+    else:
+        lines.append("Leave-one-out and GCV are right only if the head was not fitted on these targets.")
+    if not resolved:
+        lines.append("Eigenvalues at or below the noise do not move in the training curve.")
+    if not classes:
+        lines.append("Targets name no class (C = 1: both signs; C > 1: one largest entry), so no accuracy is given.")
+    for name, edge in (("leave-one-out", loo_edge), ("GCV", gcv_edge)):
+        if edge == "upper":
+            lines.append(f"The {name} optimum is at the largest ridge: the kernel adds little to the start.")
+        if edge == "lower":
+            lines.append(f"The {name} optimum is at the smallest ridge tried: less regularisation is not resolved.")
+    return lines

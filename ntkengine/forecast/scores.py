@@ -1,0 +1,86 @@
+"""Accuracies, intervals and alignment: how predictions and kernels are scored.
+
+Shapes: N examples, C outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
+
+
+def name_classes(targets: np.ndarray, eval_targets: np.ndarray | None = None) -> bool:
+    """Say whether targets (N, C), and eval targets (M, C) if any, name a class for each example.
+
+    C = 1: every target is non-zero, so that its sign is the class, and `targets` has both signs. C > 1: every row has
+    one largest entry.
+    """
+    joint = targets if eval_targets is None else np.vstack([targets, eval_targets])
+    if targets.shape[1] == 1:
+        return bool((joint != 0).all() and (targets > 0).any() and (targets < 0).any())
+    ordered = np.sort(joint, axis=1)
+    return bool((ordered[:, -1] > ordered[:, -2]).all())
+
+
+def hits(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return whether each prediction names the target's class.
+
+    Args:
+        predictions: (..., N, C). C = 1: the class is the sign (0 is a miss). C > 1: the largest entry.
+        targets: (N, C).
+
+    Returns:
+        (..., N) bool.
+    """
+    if targets.shape[1] == 1:
+        return (np.sign(predictions) == np.sign(targets))[..., 0]
+    return predictions.argmax(axis=-1) == targets.argmax(axis=-1)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the mean of non-negative values and a normal 95% interval from its standard error.
+
+    Args:
+        values: (N,), one per example.
+
+    Returns:
+        (mean, low, high); low is not below 0. With one value the interval is (0, inf).
+    """
+    mean = float(values.mean())
+    half = Z95 * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    return mean, max(mean - half, 0.0), mean + half
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float, float]:
+    """Return a proportion and its 95% Wilson score interval, (value, low, high).
+
+    Source: Wilson 1927.
+    """
+    share, z2 = correct / total, Z95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return share, max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+
+
+def centred_alignment(gram: np.ndarray, targets: np.ndarray) -> float | None:
+    """Return the centred kernel-target alignment, ⟨K_c, Y_c⟩_F / (‖K_c‖_F ‖Y_c‖_F), between −1 and 1.
+
+    K_c = H K H and Y_c = H y yᵀ H with H = I − 11ᵀ/N. Uncentred, an empirical NTK's near-constant top mode would hide
+    the rest.
+
+    Args:
+        gram: (N, N) over examples.
+        targets: (N, C).
+
+    Returns:
+        The alignment, or None where K_c or Y_c is zero (constant targets).
+
+    Source: Cortes, Mohri and Rostamizadeh 2012.
+    """
+    centred = targets - targets.mean(axis=0)
+    K = gram - gram.mean(axis=0) - gram.mean(axis=1)[:, None] + gram.mean()
+    norm = float(np.linalg.norm(K) * np.linalg.norm(centred.T @ centred))
+    if norm <= 1e-14 * float(np.linalg.norm(gram)) * float(np.linalg.norm(targets)) ** 2:
+        return None
+    return float(np.sum(centred * (K @ centred)) / norm)

@@ -1,0 +1,132 @@
+"""A validated call of the engine: what is refused, and the model in the precision it will run in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+from ntkengine.gram.tiles import CONTRACTIONS, Frame
+from ntkengine.inputs.batches import Samples, check_inputs
+from ntkengine.inputs.parameters import select_parameters
+from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
+
+
+@dataclass
+class Task:
+    """What to run on what.
+
+    Attributes:
+        model: the model, or a copy of it in another precision.
+        selected: its selected parameters by name.
+        samples: the samples of all groups.
+        readout: f.
+        contraction: how outputs enter.
+        two: whether rows and columns are different inputs.
+    """
+
+    model: nn.Module
+    selected: dict[str, nn.Parameter]
+    samples: Samples
+    readout: Readout
+    contraction: str
+    two: bool
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        inputs2: Mapping[str, Tensor] | None,
+        eval_inputs: Mapping[str, Tensor] | None,
+        readout: str | ReadoutFunction,
+        params: str | Iterable[str],
+        contraction: str,
+        precision: str,
+    ) -> Task:
+        """Return the task of a call's arguments.
+
+        Raises:
+            InputError: arguments that cannot be used.
+        """
+        groups = [inputs] + [g for g in (inputs2, eval_inputs) if g is not None]
+        for group in groups:
+            check_inputs(group)
+        chosen = resolve_readout(readout, contraction)
+        names = list(select_parameters(model, params))
+        running = in_precision(model, precision)
+        by_name = dict(running.named_parameters())
+        samples = Samples(groups)
+        return cls(running, {n: by_name[n] for n in names}, samples, chosen, contraction, inputs2 is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self.model.parameters())).device
+
+    def frame(self, outputs: int) -> Frame:
+        """Return the wanted rows and columns, once C is known."""
+        first = self.samples.span(0)
+        if self.two:
+            return Frame(first, self.samples.span(1), outputs, self.contraction)
+        return Frame((0, self.samples.total), first, outputs, self.contraction)
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """Return the model itself when all its floating parameters have the wanted dtype, else a converted copy.
+
+    `"exact"` wants float64, `"high"` float32 (or float64, when that is what the model is in).
+    """
+    wanted = torch.float64 if precision == "exact" else torch.float32
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes == {wanted} or dtypes == {torch.float64}:
+        return model
+    # A tokenizer carried along need not be copied.
+    keep = getattr(model, "ntk_tokenizer", None)
+    return copy.deepcopy(model, {} if keep is None else {id(keep): keep}).to(wanted)
+
+
+def refuse(
+    transform: str, precision: str, backend: str, comm: Any, contraction: str, inputs2: Any, eval_inputs: Any
+) -> None:
+    """Refuse arguments that are wrong (InputError) or not built yet (NotImplementedError, says what to use instead)."""
+    _one_of("contraction", contraction, CONTRACTIONS)
+    _one_of("precision", precision, ("exact", "high", "fast"))
+    _one_of("backend", backend, ("auto", "torch", "triton"))
+    if isinstance(transform, str):
+        _one_of("transform", transform, ("sgd", "sign", "asymmetric-sign"))
+    if inputs2 is not None and eval_inputs is not None:
+        msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
+        raise InputError(msg)
+    later = [
+        (precision == "fast", "precision='fast' is not built yet; use precision='high'"),
+        (backend == "triton", "backend='triton' is not built yet; use backend='torch'"),
+        (transform != "sgd", f"transform={transform!r} is not built yet; use transform='sgd'"),
+        (comm is not None, "comm: runs over several processes are not built yet; leave comm=None"),
+    ]
+    for hit, msg in later:
+        if hit:
+            raise NotImplementedError(msg)
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        msg = f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}"
+        raise InputError(msg)
+
+
+def check_rows(name: str, rows: Any, n: int | None) -> None:
+    """Refuse rows that do not go one by one with n examples (None: there are none to go with)."""
+    if rows is None:
+        return
+    if n is None:
+        msg = f"{name}: given without eval_inputs"
+        raise InputError(msg)
+    if len(rows) != n:
+        msg = f"{name}: expected {n} rows, one for each example, got {len(rows)}"
+        raise InputError(msg)

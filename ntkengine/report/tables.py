@@ -1,0 +1,180 @@
+"""What the terminal, the HTML report and the tests show of an object: tables of text, with units and errors.
+
+Objects are taken by their public attributes: a Gram (`open_gram`), a Plan, a Forecast, Ritz values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RIDGE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows.
+
+    Attributes:
+        title: one line above.
+        columns: headings; empty for label and value pairs.
+        rows: cells.
+        note: one line below, or empty.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+def gram_table(gram: Any) -> Table:
+    """Return the facts of a Gram: what it is of, how it was computed, how far to trust it."""
+    meta, shape = gram.meta, tuple(gram.shape)
+    rows = [
+        ("shape", f"{' × '.join(map(str, shape))} ({gram.contraction}, {gram.transform})"),
+        ("error (spectral norm)", _noise(gram)),
+        ("examples", f"{len(gram.outputs):,} train, {0 if gram.eval_outputs is None else len(gram.eval_outputs):,} eval"),
+        ("outputs", str(np.shape(gram.outputs)[1])),
+    ]
+    told = (
+        ("readout", "readout", str),
+        ("parameters in the kernel", "parameters", lambda v: f"{v:,}"),
+        ("parameters f does not use", "unused_parameters", lambda v: f"{len(v):,}"),
+        ("precision", "precision", str),
+        ("wall time", "seconds", lambda v: f"{v:.1f} s"),
+        ("  in passes", "pass_seconds", lambda v: f"{v:.1f} s"),
+        ("  in contractions", "contract_seconds", lambda v: f"{v:.1f} s"),
+        ("device", "device", str),
+        ("date", "date", str),
+        ("checked by autograd", "checked", lambda v: "yes" if v else "no"),
+        ("versions", "versions", lambda v: ", ".join(f"{name} {version}" for name, version in v.items())),
+    )
+    rows += [(label, show(meta[key])) for label, key, show in told if meta.get(key) is not None]
+    if gram.plan is not None:
+        rows.append(("work", f"{gram.plan.flops / 1e9:,.0f} GFLOP, {gram.plan.tokens:,} tokens"))
+    rows += [
+        ("module Grams", f"{len(gram.modules):,}"),
+        ("targets", _shape(gram.targets)),
+        ("eval × train Gram", _shape(gram.cross)),
+        ("further arrays", ", ".join(f"{k} {_shape(v)}" for k, v in gram.extras.items()) or "none"),
+    ]
+    rows += [(f"job: {name}", value) for name, value in flat(meta.get("settings") or {})]
+    return Table(str(gram.path) if gram.path else "Gram", (), rows)
+
+
+def plan_table(plan: Any) -> Table:
+    """Return a plan with layers folded: one row for each kind of parameter and strategy."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for row in plan.parameters:
+        found.setdefault((re.sub(r"\.\d+(?=\.)", ".*", row.parameter), row.path, row.strategy), []).append(row)
+    rows = [
+        (
+            name,
+            str(len(same)),
+            f"{same[0].rows}×{same[0].columns}",
+            path,
+            strategy,
+            f"{sum(r.flops for r in same) / 1e9:,.2f}",
+            f"{sum(r.bytes for r in same) / 2**20:,.1f}",
+        )
+        for (name, path, strategy), same in found.items()
+    ]
+    note = (
+        f"{plan.samples:,} examples, {plan.tokens:,} tokens, {plan.outputs} outputs in {plan.microbatches} microbatches; "
+        f"passes {plan.pass_flops / 1e9:,.1f} of {plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} MiB "
+        f"above the model; about {plan.seconds:.1f} s at {plan.rate / 1e9:,.0f} GFLOP/s"
+    )
+    if plan.unused:
+        note += f"; f does not depend on {len(plan.unused)} selected parameters ({plan.unused[0]}, …)"
+    return Table("Plan", ("parameter", "uses", "size", "gradient", "strategy", "GFLOP", "MiB of factors"), rows, note)
+
+
+def spectrum_table(ritz: Any, condition: Any) -> Table:
+    """Return Ritz values, largest first, each with its bound."""
+    order = np.argsort(ritz.values)[::-1]
+    rows = [
+        (str(i + 1), f"{ritz.values[j]:.8g}", f"{ritz.bounds[j]:.1e}", f"{ritz.residuals[j]:.1e}")
+        for i, j in enumerate(order)
+    ]
+    note = f"condition number {condition}; {ritz.method}, {ritz.products} products; eigenvalues in gradient²"
+    return Table("Spectrum", ("", "eigenvalue", "± bound", "residual"), rows, note)
+
+
+def forecast_table(forecast: Any) -> Table:
+    """Return a forecast's own table."""
+    return Table("Forecast", (), [tuple(row) for row in forecast.table()], "mse: mean over examples and outputs")
+
+
+def ridge_table(forecast: Any) -> Table:
+    """Return the ridge path, thinned to some sixteen rows that keep the chosen ridge."""
+    chosen = int(np.argmin(np.abs(forecast.ridges - forecast.ridge)))
+    marked = {chosen, *(int(np.argmin(np.abs(forecast.ridges - r))) for r in (forecast.ridge_loo, forecast.ridge_gcv))}
+    keep = sorted({*np.linspace(0, len(forecast.ridges) - 1, RIDGE_ROWS).round().astype(int).tolist(), *marked})
+    columns = {"train mse": forecast.train_mse, "LOO mse": forecast.loo_mse, "LOO accuracy": forecast.loo_accuracy}
+    columns |= {"GCV mse": forecast.gcv, "eval mse": forecast.eval_mse, "eval accuracy": forecast.eval_accuracy}
+    held = {name: values for name, values in columns.items() if values is not None}
+    rows = [
+        (
+            f"{forecast.ridges[i]:.4g}",
+            f"{ridge_dimension(forecast, i):.4g}",
+            *(f"{values[i]:.4f}" for values in held.values()),
+            ", ".join(_marks(forecast, i, chosen)),
+        )
+        for i in keep
+    ]
+    note = "ridge in gradient², the unit of K; mse: mean over examples and outputs"
+    return Table("Ridge path", ("ridge", "effective dimension", *held, ""), rows, note)
+
+
+def ridge_dimension(forecast: Any, index: int) -> float:
+    """Return tr K(K + ridge·I)⁻¹ at one ridge of the path, from the clipped eigenvalues."""
+    values = np.maximum(forecast.eigenvalues, 0.0)
+    return float((values / (values + forecast.ridges[index])).sum())
+
+
+def module_table(shares: Mapping[str, float], trace: float) -> Table:
+    """Return each module's part of the trace, largest first."""
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    rows = [(name, f"{share * trace:.5g}", f"{share:.2%}") for name, share in ordered]
+    return Table("Trace by module", ("module", "trace", "share"), rows, "trace in gradient², summed over the examples")
+
+
+def comparison_table(forecasts: Mapping[str, Any]) -> Table:
+    """Return several forecasts side by side, one column each."""
+    tables = {name: dict(forecast.table()) for name, forecast in forecasts.items()}
+    labels = dict.fromkeys(label for rows in tables.values() for label in rows if not label.startswith("share of"))
+    rows = [(label, *(rows.get(label, "") for rows in tables.values())) for label in labels]
+    return Table("Side by side", ("", *tables), rows)
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested settings as (dotted name, value) rows; unset ones are left out."""
+    rows: list[tuple[str, str]] = []
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            rows.append((prefix + name, ", ".join(map(str, value)) if isinstance(value, Sequence | set) and not isinstance(value, str) else str(value)))
+    return rows
+
+
+def _marks(forecast: Any, index: int, chosen: int) -> list[str]:
+    ridge = forecast.ridges[index]
+    marks = {"chosen": index == chosen, "LOO": ridge == forecast.ridge_loo, "GCV": ridge == forecast.ridge_gcv}
+    return [name for name, holds in marks.items() if holds]
+
+
+def _noise(gram: Any) -> str:
+    relative = gram.meta.get("noise_relative")
+    if not np.isfinite(gram.noise):
+        return "not estimated (computed without the check)"
+    return f"± {gram.noise:.2g} gradient²" + ("" if relative is None else f", {relative:.1g} of the norm")
+
+
+def _shape(array: Any) -> str:
+    return "none" if array is None else " × ".join(map(str, np.shape(array))) or "one number"

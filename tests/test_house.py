@@ -1,0 +1,72 @@
+"""The repository's own rules: what must never appear, which room may import which."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Each room may import the rooms listed, and itself.
+ALLOWED = {
+    "errors": set(),
+    "assets": {"errors", "inputs"},
+    "inputs": {"errors"},
+    "tangents": {"errors", "inputs"},
+    "gram": {"errors", "inputs", "tangents", "store"},
+    "store": {"errors", "gram"},
+    "spectrum": {"errors"},
+    "ridge": {"errors", "spectrum"},
+    "forecast": {"errors", "spectrum", "ridge", "report"},
+    "report": {"errors"},
+}
+ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": set()}
+
+
+def modules():
+    for path in sorted((ROOT / "ntkengine").rglob("*.py")):
+        relative = path.relative_to(ROOT / "ntkengine")
+        yield (relative.parts[0] if len(relative.parts) > 1 else relative.stem), path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_transformers_does_not_take_our_kernels_for_its_own():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import sys; sys.path.insert(0, '.'); import transformers.modeling_utils"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_rooms_import_only_what_lies_below_them():
+    wrong = []
+    for room, path in modules():
+        for name in imported(path):
+            top, _, rest = name.partition(".")
+            target = rest.split(".")[0]
+            if top == "ntkengine" and room in ALLOWED and target != room and target not in ALLOWED[room]:
+                wrong.append(f"{path.name}: {name}")
+            if top in ONLY and room not in ONLY[top]:
+                wrong.append(f"{path.name}: {name}")
+    assert not wrong
+
+
+def test_kernels_know_nothing_of_the_engine():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not any(name.startswith("ntkengine") for name in imported(path)), path
+
+
+def test_no_pickle():
+    for _, path in modules():
+        assert "pickle" not in set(imported(path)), path
