@@ -239,6 +239,45 @@ def test_any_torch_module():
     assert gram.meta["one_by_one"]
 
 
+class Routed(torch.nn.Module):
+    """An expert that few samples reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(2, 4)
+        self.expert = torch.nn.Linear(4, 4)
+        self.bonus = torch.nn.Parameter(torch.randn(4))
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        index = (x[:, 0] > 5).nonzero()[:, 0]
+        if len(index):
+            h = h.index_add(0, index, self.expert(h[index]) * self.bonus)
+        return self.head(h)
+
+
+def test_parameters_that_only_some_samples_reach():
+    torch.manual_seed(0)
+    model = Routed()
+    x = torch.rand(12, 2)
+    x[[3, 8], 0] = 7.0
+    double = Routed().double()
+    double.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    rows = []
+    for i in range(12):
+        for c in range(2):
+            grads = torch.autograd.grad(
+                double(x[i : i + 1].double())[0, c], list(double.parameters()), allow_unused=True
+            )
+            pairs = zip(double.parameters(), grads, strict=True)
+            rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs]))
+    G = torch.stack(rows).view(12, 2, -1).numpy()
+    for check in (True, False):
+        gram = compute_gram(model, {"x": x}, params="all", readout=lambda out, _: out, precision="exact", check=check)
+        assert max(relative_error(gram.values, contracted(G, G, "trace"))) < 1e-9
+
+
 def test_model_is_left_as_found():
     model = tiny_model("bert").train()
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)

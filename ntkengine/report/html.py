@@ -22,14 +22,16 @@ _STYLE = """
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.3rem; margin: 3rem 0 .75rem;
-  border-bottom: 1px solid var(--line); padding-bottom: .3rem; overflow-wrap: anywhere; } h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+  border-bottom: 1px solid var(--line); padding-bottom: .3rem; overflow-wrap: anywhere; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
 p.note, .lead { color: var(--soft); font-size: .9rem; margin: .3rem 0 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .22rem .9rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; } th { font-weight: 600; white-space: nowrap; } td:first-child { min-width: 11rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem; }
-figure img { display: block; width: 100%; height: auto; } details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
+figure img { display: block; width: 100%; height: auto; } 
+details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 ul { padding-left: 1.2rem; }
 """
 _FOLDED = 24  # rows above which a table starts closed
@@ -85,8 +87,8 @@ def write_report(path: str | Path, sections: Sequence[Section], title: str = "Ta
 def render_report(sections: Sequence[Section], title: str = "Tangent kernel report") -> str:
     """Return the page as text."""
     lead = (
-        "Exact empirical neural tangent kernel, and what it forecasts of fine-tuning. Every number is read from the Gram "
-        "files named below."
+        "Exact empirical neural tangent kernel, and what it forecasts of fine-tuning. Every number is read from the "
+        "Gram files named below."
     )
     body = "\n".join(_section(section) for section in sections)
     return (

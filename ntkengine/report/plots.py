@@ -52,11 +52,15 @@ def spectrum_figure(eigenvalues: np.ndarray, noise: float, condition: str) -> An
     axes.loglog(rank[above], eigenvalues[above], ".-", color=_BLUE, ms=4, lw=1, label=f"{int(above.sum())} resolved")
     hidden = positive & ~above
     if hidden.any():
-        axes.loglog(rank[hidden], eigenvalues[hidden], ".", color=_GREY, ms=3, label=f"{int((~above).sum())} unresolved")
+        axes.loglog(
+            rank[hidden], eigenvalues[hidden], ".", color=_GREY, ms=3, label=f"{int((~above).sum())} unresolved"
+        )
     if noise > 0:
         axes.axhline(noise, color=_RED, lw=1, ls="--", label=f"error of each, {noise:.1e}")
         axes.axhspan(axes.get_ylim()[0], noise, color=_RED, alpha=0.07, lw=0)
-    axes.set(xlabel="rank", ylabel="eigenvalue (gradient²)", title=f"Spectrum: condition number {condition.split(' (')[0]}")
+    axes.set(
+        xlabel="rank", ylabel="eigenvalue (gradient²)", title=f"Spectrum: condition number {condition.split(' (')[0]}"
+    )
     return _finish(figure)
 
 
@@ -86,7 +90,9 @@ def risk_figure(forecast: Any) -> Any:
     # Interpolation can be arbitrarily bad: keep the part where the choice is made in view.
     axes.set_ylim(0, min(max(tested), 3.0 * max(best, worst)) * 1.08)
     axes.set_xscale("log")
-    axes.set(xlabel="ridge (gradient²)", ylabel="mean squared error", title="Kernel ridge regression along the ridge path")
+    axes.set(
+        xlabel="ridge (gradient²)", ylabel="mean squared error", title="Kernel ridge regression along the ridge path"
+    )
     return _finish(figure)
 
 
@@ -128,7 +134,9 @@ def modules_figure(shares: Mapping[str, float]) -> Any:
     for i, parts in enumerate(layers.values()):
         left = 0.0
         for kind in sorted(parts, key=lambda kind: -kinds[kind]):
-            ax.barh(i, 100 * parts[kind], left=100 * left, color=colours.get(kind, "#cccccc"), edgecolor="white", lw=0.4)
+            ax.barh(
+                i, 100 * parts[kind], left=100 * left, color=colours.get(kind, "#cccccc"), edgecolor="white", lw=0.4
+            )
             left += parts[kind]
     ax.set_yticks(range(len(layers)), list(layers), fontsize=7)
     ax.invert_yaxis()
@@ -183,12 +191,21 @@ def _palette(index: int) -> str:
     return colours[index % len(colours)]
 
 
-def _figure(rows: int = 1, height: float | None = None, ratios: tuple[float, ...] | None = None) -> tuple[Any, Any]:
+def require() -> Any:
+    """Return matplotlib's Figure class.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("figures: matplotlib is not installed; pip install ntkengine[demo]") from error
-    figure = Figure(figsize=(6.4, height or (4.0 if rows == 1 else 5.2)), layout="constrained")
+    return Figure
+
+
+def _figure(rows: int = 1, height: float | None = None, ratios: tuple[float, ...] | None = None) -> tuple[Any, Any]:
+    figure = require()(figsize=(6.4, height or (4.0 if rows == 1 else 5.2)), layout="constrained")
     axes = figure.subplots(rows, sharex=rows > 1 and ratios is None, height_ratios=ratios)
     for ax in np.atleast_1d(axes):
         ax.grid(True, color="#e6e6e6", lw=0.6)

@@ -38,7 +38,10 @@ def gram_table(gram: Any) -> Table:
     rows = [
         ("shape", f"{' × '.join(map(str, shape))} ({gram.contraction}, {gram.transform})"),
         ("error (spectral norm)", _noise(gram)),
-        ("examples", f"{len(gram.outputs):,} train, {0 if gram.eval_outputs is None else len(gram.eval_outputs):,} eval"),
+        (
+            "examples",
+            f"{len(gram.outputs):,} train, {0 if gram.eval_outputs is None else len(gram.eval_outputs):,} eval",
+        ),
         ("outputs", str(np.shape(gram.outputs)[1])),
     ]
     told = (
@@ -85,9 +88,9 @@ def plan_table(plan: Any) -> Table:
         for (name, path, strategy), same in found.items()
     ]
     note = (
-        f"{plan.samples:,} examples, {plan.tokens:,} tokens, {plan.outputs} outputs in {plan.microbatches} microbatches; "
-        f"passes {plan.pass_flops / 1e9:,.1f} of {plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} MiB "
-        f"above the model; about {plan.seconds:.1f} s at {plan.rate / 1e9:,.0f} GFLOP/s"
+        f"{plan.samples:,} examples, {plan.tokens:,} tokens, {plan.outputs} outputs, {plan.microbatches} microbatches; "
+        f"passes {plan.pass_flops / 1e9:,.1f} of {plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
+        f"MiB above the model; about {plan.seconds:.1f} s at {plan.rate / 1e9:,.0f} GFLOP/s"
     )
     if plan.unused:
         note += f"; f does not depend on {len(plan.unused)} selected parameters ({plan.unused[0]}, …)"
@@ -159,7 +162,14 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += flat(value, f"{prefix}{name}.")
         elif value is not None:
-            rows.append((prefix + name, ", ".join(map(str, value)) if isinstance(value, Sequence | set) and not isinstance(value, str) else str(value)))
+            rows.append(
+                (
+                    prefix + name,
+                    ", ".join(map(str, value))
+                    if isinstance(value, Sequence | set) and not isinstance(value, str)
+                    else str(value),
+                )
+            )
     return rows
 
 

@@ -42,11 +42,19 @@ class Call:
 
 
 class Recorder:
-    """Context manager that records every call of the given modules during a forward pass of n samples."""
+    """Context manager that records every call of the given modules during a forward pass of n samples.
 
-    def __init__(self, modules: dict[str, nn.Module], n: int) -> None:
+    Args:
+        modules: by name.
+        n: samples in the batch.
+        expand: an output with one row (a table of positions) stands for all samples: give each its own copy, so that
+            each has its own gradient. Wrong where one row is one routed token; the probe decides.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], n: int, *, expand: bool) -> None:
         self.modules = modules
         self.n = n
+        self.expand = expand
         self.calls: dict[str, list[Call]] = defaultdict(list)
         self._handles: list[Any] = []
 
@@ -71,8 +79,7 @@ class Recorder:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 self.calls[name].append(Call(args, kwargs, None, torch.Size(), ()))  # no path but the enclosing block's
                 return None
-            if output.ndim > 1 and output.shape[0] == 1 < self.n:
-                # One row for all samples (position embeddings): give each its own, so that each has its own gradient.
+            if self.expand and output.ndim > 1 and output.shape[0] == 1 < self.n:
                 output = output.expand(self.n, *output.shape[1:])
             if not output.requires_grad:
                 # The clone lets code downstream write in place, which a leaf forbids.
@@ -239,7 +246,13 @@ def _leaf_one(module: nn.Module, parameter: str, call: Call, d_C: Tensor) -> Ten
         if not isinstance(out, Tensor) or out.shape != d_C.shape[1:]:
             msg = "its output is not the recorded tensor"
             raise PathFailed(msg)
-        grads = [torch.autograd.grad(out, p, d, retain_graph=True)[0] for d in d_C]
+        if not out.requires_grad:
+            return torch.zeros(1, len(d_C), *matrix_shape(weight), dtype=weight.dtype, device=weight.device)
+        grads = [
+            torch.zeros_like(p) if g is None else g
+            for d in d_C
+            for g in torch.autograd.grad(out, p, d, retain_graph=True, allow_unused=True)
+        ]
     return torch.stack(grads).reshape(1, len(d_C), *matrix_shape(weight))
 
 

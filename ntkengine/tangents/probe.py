@@ -11,10 +11,13 @@ So a parameter can be slow, but never forgotten, counted twice, or attributed to
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,11 +30,12 @@ from ntkengine.tangents.verify import (
     Owners,
     Recording,
     agreeing,
-    agreeing_alone,
     close,
     factors_of,
     reference_gradients,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Structure:
         one_by_one: microbatches must hold one sample.
         trim: padding columns may be cut.
         outputs: C.
+        expand: an output with one row stands for all samples (`capture.Recorder`).
         tokens: by parameter: token axis of its factors on the probed samples.
     """
 
@@ -77,6 +82,7 @@ class Structure:
     one_by_one: bool = False
     trim: bool = True
     outputs: int = 0
+    expand: bool = True
     tokens: dict[str, int] = field(default_factory=dict)
 
     def on(self, model: nn.Module) -> Structure:
@@ -93,7 +99,7 @@ def probe(
     Args:
         model: frozen, in eval mode (`blocks.evaluation`).
         selected: parameters by name.
-        samples: the job's samples; the shortest, middle and longest of the first group are probed.
+        samples: the job's; the shortest, middle and longest are probed, and any that uses a parameter these do not.
         readout: f.
         seed: of the random cotangents.
 
@@ -104,22 +110,77 @@ def probe(
     """
     parameter = next(iter(selected.values()))
     trim = _trim_holds(model, samples, readout, parameter)
-    order = samples.order[0]
-    rows = order[sorted({0, len(order) // 2, len(order) - 1})]
-    few = Samples(
-        [{k: v[torch.from_numpy(rows).to(v.device)] for k, v in samples.groups[0].items()}], microbatch=3, trim=trim
-    )
-    inputs = few.inputs(few.chunks[0], parameter.device, parameter.dtype)
-    n = len(rows)
-    stack = find_stack(model, inputs, n) if n > 1 else find_stack(model, {k: v[:1] for k, v in inputs.items()}, 1)
+    group = int(np.argmax(samples.sizes))
+    order = samples.order[group]
+    rows = [(group, int(order[i])) for i in sorted({0, len(order) // 2, len(order) - 1})]
     owners = _owners(model, selected)
-    for attempt in (stack, Stack()):
-        found = _assign(model, selected, owners, inputs, attempt, readout, seed)
+    while True:
+        structure = _structure(model, selected, owners, _pick(samples, rows, trim), readout, rows, parameter, seed)
+        structure.trim = trim
+        late = _late_user(model, [selected[name] for name in structure.unused], samples, readout, parameter)
+        if late is None:
+            return structure
+        if late in rows:
+            msg = f"{structure.unused[0]}: whether f depends on it could not be settled; exclude it from params"
+            raise CheckFailed(msg)
+        rows.append(late)
+
+
+def _structure(
+    model: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    owners: dict[str, list[tuple[str, str]]],
+    few: Samples,
+    readout: Readout,
+    rows: list[tuple[int, int]],
+    parameter: nn.Parameter,
+    seed: int,
+) -> Structure:
+    inputs = few.inputs(few.chunks[0], parameter.device, parameter.dtype)
+    names = [f"{row}{' of the second inputs' if group else ''}" for group, row in (rows[i] for i in few.chunks[0].rows)]
+    for stack in (find_stack(model, inputs, len(rows)), Stack()):
+        found = _assign(model, selected, owners, inputs, stack, readout, names, seed)
         if found is not None:
-            found.trim = trim
             return found
     msg = "the model's forward pass could not be reproduced as one segment"
     raise CheckFailed(msg)
+
+
+def _pick(samples: Samples, rows: list[tuple[int, int]], trim: bool) -> Samples:
+    """Return the probed samples as one microbatch; those of another group than the first are padded to its width."""
+    parts = []
+    width = (
+        max(v.shape[1] for g, _ in rows for v in samples.groups[g].values() if v.ndim > 1)
+        if len({g for g, _ in rows}) > 1
+        else 0
+    )
+    for g, r in rows:
+        one = {k: v[r : r + 1] for k, v in samples.groups[g].items()}
+        parts.append(
+            {k: nn.functional.pad(v, (0, width - v.shape[1])) if width and v.ndim == 2 else v for k, v in one.items()}
+        )
+    return Samples([{k: torch.cat([part[k] for part in parts]) for k in parts[0]}], microbatch=len(rows), trim=trim)
+
+
+def _late_user(
+    model: nn.Module, unused: list[nn.Parameter], samples: Samples, readout: Readout, parameter: nn.Parameter
+) -> tuple[int, int] | None:
+    """Return a sample whose f depends on a parameter that the probed ones left unused (a routed expert), or None.
+
+    Cost: nothing when every parameter was used; else one forward pass of all samples.
+    """
+    if not unused:
+        return None
+    with wanting_gradients(unused):
+        for chunk in samples.chunks:
+            inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
+            if not readout(call_model(model, inputs), inputs).requires_grad:
+                continue
+            for i in range(chunk.n):
+                one = {k: v[i : i + 1] for k, v in inputs.items()}
+                if readout(call_model(model, one), one).requires_grad:
+                    return chunk.group, int(chunk.rows[i])
+    return None
 
 
 def _owners(model: nn.Module, selected: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[str, str]]]:
@@ -139,15 +200,37 @@ def _assign(
     inputs: Mapping[str, Tensor],
     stack: Stack,
     readout: Readout,
+    rows: list[str],
     seed: int,
 ) -> Structure | None:
     """Return verified paths, or None when segments are tied by more than the hidden states."""
     n = len(next(iter(inputs.values())))
     modules = {m: model.get_submodule(m) for places in owners.values() for m, _ in places}
     singles = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(n)]
-    batch = Recording(model, modules, inputs, stack, readout)
+    with torch.no_grad():
+        f = torch.cat([readout(call_model(model, one), one) for one in singles])
+    batch, agrees = _record(model, modules, inputs, stack, readout, f)
     with wanting_gradients(selected.values()):
-        return _verified(model, selected, owners, modules, stack, readout, seed, singles, batch)
+        return _verified(model, selected, owners, modules, stack, readout, rows, seed, singles, batch, agrees)
+
+
+def _record(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    stack: Stack,
+    readout: Readout,
+    f: Tensor,
+) -> tuple[Recording, bool]:
+    """Return a recording of the batch and whether its f is that of the samples one by one."""
+    try:
+        batch = Recording(model, modules, inputs, stack, readout, expand=True)
+        if close(batch.cut.outs[-1].detach(), f):
+            return batch, True
+    except (RuntimeError, IndexError, ValueError) as error:
+        log.debug("rows cannot be given to every sample: %s", error)
+    batch = Recording(model, modules, inputs, stack, readout, expand=False)
+    return batch, close(batch.cut.outs[-1].detach(), f)
 
 
 def _verified(
@@ -157,9 +240,11 @@ def _verified(
     modules: dict[str, nn.Module],
     stack: Stack,
     readout: Readout,
+    rows: list[str],
     seed: int,
     singles: list[dict[str, Tensor]],
     batch: Recording,
+    agrees: bool,
 ) -> Structure | None:
     n = batch.n
     references = [cut_forward(model, one, stack, readout) for one in singles]
@@ -168,9 +253,9 @@ def _verified(
     if stack.blocks and any(out.shape[0] != n for out in batch.cut.outs):
         return None
     alone: list[Recording] = []  # recorded on demand
-    structure = Structure(stack, outputs=int(references[0].outs[-1].shape[1]))
-    f_one = torch.cat([r.outs[-1].detach() for r in references])
-    structure.one_by_one = not close(batch.cut.outs[-1].detach(), f_one, float(f_one.abs().max()))
+    structure = Structure(
+        stack, outputs=int(references[0].outs[-1].shape[1]), expand=batch.expand, one_by_one=not agrees
+    )
     generator = torch.Generator().manual_seed(seed)
     used: set[str] = set()
     for segment in range(len(batch.cut.outs)):
@@ -179,25 +264,25 @@ def _verified(
         truth = reference_gradients(references, segment, selected, v)
         if truth is None:
             return None
-        scale = max((float(g.norm()) for grads in truth.values() for g in grads), default=0.0)
+        scale = max((norm for t in truth.values() for norm in t.norms), default=0.0)
+        if not math.isfinite(scale):
+            name = next(name for name, t in truth.items() if not all(map(math.isfinite, t.norms)))
+            row = rows[next(i for i, norm in enumerate(truth[name].norms) if not math.isfinite(norm))]
+            msg = f"{name}: the gradient is not finite for example {row}"
+            raise NonFinite(msg)
         pulled = batch.pull(segment, v)
-        for name, grads in truth.items():
+        for name, true in truth.items():
             used.add(name)
-            if any(not bool(torch.isfinite(g).all()) for g in grads):
-                msg = f"{name}: its gradient is not finite on the probed samples"
-                raise NonFinite(msg)
             here = [(m, local) for m, local in owners[name] if m in batch.calls[segment]]
-            choice = None if structure.one_by_one else agreeing(model, name, here, pulled, n, grads, scale)
+            choice = None if structure.one_by_one else agreeing(model, name, here, [pulled], [n], true, scale)
             if choice is None:
-                if not alone:
-                    alone = [Recording(model, modules, one, stack, readout) for one in singles]
                 structure.one_by_one = True
-                choice = agreeing_alone(
-                    model, name, here, [r.pull(segment, v[i : i + 1]) for i, r in enumerate(alone)], grads, scale
-                )
+                alone = alone or [Recording(model, modules, one, stack, readout, expand=False) for one in singles]
+                each = [r.pull(segment, v[i : i + 1]) for i, r in enumerate(alone)]
+                choice = agreeing(model, name, here, each, [1] * n, true, scale)
             if segment == stack.head and choice and not structure.one_by_one:
                 # Real cotangents here, random ones below: only the head shows which tokens f looks at.
-                structure.tokens[name] = factors_of(model, name, choice, pulled, n, grads[0]).tokens
+                structure.tokens[name] = factors_of(model, name, choice, pulled, n, true.like).tokens
             path = Path(name, segment, choice or ())
             structure.paths[segment].append(path)
             _settle_shape(structure, path, selected[name])
@@ -223,4 +308,4 @@ def _trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter:
             one = Samples(samples.groups, microbatch=1, trim=trim)
             inputs = one.inputs(one.chunks[0], parameter.device, parameter.dtype)
             f.append(readout(call_model(model, inputs), inputs))
-    return close(f[0], f[1], float(f[1].abs().max()))
+    return close(f[0], f[1])

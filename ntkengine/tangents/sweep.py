@@ -118,7 +118,7 @@ class Sweep:
         if self.stack.blocks:
             handles.append(self.stack.blocks[-1].register_forward_hook(after_last))
         try:
-            with Recorder(self._modules(paths), chunk.n) as recorder, self._wanted(paths):
+            with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
                 f = self.readout(call_model(self.model, inputs), inputs)
                 values = f.detach().to(torch.float64).cpu().numpy()
                 if not np.isfinite(values).all():
@@ -139,7 +139,7 @@ class Sweep:
         args, kwargs = self._saved[i].pop(segment)
         leaf = self.stack.take(args, kwargs).detach().requires_grad_(True)
         args, kwargs = self.stack.put(args, kwargs, leaf)
-        with Recorder(self._modules(paths), chunk.n) as recorder, self._wanted(paths):
+        with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
             out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
             return self._pull(
                 i, out, self._cotangents[i], [leaf] if segment > self.lowest else [], recorder, paths, chunk
@@ -154,7 +154,7 @@ class Sweep:
         handle = self.stack.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         inputs = self.samples.inputs(chunk, self.device, self.dtype)
         try:
-            with Recorder(self._modules(paths), chunk.n) as recorder, self._wanted(paths):
+            with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
                 try:
                     call_model(self.model, inputs)
                 except Reached as reached:
@@ -164,8 +164,9 @@ class Sweep:
         msg = "the first block was not reached"
         raise CheckFailed(msg)
 
-    def _modules(self, paths: list[Path]) -> dict[str, nn.Module]:
-        return {m: self.model.get_submodule(m) for path in paths for m, _, _ in path.owners}
+    def _recorder(self, paths: list[Path], n: int) -> Recorder:
+        modules = {m: self.model.get_submodule(m) for path in paths for m, _, _ in path.owners}
+        return Recorder(modules, n, expand=self.structure.expand)
 
     def _wanted(self, paths: list[Path]) -> AbstractContextManager[None]:
         return wanting_gradients([self.selected[path.parameter] for path in paths if not path.owners])

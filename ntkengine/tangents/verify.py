@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,6 @@ from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shap
 from ntkengine.tangents.factors import ParameterFactors, merge
 
 Owners = tuple[tuple[str, str, str], ...]
-
-# Two wrong paths differ by O(1); rounding, attention kernels and padding by far less.
-_AGREE = {torch.float64: 1e-4, torch.float32: 1e-3}
 
 
 class Recording:
@@ -29,10 +27,13 @@ class Recording:
         inputs: Mapping[str, Tensor],
         stack: Stack,
         readout: Readout,
+        *,
+        expand: bool,
     ) -> None:
         self.n = len(next(iter(inputs.values())))
+        self.expand = expand
         ends: list[dict[str, int]] = []
-        with Recorder(modules, self.n) as recorder:
+        with Recorder(modules, self.n, expand=expand) as recorder:
             self.cut = cut_forward(
                 model, inputs, stack, readout, lambda _s: ends.append({m: len(c) for m, c in recorder.calls.items()})
             )
@@ -55,15 +56,24 @@ class Recording:
         return pulled
 
 
+@dataclass
+class Truth:
+    """One parameter's gradients by plain autograd, for each sample, and their norms; None where it was not used."""
+
+    like: Tensor
+    gradients: list[Tensor | None]
+    norms: list[float]
+
+
 def reference_gradients(
     references: list[CutPass], segment: int, selected: Mapping[str, nn.Parameter], v: Tensor
-) -> dict[str, list[Tensor]] | None:
+) -> dict[str, Truth] | None:
     """Return each used parameter's gradient of ⟨v, segment output⟩ by plain autograd, sample by sample.
 
     None when the output also depends on another segment's input.
     """
     names = list(selected)
-    truth: dict[str, list[Tensor]] = {}
+    truth: dict[str, Truth] = {}
     for i, reference in enumerate(references):
         out, leaves = reference.outs[segment], [x for x in reference.leaves if x is not None]
         if not out.requires_grad:
@@ -75,7 +85,9 @@ def reference_gradients(
                 return None
         for name, g in zip(names, grads[len(leaves) :], strict=True):
             if g is not None:
-                truth.setdefault(name, [torch.zeros_like(selected[name]) for _ in references])[i] = g
+                if name not in truth:
+                    truth[name] = Truth(selected[name], [None] * len(references), [0.0] * len(references))
+                truth[name].gradients[i], truth[name].norms[i] = g, float(g.norm())
     return truth
 
 
@@ -83,35 +95,39 @@ def agreeing(
     model: nn.Module,
     name: str,
     here: list[tuple[str, str]],
-    pulled: dict[str, list[Pulled]],
-    n: int,
-    truth: list[Tensor],
+    pulled: Sequence[dict[str, list[Pulled]]],
+    sizes: Sequence[int],
+    truth: Truth,
     scale: float,
 ) -> Owners | None:
-    """Return the owners and kinds of the first path that reproduces the true per-sample gradients, or None."""
+    """Return the owners and kinds of the first path that reproduces the true per-sample gradients, or None.
+
+    Args:
+        model: the model.
+        name: the parameter.
+        here: modules that own it and were called, with its own name there.
+        pulled: recordings: one of all samples, or one of each.
+        sizes: samples in each recording.
+        truth: plain autograd.
+        scale: the largest gradient in the segment, for what counts as rounding.
+    """
     for general in (False, True):
         kinds = tuple((m, local, "leaf" if general else path_for(model.get_submodule(m), local)) for m, local in here)
-        got = _gradient(model, name, kinds, pulled, n, truth[0])
-        if got is not None and close(got, torch.stack(truth), scale):
+        at = 0
+        for recording, n in zip(pulled, sizes, strict=True):
+            got = _gradient(model, name, kinds, recording, n, truth.like)
+            if got is None or not all(_same(g, truth, at + i, scale) for i, g in enumerate(got)):
+                break
+            at += n
+        else:
             return kinds
     return None
 
 
-def agreeing_alone(
-    model: nn.Module,
-    name: str,
-    here: list[tuple[str, str]],
-    pulled: list[dict[str, list[Pulled]]],
-    truth: list[Tensor],
-    scale: float,
-) -> Owners | None:
-    """Return as `agreeing`, from recordings of one sample each."""
-    for general in (False, True):
-        kinds = tuple((m, local, "leaf" if general else path_for(model.get_submodule(m), local)) for m, local in here)
-        got = [_gradient(model, name, kinds, one, 1, truth[0]) for one in pulled]
-        if all(g is not None and close(g[0], t, scale) for g, t in zip(got, truth, strict=True)):
-            return kinds
-    return None
+def _same(got: Tensor, truth: Truth, i: int, scale: float) -> bool:
+    expected = truth.gradients[i]
+    error = float((got if expected is None else got - expected).norm())
+    return error <= agreement(got.dtype) * truth.norms[i] + rounding(got.dtype) * scale
 
 
 def _gradient(
@@ -140,10 +156,17 @@ def factors_of(
     return ParameterFactors(name, shape, [n], [merge(uses)])
 
 
-def close(got: Tensor, truth: Tensor, scale: float) -> bool:
-    """Whether two tensors agree to far better than two different gradients would, and are finite."""
-    tolerance = _AGREE.get(truth.dtype, 5e-2)
-    floor = 100 * torch.finfo(truth.dtype).eps * scale
-    error = (got - truth).reshape(len(got), -1).norm(dim=1) if got.ndim > 1 else (got - truth).norm()
-    size = truth.reshape(len(truth), -1).norm(dim=1) if truth.ndim > 1 else truth.norm()
-    return bool((error <= tolerance * size + floor).all())
+def close(got: Tensor, truth: Tensor) -> bool:
+    """Whether two tensors of outputs agree but for rounding, and are finite."""
+    scale = float(truth.abs().max()) if truth.numel() else 0.0
+    return float((got - truth).norm()) <= agreement(truth.dtype) * float(truth.norm()) + rounding(truth.dtype) * scale
+
+
+def agreement(dtype: torch.dtype) -> float:
+    """Relative error two equal gradients may have: two different ones differ by O(1), rounding by far less."""
+    return {torch.float64: 1e-4, torch.float32: 1e-3}.get(dtype, 5e-2)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Share of a segment's largest gradient below which another one is nothing but rounding."""
+    return 100 * torch.finfo(dtype).eps

@@ -1,0 +1,324 @@
+"""The command line: `ntkengine plan | gram | info | verify | spectrum | ridge | forecast | report | doctor | demo`.
+
+Exit codes: 0; 1 a computation failed or a file is damaged; 2 bad input; 130 interrupted. An error is one line on
+standard error. Heavy libraries are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
+from ntkengine.jobflags import collect, job_of
+
+app = typer.Typer(
+    help="Exact empirical neural tangent kernels of language models, and what they forecast of fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
+GramFile = Annotated[Path, typer.Argument(help="Gram file.", metavar="K.H5", show_default=False)]
+RidgeChoice = Annotated[str | None, typer.Option(help="loo, gcv, or a number in the unit of K.", show_default="loo")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Args:
+        arguments: default `sys.argv[1:]`.
+    """
+    try:
+        code = app(args=arguments, prog_name="ntkengine", standalone_mode=False)
+    except typer.Abort:
+        code = _say("interrupted", 130)
+    except Exception as error:
+        # Usage errors come from typer's own or from an installed click; both look like this.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        code = _say(f"{message()} (see ntkengine --help)", 2) if message() else 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def answered(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a command raises into one line and an exit code; other exceptions are bugs and keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except (InputError, NotImplementedError) as error:
+            raise typer.Exit(_say(error, 2)) from error
+        except (CheckFailed, NonFinite, NotConverged) as error:
+            raise typer.Exit(_say(error, 1)) from error
+        except BrokenPipeError as error:  # the reader had enough, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise typer.Exit(_say(f"{error.filename}: {error.strerror}", 2)) from error
+        except OSError as error:
+            raise typer.Exit(_say(error, 1)) from error
+        except MemoryError as error:
+            raise typer.Exit(_say(f"out of memory: {error}", 1)) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(_say("interrupted", 130)) from error
+
+    return run
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is chosen and why.")] = False,
+) -> None:
+    """Configure logging: the only place that does."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("ntkengine").setLevel(logging.INFO if verbose else logging.WARNING)
+    if not verbose:
+        warnings.simplefilter("ignore")
+
+
+@app.command("plan", help="Show what a job would do, before it does it. Takes the arguments of `gram`.")
+@answered
+@functools.wraps(collect)
+def plan_command(**flags: Any) -> None:
+    """Print the plan."""
+    from ntkengine.jobs import run_plan
+    from ntkengine.report.tables import plan_table
+    from ntkengine.report.text import show_progress
+
+    path, given, as_json = collect(**flags)
+    with show_progress() as progress:
+        found = run_plan(job_of(path, given), progress)
+    if as_json:
+        _json(found.to_dict())
+    else:
+        _print(plan_table(found))
+
+
+@app.command("gram", help="Compute a Gram matrix and write it to a file: from a job file, flags, or both.")
+@answered
+@functools.wraps(collect)
+def gram_command(**flags: Any) -> None:
+    """Run the job."""
+    from ntkengine.jobs import run_gram
+    from ntkengine.report.tables import gram_table
+    from ntkengine.report.text import show_progress
+
+    path, given, as_json = collect(**flags)
+    job = job_of(path, given)
+    if job.out is None:
+        raise InputError("--out: is missing; name the HDF5 file to write")
+    with show_progress() as progress:
+        found = run_gram(job, progress)
+    if as_json:
+        _json(_described(found))
+    else:
+        _print(gram_table(found))
+
+
+@app.command()
+@answered
+def info(path: GramFile, as_json: Json = False) -> None:
+    """Show everything a Gram file says about itself."""
+    from ntkengine.report.tables import gram_table, module_table
+    from ntkengine.store import open_gram
+
+    gram = open_gram(path)
+    traces = gram.meta.get("module_trace") or {}
+    if as_json:
+        _json(_described(gram))
+        return
+    _print(gram_table(gram))
+    total = sum(traces.values())
+    if total > 0:
+        _print(module_table({name: value / total for name, value in traces.items()}, total))
+
+
+@app.command()
+@answered
+def verify(path: GramFile, as_json: Json = False) -> None:
+    """Check a Gram file's checksums and that every number is finite; exit 1 if not."""
+    from ntkengine.store import verify_gram
+
+    problems = verify_gram(path)
+    if as_json:
+        _json({"path": str(path), "sound": not problems, "problems": problems})
+    elif not problems:
+        print(f"{path}: sound")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise typer.Exit(1 if as_json else _say(f"{path}: {problems[0]}{more}", 1))
+
+
+@app.command()
+@answered
+def spectrum(
+    path: GramFile,
+    k: Annotated[int, typer.Option("-k", "--count", help="Eigenvalues to print.")] = 20,
+    which: Annotated[str, typer.Option(help="LA largest, SA smallest, BE both ends.")] = "LA",
+    as_json: Json = False,
+) -> None:
+    """Print extreme eigenvalues with their errors, and the condition number."""
+    from ntkengine.report.tables import spectrum_table
+    from ntkengine.spectrum import condition_number, effective_rank, eigsh
+    from ntkengine.store import open_gram
+
+    gram = open_gram(path)
+    ritz, condition = eigsh(gram, k=min(k, gram.shape[-1]), which=which), condition_number(gram)
+    if as_json:
+        found = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
+        told = {name: getattr(condition, name) for name in ("lambda_max", "lambda_min", "lower", "resolved")}
+        told |= {"noise": condition.noise, "upper": condition.upper if condition.resolved else None}
+        _json({"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram)})
+        return
+    _print(spectrum_table(ritz, condition))
+
+
+@app.command()
+@answered
+def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> None:
+    """Kernel ridge regression along the ridge path: train, leave-one-out, GCV and eval errors."""
+    from ntkengine.jobs import forecast_file
+    from ntkengine.report.tables import ridge_dimension, ridge_table
+
+    found = forecast_file(path, _ridge(ridge))
+    if not as_json:
+        _print(ridge_table(found))
+        return
+    names = ("ridge", "ridge_loo", "ridge_gcv", "ridges", "train_mse", "loo_mse", "loo_accuracy", "gcv", "eval_mse")
+    plain = found.to_dict()
+    dimensions = [ridge_dimension(found, i) for i in range(len(found.ridges))]
+    told = {name: plain[name] for name in (*names, "eval_accuracy")}
+    _json({"path": str(path), **told, "effective_dimension": dimensions})
+
+
+@app.command()
+@answered
+def forecast(
+    path: Annotated[Path, typer.Argument(help="Gram file, or the job file that wrote it.", metavar="K.H5|JOB.TOML")],
+    ridge: RidgeChoice = None,
+    as_json: Json = False,
+) -> None:
+    """Forecast what fine-tuning will reach."""
+    from ntkengine.jobfile import read_job
+    from ntkengine.jobs import forecast_file
+    from ntkengine.report.tables import forecast_table
+
+    chosen = _ridge(ridge)
+    if path.suffix == ".toml":
+        job = read_job(path)
+        if job.out is None:
+            raise InputError(f"{path}: out: is missing, so there is no Gram file to read")
+        path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
+    found = forecast_file(path, chosen)
+    if as_json:
+        _json({"path": str(path), **found.to_dict()})
+        return
+    _print(forecast_table(found))
+    for line in found.assumptions:
+        print(f"- {line}")
+
+
+@app.command()
+@answered
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Gram files.", metavar="K.H5...", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    ridge: RidgeChoice = None,
+) -> None:
+    """Write one self-contained HTML page over Gram files."""
+    from ntkengine.jobs import report_files
+    from ntkengine.report import write_report
+
+    if not out.parent.is_dir():
+        raise InputError(f"report: folder {out.parent} does not exist")
+    print(write_report(out, report_files(paths, _ridge(ridge))))
+
+
+@app.command()
+@answered
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine offers: versions, threads, memory, devices."""
+    from ntkengine.doctor import examine
+    from ntkengine.report.tables import Table
+
+    rows = examine()
+    if as_json:
+        _json({row["name"]: {"found": row["found"] or None, "note": row["note"]} for row in rows})
+        return
+    _print(Table("Doctor", (), [(row["name"], row["found"] or "-", row["note"]) for row in rows]))
+
+
+@app.command()
+@answered
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the two Gram files and the report.")] = Path("runs/demo"),
+    train: Annotated[int, typer.Option(help="Training examples.")] = 256,
+    evaluate: Annotated[int, typer.Option("--eval", help="Held-out examples.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the drawn examples.")] = 0,
+) -> None:
+    """Run the whole job on a real model and real text: MiniLM on movie review snippets (downloads 86 MB once)."""
+    from ntkengine.demo import run_demo
+    from ntkengine.report.text import make_console, show_progress
+
+    with show_progress() as progress:
+        result = run_demo(out, train, evaluate, seed, progress)
+    for table in result.tables:
+        _print(table)
+    console = make_console()
+    for line in result.summary:
+        console.print(line, markup=False)
+
+
+def _ridge(given: str | None) -> str | float:
+    if given is None or given in ("loo", "gcv"):
+        return given or "loo"
+    try:
+        return float(given)
+    except ValueError:
+        raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {given!r}") from None
+
+
+def _described(gram: Any) -> dict[str, Any]:
+    arrays = {name: getattr(gram, name) for name in ("values", "outputs", "targets", "cross")}
+    arrays |= {name: getattr(gram, name) for name in ("eval_outputs", "eval_targets")} | dict(gram.extras)
+    shapes = {name: None if array is None else list(array.shape) for name, array in arrays.items()}
+    own = {"path": str(gram.path), "contraction": gram.contraction, "transform": gram.transform, "noise": gram.noise}
+    return own | {"shapes": shapes, "modules": list(gram.modules), "meta": gram.meta}
+
+
+def _print(table: Any) -> None:
+    from ntkengine.report.text import make_console, print_table
+
+    print_table(table, make_console())
+
+
+def _json(value: Any) -> None:
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON lacks, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+def _say(error: object, code: int) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code

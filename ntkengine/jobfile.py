@@ -1,0 +1,293 @@
+"""The job file: one `compute_gram` call as TOML, checked key by key.
+
+out = "k.h5"
+[model]  path, num_labels, dtype, device, seed, allow_pickle, trust_remote_code;  [model.peft] any PEFT config's fields
+[data]   train, eval, text, text_pair, label, label_names, limit, eval_limit, shuffle, max_length, truncate
+[head]   fit, ridge, folds, seed
+[gram]   arguments of `compute_gram`
+[forecast]  ridge
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ntkengine.errors import InputError
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    list[str]: "a list of texts",
+    dict: "a table",
+    type(None): "nothing",
+}
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """[model]: arguments of `load_model`.
+
+    Attributes:
+        path: folder or hub id.
+        num_labels: logits of the head; default as many as the data has classes.
+        dtype: of the weights.
+        device: "auto", "cpu", "cuda", ….
+        seed: of a fresh head and of the adapter's start.
+        allow_pickle: load pickled weights.
+        trust_remote_code: run code that comes with the model.
+        peft: PEFT configuration by its field names.
+    """
+
+    path: str
+    num_labels: int | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    seed: int = 0
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    peft: dict | None = None
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """[data]: what is read and how it becomes token ids.
+
+    Attributes:
+        train: file of the examples the Gram is of.
+        eval: file of further examples: adds the eval × train Gram.
+        text: column of the text.
+        text_pair: column of a second text.
+        label: column of the label; empty for unlabelled data.
+        label_names: classes in order; default the sorted values in the training file.
+        limit: first rows of `train` only.
+        eval_limit: first rows of `eval` only.
+        shuffle: seed; rows are shuffled before the limit.
+        max_length: tokens an example may have.
+        truncate: cut longer examples; otherwise they are refused.
+    """
+
+    train: Path
+    eval: Path | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    label_names: list[str] | None = None
+    limit: int | None = None
+    eval_limit: int | None = None
+    shuffle: int | None = None
+    max_length: int | None = None
+    truncate: bool = False
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """[head]: a ridge fit of the classification head before the Gram.
+
+    Attributes:
+        fit: default: when the head is freshly initialised and there are labels.
+        ridge: "loo" or a number.
+        folds: heads fitted without each example's fold give the held-out outputs.
+        seed: of the folds.
+    """
+
+    fit: bool | None = None
+    ridge: str | float = "loo"
+    folds: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GramPart:
+    """[gram]: arguments of `compute_gram`."""
+
+    readout: str = "logits"
+    params: str | list[str] = "trainable"
+    contraction: str = "trace"
+    transform: str = "sgd"
+    per_module: bool = False
+    precision: str = "high"
+    backend: str = "auto"
+    memory_gib: float | None = None
+    resume: bool = True
+    check: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ForecastPart:
+    """[forecast].
+
+    Attributes:
+        ridge: "loo", "gcv" or a number in the unit of K.
+    """
+
+    ridge: str | float = "loo"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A whole job.
+
+    Attributes:
+        model: which model.
+        data: which examples.
+        head: what is done to its head first.
+        gram: which Gram.
+        forecast: how it is read.
+        out: HDF5 file to write; None keeps the Gram in memory.
+    """
+
+    model: ModelPart
+    data: DataPart
+    head: HeadPart = field(default_factory=HeadPart)
+    gram: GramPart = field(default_factory=GramPart)
+    forecast: ForecastPart = field(default_factory=ForecastPart)
+    out: Path | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what bears on the numbers, as plain JSON types: the file keeps it and tells other jobs from it."""
+        found = {name: _plain(asdict(getattr(self, name))) for name in ("model", "data", "head", "gram")}
+        for name in ("memory_gib", "resume", "backend"):
+            del found["gram"][name]
+        # The same job may be started from another folder.
+        if Path(self.model.path).exists():
+            found["model"]["path"] = str(Path(self.model.path).resolve())
+        for name in ("train", "eval"):
+            if found["data"][name] is not None:
+                found["data"][name] = str(Path(found["data"][name]).resolve())
+        return found
+
+
+def read_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Job:
+    """Return the job of a TOML file.
+
+    Args:
+        path: the file; relative paths in it are taken from its folder.
+        overrides: nested like the file, and stronger; None values leave the file's. Its paths are taken as they are.
+
+    Raises:
+        InputError: no such file, not TOML, or a key or value that does not belong, named.
+    """
+    path = Path(path)
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not a readable TOML file: {error}") from error
+    # Every key is checked as it stands in the file, before anything is laid over it.
+    _check_names(found, Job, str(path))
+    return make_job(merged(_resolved(found, path.parent), overrides or {}), str(path))
+
+
+def make_job(found: Mapping[str, Any], where: str = "job") -> Job:
+    """Return the job of nested mappings.
+
+    Args:
+        found: nested like the file.
+        where: what messages call it.
+
+    Raises:
+        InputError: as `read_job`.
+    """
+    job: Job = _built(found, Job, where)
+    return job
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `below` with the values of `above` that are not None laid over it, table by table."""
+    result = dict(below)
+    for name, value in above.items():
+        if isinstance(value, Mapping):
+            inner = merged(result[name] if isinstance(result.get(name), Mapping) else {}, value)
+            if inner:
+                result[name] = inner
+        elif value is not None:
+            result[name] = value
+    return result
+
+
+def _built(found: Mapping[str, Any], kind: type, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    _check_names(found, kind, where)
+    given = {}
+    for item in fields(kind):
+        place = f"{where}: {item.name}"
+        if item.name not in found:
+            needed = item.default is MISSING and item.default_factory is MISSING
+            if needed and is_dataclass(hints[item.name]):
+                given[item.name] = _built({}, typing.cast(type, hints[item.name]), place)
+            elif needed:
+                raise InputError(f"{place}: is missing")
+            continue
+        hint, value = hints[item.name], found[item.name]
+        if is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{place}: expected a table, got {value!r}")
+            given[item.name] = _built(value, typing.cast(type, hint), place)
+        else:
+            given[item.name] = _checked(value, hint, place)
+    return kind(**given)
+
+
+def _check_names(found: Mapping[str, Any], kind: type, where: str) -> None:
+    names = [item.name for item in fields(kind)]
+    for name in found:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
+            raise InputError(f"{where}: unknown key {name!r}; {hint}")
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in allowed:
+        if kind is list[str]:
+            if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+                return list(value)
+        elif kind is dict:
+            if isinstance(value, Mapping):
+                return dict(value)
+        elif kind is Path:
+            if isinstance(value, str | Path) and str(value):
+                return Path(value)
+        elif kind is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+    expected = " or ".join(_WORDS[kind] for kind in allowed if kind is not type(None))
+    raise InputError(f"{where}: expected {expected}, got {value!r}")
+
+
+def _resolved(found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Take relative paths from the job file's folder; a model path only when such a folder is there."""
+    result = merged({}, found)
+    if isinstance(result.get("out"), str):
+        result["out"] = folder / Path(result["out"]).expanduser()
+    data, model = result.get("data"), result.get("model")
+    if isinstance(data, dict):
+        data |= {k: folder / Path(data[k]).expanduser() for k in ("train", "eval") if isinstance(data.get(k), str)}
+    if isinstance(model, dict) and isinstance(model.get("path"), str):
+        local = folder / Path(model["path"]).expanduser()
+        if local.exists() or model["path"].startswith((".", "~", "/")):
+            model["path"] = str(local)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

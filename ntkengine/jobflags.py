@@ -1,0 +1,139 @@
+"""`ntkengine gram` and `ntkengine plan`: one set of flags, which override a job file's keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ntkengine.errors import InputError
+from ntkengine.jobfile import Job, make_job, merged, read_job
+
+_MODEL, _DATA, _HEAD, _GRAM = "Model", "Data", "Head", "Gram"
+
+
+def _flag(panel: str, help_text: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, show_default=False)
+
+
+def collect(
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB.TOML]", help="Job file; flags override it.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="HDF5 file to write.", show_default=False)] = None,
+    model: Annotated[str | None, _flag(_MODEL, "Model folder or hub id.")] = None,
+    num_labels: Annotated[int | None, _flag(_MODEL, "Logits of the head (default: as many as classes).")] = None,
+    dtype: Annotated[str | None, _flag(_MODEL, "Dtype of the weights (default: float32).")] = None,
+    device: Annotated[str | None, _flag(_MODEL, "auto, cpu, cuda (default: auto).")] = None,
+    peft: Annotated[str | None, _flag(_MODEL, "Adapter type, e.g. lora.")] = None,
+    target: Annotated[str | None, _flag(_MODEL, "Modules it adapts, e.g. query,value.")] = None,
+    rank: Annotated[int | None, _flag(_MODEL, "Its rank.")] = None,
+    alpha: Annotated[int | None, _flag(_MODEL, "Its scale, lora_alpha.")] = None,
+    allow_pickle: Annotated[bool | None, _flag(_MODEL, "Load pickled weights.", "--allow-pickle")] = None,
+    trust_remote_code: Annotated[bool | None, _flag(_MODEL, "Run the model's code.", "--trust-remote-code")] = None,
+    data: Annotated[Path | None, _flag(_DATA, "Training examples: tsv, csv, jsonl, json, parquet.")] = None,
+    evaluate: Annotated[Path | None, _flag(_DATA, "Held-out examples: adds their cross Gram.", "--eval")] = None,
+    text_column: Annotated[str | None, _flag(_DATA, "Column of the text (default: text).")] = None,
+    pair_column: Annotated[str | None, _flag(_DATA, "Column of a second text.")] = None,
+    label_column: Annotated[str | None, _flag(_DATA, "Column of the label (default: label); '' for none.")] = None,
+    label_names: Annotated[str | None, _flag(_DATA, "Classes in order, e.g. negative,positive.")] = None,
+    limit: Annotated[int | None, _flag(_DATA, "First training rows only.")] = None,
+    eval_limit: Annotated[int | None, _flag(_DATA, "First eval rows only.")] = None,
+    shuffle: Annotated[int | None, _flag(_DATA, "Seed; shuffle rows before the limit.")] = None,
+    max_length: Annotated[int | None, _flag(_DATA, "Tokens an example may have (default: the model's limit).")] = None,
+    truncate: Annotated[bool | None, _flag(_DATA, "Cut longer examples.", "--truncate/--no-truncate")] = None,
+    fit_head: Annotated[
+        bool | None, _flag(_HEAD, "Fit the head by ridge first (default: if it is fresh).", "--fit-head/--no-fit-head")
+    ] = None,
+    head_ridge: Annotated[str | None, _flag(_HEAD, "loo or a number (default: loo).")] = None,
+    readout: Annotated[str | None, _flag(_GRAM, "logits, margin, loss (default: logits).")] = None,
+    params: Annotated[str | None, _flag(_GRAM, "trainable, all, a glob, or names a,b (default: trainable).")] = None,
+    contraction: Annotated[str | None, _flag(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).")] = None,
+    transform: Annotated[str | None, _flag(_GRAM, "Inner product (default: sgd).")] = None,
+    per_module: Annotated[bool | None, _flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
+    precision: Annotated[str | None, _flag(_GRAM, "high or exact (default: high).")] = None,
+    backend: Annotated[str | None, _flag(_GRAM, "auto or torch (default: auto).")] = None,
+    memory_gib: Annotated[float | None, _flag(_GRAM, "Refuse a job that needs more.")] = None,
+    check: Annotated[bool | None, _flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,
+    resume: Annotated[bool | None, _flag(_GRAM, "Accept a complete file (default: yes).", "--resume/--no-resume")] = None,
+    seed: Annotated[int | None, _flag(_GRAM, "Of a fresh head, the adapter's start, folds and checks (default: 0).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
+) -> tuple[Path | None, dict[str, Any], bool]:
+    """Return the job file, what the flags lay over it (nested like the file, None where not given), and `--json`."""
+    adapter = {
+        "peft_type": None if peft is None else peft.upper(),
+        "target_modules": _names(target),
+        "r": rank,
+        "lora_alpha": alpha,
+    }
+    flags: dict[str, Any] = {
+        "out": out,
+        "model": {
+            "path": model,
+            "num_labels": num_labels,
+            "dtype": dtype,
+            "device": device,
+            "allow_pickle": allow_pickle,
+            "trust_remote_code": trust_remote_code,
+            "seed": seed,
+            "peft": {name: value for name, value in adapter.items() if value is not None},
+        },
+        "data": {
+            "train": data,
+            "eval": evaluate,
+            "text": text_column,
+            "text_pair": pair_column,
+            "label": label_column,
+            "label_names": _names(label_names),
+            "limit": limit,
+            "eval_limit": eval_limit,
+            "shuffle": shuffle,
+            "max_length": max_length,
+            "truncate": truncate,
+        },
+        "head": {"fit": fit_head, "ridge": _number(head_ridge), "seed": seed},
+        "gram": {
+            "readout": readout,
+            "params": params if params is None or "," not in params else _names(params),
+            "contraction": contraction,
+            "transform": transform,
+            "per_module": per_module,
+            "precision": precision,
+            "backend": backend,
+            "memory_gib": memory_gib,
+            "check": check,
+            "resume": resume,
+            "seed": seed,
+        },
+    }
+    return job, flags, as_json
+
+
+def job_of(path: Path | None, flags: dict[str, Any]) -> Job:
+    """Return the job of a job file and flags, or of flags alone.
+
+    Raises:
+        InputError: a missing or wrong value; the flag that would give it is named.
+    """
+    if path is not None:
+        job = read_job(path, flags)
+    else:
+        for part, key, flag in (("model", "path", "--model"), ("data", "train", "--data")):
+            if flags[part][key] is None:
+                raise InputError(f"{flag}: is missing; give it, or a job file")
+        job = make_job(merged({}, flags), "flags")
+    if job.model.peft is not None and "peft_type" not in job.model.peft:
+        raise InputError(
+            f"--peft: is missing, but the adapter's {', '.join(job.model.peft)} is given; e.g. --peft lora"
+        )
+    return job
+
+
+def _names(given: str | None) -> list[str] | None:
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+
+
+def _number(given: str | None) -> str | float | None:
+    try:
+        return None if given is None else float(given)
+    except ValueError:
+        return given

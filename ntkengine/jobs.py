@@ -1,0 +1,257 @@
+"""A job from its description to a Gram, and from a Gram file to what is read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkengine.errors import InputError
+from ntkengine.jobfile import Job
+
+if TYPE_CHECKING:
+    from ntkengine.forecast import Forecast
+    from ntkengine.gram.engine import Gram
+    from ntkengine.gram.plan import Plan
+    from ntkengine.inputs.examples import Examples
+    from ntkengine.report import Section
+
+Progress = Callable[[float, float, str], None]
+Pair = tuple["Examples", "Examples | None"]
+_ADDED = ("head.fitted", "classes")  # what a run adds to its settings
+
+
+def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | None = None) -> Gram:
+    """Run a job: model, data, token ids, head, Gram, file.
+
+    Whatever can be refused is refused before the first long computation, and a failed job leaves no file.
+
+    Args:
+        job: the job.
+        progress: called with (flops done, flops in all, stage); loading has a total of 1.
+        examples: (train, eval or None) to use instead of the job's files, which then only name them.
+
+    Returns:
+        The Gram, backed by its file when the job has an `out`.
+
+    Raises:
+        InputError, NotImplementedError, CheckFailed, NonFinite: as `compute_gram`, `load_model`, `read_examples`.
+    """
+    from ntkengine.gram.engine import compute_gram
+
+    tell = progress or _quiet
+    _check_early(job)
+    prepared = _Prepared(job, tell, examples)
+    call = prepared.arguments()
+    held_out = prepared.fit_head(tell)
+    extras = {} if held_out is None else {"held_out_outputs": held_out}
+    head = job.settings()["head"] | {"fitted": held_out is not None}
+    part = job.gram
+    return compute_gram(
+        prepared.model,
+        prepared.inputs,
+        **call,
+        memory_gib=part.memory_gib,
+        resume=part.resume,
+        check=part.check,
+        out=job.out,
+        progress=progress,
+        targets=prepared.targets(prepared.train),
+        eval_targets=prepared.targets(prepared.eval),
+        example_ids=prepared.train.ids,
+        eval_ids=None if prepared.eval is None else prepared.eval.ids,
+        job=job.settings() | {"head": head, "classes": list(prepared.train.label_names)},
+        extras=extras,
+    )
+
+
+def run_plan(job: Job, progress: Progress | None = None) -> Plan:
+    """Return the plan of a job without running it; cost: loading, and about ten passes of three samples."""
+    from ntkengine.gram.engine import plan_gram
+
+    _check_early(replace(job, out=None))
+    prepared = _Prepared(job, progress or _quiet, None)
+    return plan_gram(prepared.model, prepared.inputs, **prepared.arguments())
+
+
+class _Prepared:
+    """A job's model and data, loaded and checked against each other."""
+
+    def __init__(self, job: Job, tell: Progress, examples: Pair | None) -> None:
+        from ntkengine.inputs.examples import tokenize
+        from ntkengine.inputs.models import load_model
+        from ntkengine.inputs.parameters import select_parameters
+
+        self.job = job
+        tell(0.0, 1.0, "reading examples")
+        self.train, self.eval = _read(job) if examples is None else examples
+        labelled = self.train.labels is not None
+        classes = len(self.train.label_names) if labelled else 0
+        self.num_labels = job.model.num_labels or max(2, classes)
+        if classes > self.num_labels:
+            raise InputError(
+                f"model.num_labels: expected at least {classes}, one for each class of {job.data.train}, "
+                f"got {self.num_labels}"
+            )
+        self.targets(self.train)
+        tell(0.0, 1.0, "loading the model")
+        part = job.model
+        self.model = load_model(
+            part.path,
+            num_labels=self.num_labels,
+            peft=part.peft,
+            dtype=part.dtype,
+            device=part.device,
+            trust_remote_code=part.trust_remote_code,
+            allow_pickle=part.allow_pickle,
+            seed=part.seed,
+        )
+        cut = {"max_length": job.data.max_length, "truncate": job.data.truncate}
+        tell(0.0, 1.0, "tokenizing")
+        self.inputs = tokenize(self.train, self.model, **cut)
+        self.eval_inputs = None if self.eval is None else tokenize(self.eval, self.model, **cut)
+        select_parameters(self.model, job.gram.params)
+        if job.head.fit and not labelled:
+            raise InputError("head.fit: expected labels to fit the head on, the examples have none")
+        new = bool(getattr(self.model, "ntk_head_new", False))
+        self.fits = labelled and (new if job.head.fit is None else job.head.fit)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what `compute_gram` and `plan_gram` share."""
+        names = ("readout", "params", "contraction", "transform", "per_module", "precision", "backend", "seed")
+        found = {name: getattr(self.job.gram, name) for name in names}
+        return found | ({} if self.eval_inputs is None else {"eval_inputs": self.eval_inputs})
+
+    def targets(self, examples: Examples | None) -> np.ndarray | None:
+        """Return ±1 targets, (N, C) float64, or None without labels or with a readout that has no class targets."""
+        from ntkengine.inputs.readout import encode_targets
+
+        if examples is None or examples.labels is None or self.job.gram.readout not in ("logits", "margin"):
+            return None
+        return encode_targets(examples.labels, self.job.gram.readout, self.num_labels)
+
+    def fit_head(self, tell: Progress) -> np.ndarray | None:
+        """Fit the head where the job wants it; return its out-of-fold outputs in the readout's layout, or None."""
+        from ntkengine.inputs.heads import fit_head
+        from ntkengine.inputs.readout import encode_targets
+
+        if not self.fits or self.train.labels is None:
+            return None
+        tell(0.0, 1.0, "fitting the head")
+        margin = self.job.gram.readout == "margin"
+        # Logits of ±1/2 make a margin of ±1, which is what its targets are.
+        goal = encode_targets(self.train.labels, "logits", self.num_labels) * (0.5 if margin else 1.0)
+        part = self.job.head
+        held_out: np.ndarray = fit_head(
+            self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed
+        ).held_out
+        return held_out[:, 1:] - held_out[:, :1] if margin else held_out
+
+
+def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -> Forecast:
+    """Return the forecast of what a Gram file holds: targets, outputs, held-out outputs, eval.
+
+    Args:
+        path_or_gram: a file, or a Gram with targets.
+        ridge: "loo", "gcv", or a number in the unit of K.
+
+    Raises:
+        InputError: no targets in it, a head fitted on them without held-out outputs, or as `forecast`.
+    """
+    from ntkengine.forecast import forecast
+    from ntkengine.store import open_gram
+
+    gram = open_gram(path_or_gram) if isinstance(path_or_gram, str | Path) else path_or_gram
+    name = gram.path or "gram"
+    if gram.targets is None:
+        raise InputError(f"{name}: holds no targets, so there is nothing to forecast; compute it on labelled examples")
+    outputs, wanted = np.shape(gram.outputs)[1], np.shape(gram.targets)[1]
+    if gram.contraction == "sum-of-outputs" and wanted > 1:
+        raise InputError(
+            f"{name}: 'sum-of-outputs' is the kernel of the sum of {wanted} outputs and cannot forecast each; compute "
+            "the Gram with 'trace' or 'full'"
+        )
+    if outputs != wanted:
+        raise InputError(f"{name}: expected targets for {outputs} outputs, got {wanted}")
+    settings = gram.meta.get("settings") or {}
+    return forecast(
+        gram,
+        gram.targets,
+        held_out_offset=gram.extras.get("held_out_outputs"),
+        eval_targets=gram.eval_targets,
+        head_fitted_on_targets=bool((settings.get("head") or {}).get("fitted", False)),
+        ridge=ridge,
+    )
+
+
+def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> list[Section]:
+    """Return the sections of a report over Gram files; several with targets are also set side by side.
+
+    Raises:
+        InputError: a file that is not a Gram, or matplotlib is not installed.
+    """
+    from ntkengine.report import Section
+    from ntkengine.report.plots import forecast_figures, spectrum_figure
+    from ntkengine.report.tables import comparison_table, forecast_table, gram_table, module_table, spectrum_table
+    from ntkengine.spectrum import as_matrix, condition_from_eigenvalues, eigsh, noise_of
+    from ntkengine.store import open_gram
+
+    sections, forecasts = [], {}
+    for path in paths:
+        gram = open_gram(path)
+        facts = gram_table(gram)
+        if gram.targets is not None and gram.contraction != "sum-of-outputs":
+            found = forecasts[str(path)] = forecast_file(gram, ridge)
+            tables = [facts, forecast_table(found)]
+            if found.modules:
+                tables.append(module_table(found.modules, float(sum(gram.meta["module_trace"].values()))))
+            sections.append(Section(str(path), tables, forecast_figures(found), found.assumptions))
+            continue
+        matrix = as_matrix(gram)
+        values = np.linalg.eigvalsh(matrix)[::-1]
+        condition = condition_from_eigenvalues(values, noise_of(gram))
+        figures = {"spectrum": spectrum_figure(values, condition.noise, str(condition))}
+        table = spectrum_table(eigsh(gram, k=min(20, len(matrix))), condition)
+        sections.append(Section(str(path), [facts, table], figures, ["Without class targets there is no forecast."]))
+    if len(forecasts) > 1:
+        sections.insert(0, Section("Side by side", [comparison_table(forecasts)]))
+    return sections
+
+
+def _read(job: Job) -> Pair:
+    from ntkengine.inputs.examples import read_examples
+
+    part = job.data
+    columns: dict[str, Any] = {"text": part.text, "label": part.label or None, "text_pair": part.text_pair}
+    train = read_examples(part.train, **columns, limit=part.limit, label_names=part.label_names, shuffle=part.shuffle)
+    if part.eval is None:
+        return train, None
+    names = None if train.labels is None else train.label_names
+    return train, read_examples(part.eval, **columns, limit=part.eval_limit, label_names=names, shuffle=part.shuffle)
+
+
+def _check_early(job: Job) -> None:
+    """Refuse what can be refused without reading anything large, and a file that another job has written."""
+    from ntkengine.gram.identity import writable
+    from ntkengine.gram.task import refuse
+    from ntkengine.inputs.readout import resolve_readout
+    from ntkengine.report.tables import flat
+    from ntkengine.store import read_job as stored_job
+
+    part = job.gram
+    refuse(part.transform, part.precision, part.backend, None, part.contraction, None, None)
+    resolve_readout(part.readout, part.contraction)
+    if job.out is None or not writable(job.out).exists():
+        return
+    there, here = dict(flat(stored_job(job.out).get("settings") or {})), dict(flat(job.settings()))
+    for name in [*here, *(n for n in there if n not in (*here, *_ADDED))]:
+        if there.get(name) != here.get(name):
+            found, wanted = (repr(s[name]) if name in s else "not set" for s in (there, here))
+            raise InputError(f"out: {job.out} holds another job: {name} is {found} there, {wanted} here")
+
+
+def _quiet(_done: float, _total: float, _stage: str) -> None:
+    """Tell nobody."""
