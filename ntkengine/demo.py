@@ -118,7 +118,8 @@ def _summary(name: str, found: Forecast, seconds: float) -> list[str]:
         inside = "inside" if low <= mse <= high else "outside"
         lines.append(
             f"  linearised prediction on {found.n_eval} held-out examples: mse {mse:.3f} "
-            f"(95% {worst:.3f} to {best:.3f}), {inside} the forecast's interval; before training {found.start['eval_mse']:.3f}"
+            f"(95% {worst:.3f} to {best:.3f}), {inside} the forecast's interval; "
+            f"before training {found.start['eval_mse']:.3f}"
         )
     if found.loo_accuracy_at_ridge is not None and found.eval_at_ridge is not None:
         share, held = found.loo_accuracy_at_ridge[0], found.eval_at_ridge[3]

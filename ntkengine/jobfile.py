@@ -252,7 +252,7 @@ def _check_names(found: Mapping[str, Any], kind: type, where: str) -> None:
 def _checked(value: Any, hint: Any, where: str) -> Any:
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in allowed:
-        if kind is list[str]:
+        if kind == list[str]:
             if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
                 return list(value)
         elif kind is dict:

@@ -47,15 +47,21 @@ def collect(
     head_ridge: Annotated[str | None, _flag(_HEAD, "loo or a number (default: loo).")] = None,
     readout: Annotated[str | None, _flag(_GRAM, "logits, margin, loss (default: logits).")] = None,
     params: Annotated[str | None, _flag(_GRAM, "trainable, all, a glob, or names a,b (default: trainable).")] = None,
-    contraction: Annotated[str | None, _flag(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).")] = None,
+    contraction: Annotated[
+        str | None, _flag(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).")
+    ] = None,
     transform: Annotated[str | None, _flag(_GRAM, "Inner product (default: sgd).")] = None,
     per_module: Annotated[bool | None, _flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
     precision: Annotated[str | None, _flag(_GRAM, "high or exact (default: high).")] = None,
     backend: Annotated[str | None, _flag(_GRAM, "auto or torch (default: auto).")] = None,
     memory_gib: Annotated[float | None, _flag(_GRAM, "Refuse a job that needs more.")] = None,
     check: Annotated[bool | None, _flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,
-    resume: Annotated[bool | None, _flag(_GRAM, "Accept a complete file (default: yes).", "--resume/--no-resume")] = None,
-    seed: Annotated[int | None, _flag(_GRAM, "Of a fresh head, the adapter's start, folds and checks (default: 0).")] = None,
+    resume: Annotated[
+        bool | None, _flag(_GRAM, "Accept a complete file (default: yes).", "--resume/--no-resume")
+    ] = None,
+    seed: Annotated[
+        int | None, _flag(_GRAM, "Of a fresh head, the adapter's start, folds and checks (default: 0).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
 ) -> tuple[Path | None, dict[str, Any], bool]:
     """Return the job file, what the flags lay over it (nested like the file, None where not given), and `--json`."""

@@ -109,7 +109,7 @@ class _Prepared:
             allow_pickle=part.allow_pickle,
             seed=part.seed,
         )
-        cut = {"max_length": job.data.max_length, "truncate": job.data.truncate}
+        cut: dict[str, Any] = {"max_length": job.data.max_length, "truncate": job.data.truncate}
         tell(0.0, 1.0, "tokenizing")
         self.inputs = tokenize(self.train, self.model, **cut)
         self.eval_inputs = None if self.eval is None else tokenize(self.eval, self.model, **cut)

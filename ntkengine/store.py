@@ -110,7 +110,9 @@ def open_gram(path: str | Path) -> Gram:
     path = Path(path)
     file = _open(path)
     try:
-        arrays = {name: file[name][...] if name in file else None for name in _ARRAYS if name != "cross"}
+        arrays: dict[str, Any] = {
+            name: file[name][...] if name in file else None for name in _ARRAYS if name != "cross"
+        }
         plan = _json(file, "plan")
         return Gram(
             values=file["gram"],

@@ -13,7 +13,7 @@ from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.tangents.blocks import call_model, wanting_gradients
+from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.probe import Structure
 
 # Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).

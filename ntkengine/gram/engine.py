@@ -27,7 +27,7 @@ from ntkengine.gram.tiles import Frame, unsorted
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
-from ntkengine.tangents.blocks import evaluation
+from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.probe import Structure, probe
 
 Progress = Callable[[float, float, str], None]
@@ -112,7 +112,7 @@ def compute_gram(
     wanted: dict[str, Any] = {}
     path = None if out is None else writable(Path(out))
     if path is not None:
-        settings = {"contraction": contraction, "transform": transform, "precision": precision}
+        settings: dict[str, Any] = {"contraction": contraction, "transform": transform, "precision": precision}
         settings |= {"per_module": per_module, "check": check, "seed": seed}
         arrays = {"targets": targets, "eval_targets": eval_targets, **(extras or {})}
         wanted = identity(model, task, settings, arrays, job)

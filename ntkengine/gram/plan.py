@@ -152,7 +152,7 @@ def make_plan(
     rows.sort(key=lambda row: row.parameter)
     modules = len({row.module for row in rows}) if per_module else 0
     entries = (frame.rows[1] - frame.rows[0]) * (frame.columns[1] - frame.columns[0]) * frame.width**2 * frame.layers
-    linear = sum(m.weight.numel() for m in model.modules() if not isinstance(m, nn.Embedding) and _matrix(m))
+    linear = sum(_matrix(m) for m in model.modules() if not isinstance(m, nn.Embedding))
     width = max((r.columns for r in rows if r.path == "norm"), default=0) or getattr(
         getattr(model, "config", None), "hidden_size", 0
     )
@@ -193,6 +193,7 @@ def _factor_kind(kinds: set[str]) -> str:
     return "mixed" if kinds & {"outer", "lookup"} else "dense"
 
 
-def _matrix(module: nn.Module) -> bool:
+def _matrix(module: nn.Module) -> int:
+    """Return the size of a module's weight matrix; 0 without one."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.ndim == 2
+    return weight.numel() if isinstance(weight, torch.Tensor) and weight.ndim == 2 else 0

@@ -30,7 +30,7 @@ th, td { text-align: left; padding: .22rem .9rem .22rem 0; border-bottom: 1px so
   overflow-wrap: anywhere; } th { font-weight: 600; white-space: nowrap; } td:first-child { min-width: 11rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .5rem; }
-figure img { display: block; width: 100%; height: auto; } 
+figure img { display: block; width: 100%; height: auto; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 ul { padding-left: 1.2rem; }
 """

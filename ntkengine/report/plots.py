@@ -75,7 +75,8 @@ def risk_figure(forecast: Any) -> Any:
     )
     for label, values, colour, style in lines:
         if values is not None:
-            axes.plot(forecast.ridges, values, style, color=colour, lw=1.6, label=label)
+            width = 2.6 if label == "leave-one-out" else 1.4
+            axes.plot(forecast.ridges, values, style, color=colour, lw=width, label=label)
     value, low, high = forecast.loo
     bars = [[value - low], [high - value]]
     if np.isfinite(bars).all():

@@ -20,11 +20,18 @@ PLAIN_WIDTH = 240
 ProgressCall = Callable[[float, float, str], None]
 
 
+class _Console(Console):
+    """A console that leaves a closed pipe to the command line; rich's own would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def make_console(stream: IO[str] | None = None) -> Console:
     """Return a console; without a terminal there are no colours and lines are not folded at 80 columns."""
     stream = sys.stdout if stream is None else stream
     terminal = stream.isatty()
-    return Console(file=stream, width=None if terminal else PLAIN_WIDTH, highlight=False, emoji=False)
+    return _Console(file=stream, width=None if terminal else PLAIN_WIDTH, highlight=False, emoji=False)
 
 
 def print_table(table: Table, console: Console) -> None:
@@ -55,8 +62,8 @@ def print_table(table: Table, console: Console) -> None:
 def show_progress(stream: IO[str] | None = None, every_s: float = 10.0) -> Iterator[ProgressCall]:
     """Give the callable for `progress=`: (done, total, stage), in flops.
 
-    On a terminal a bar with GFLOP/s and the time left; elsewhere one line every `every_s` seconds and one for a stage
-    without a size (total <= 1), such as loading.
+    On a terminal a bar with GFLOP/s and the time left; elsewhere at most one line every `every_s` seconds, so that a
+    job that is refused at once says only why. A stage without a size, such as loading, has total <= 1.
 
     Args:
         stream: where to; default standard error.
@@ -79,42 +86,40 @@ def show_progress(stream: IO[str] | None = None, every_s: float = 10.0) -> Itera
 
         def report(done: float, total: float, stage: str) -> None:
             sized = total > 1
-            text = rate(done) if sized else ""
+            text = rate(done, total)[0] if sized else ""
             bar.update(task, description=escape(stage), completed=done, total=total if sized else None, rate=text)
 
         yield report
 
 
 class _Rate:
-    """GFLOP/s since the first call with less done than before."""
+    """GFLOP/s and seconds left, from when the current run of numbers began."""
 
     def __init__(self) -> None:
-        self._start, self._from, self._last = time.perf_counter(), 0.0, float("inf")
+        self._start, self._last = 0.0, float("inf")
 
-    def __call__(self, done: float) -> str:
+    def __call__(self, done: float, total: float) -> tuple[str, str]:
+        """Return both as text, empty while nothing is known."""
+        now = time.perf_counter()
         if done < self._last and (self._last == float("inf") or done == 0):
-            self._start, self._from = time.perf_counter(), done
+            self._start = now
         self._last = done
-        spent = time.perf_counter() - self._start
-        return f"{(done - self._from) / spent / 1e9:,.0f} GFLOP/s" if spent > 0.05 and done > self._from else ""
+        spent = now - self._start
+        if done <= 0 or spent < 0.05:
+            return "", ""
+        return f"{done / spent / 1e9:,.0f} GFLOP/s", f"{(total - done) * spent / done:.0f} s left"
 
 
 def _lines(stream: IO[str], every_s: float) -> ProgressCall:
-    rate, said, stage_said = _Rate(), time.perf_counter(), ""
+    rate, said_at = _Rate(), time.perf_counter()
 
     def report(done: float, total: float, stage: str) -> None:
-        nonlocal said, stage_said
-        now = time.perf_counter()
-        if total <= 1:
-            if stage != stage_said:
-                print(stage, file=stream, flush=True)
-                said, stage_said = now, stage
-            return
-        text = rate(done)
-        if now - said >= every_s:
-            left = (total - done) / max(done, 1.0) * (now - rate._start)
-            print(f"{done / total:4.0%}  {stage}  {text}  {left:.0f} s left", file=stream, flush=True)
-            said = now
+        nonlocal said_at
+        known = ", ".join(filter(None, rate(done, total))) if total > 1 else ""
+        if time.perf_counter() - said_at >= every_s:
+            share = f"{done / total:4.0%}  " if total > 1 else ""
+            print(f"{share}{stage}  {known}".rstrip(), file=stream, flush=True)
+            said_at = time.perf_counter()
 
     return report
 

@@ -136,7 +136,7 @@ def uses_of(path: str, module: nn.Module, name: str, parameter: str, pulled: Ite
     Raises:
         PathFailed: a call has no leading sample axis, its input was overwritten, or its VJP cannot be vmapped.
     """
-    built = []
+    built: list[Use] = []
     for call, d_C in pulled:
         call.check_unchanged(name)
         if path == "leaf":

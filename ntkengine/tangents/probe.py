@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.tangents.blocks import Stack, call_model, cut_forward, find_stack, wanting_gradients
+from ntkengine.inputs.running import call_model, wanting_gradients
+from ntkengine.tangents.blocks import Stack, cut_forward, find_stack
 from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.verify import (
     Owners,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.tangents.blocks import Reached, call_model, first_tensor, replace_first, wanting_gradients
+from ntkengine.inputs.running import call_model, wanting_gradients
+from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
 from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
 from ntkengine.tangents.probe import Path, Structure

@@ -45,12 +45,12 @@ class Recording:
 
     def pull(self, segment: int, v: Tensor) -> dict[str, list[Pulled]]:
         """Return each module's calls in a segment with the output gradient for cotangent v, C = 1."""
-        calls = [(m, c) for m, cs in self.calls[segment].items() for c in cs if c.edge is not None]
+        calls = [(m, c, c.edge) for m, cs in self.calls[segment].items() for c in cs if c.edge is not None]
         out = self.cut.outs[segment]
         pulled: dict[str, list[Pulled]] = defaultdict(list)
         if calls and out.requires_grad:
-            grads = torch.autograd.grad(out, [c.edge for _, c in calls], v, retain_graph=True, allow_unused=True)
-            for (m, c), g in zip(calls, grads, strict=True):
+            grads = torch.autograd.grad(out, [edge for _, _, edge in calls], v, retain_graph=True, allow_unused=True)
+            for (m, c, _), g in zip(calls, grads, strict=True):
                 if g is not None:
                     pulled[m].append(Pulled(c, g[None]))
         return pulled

@@ -1,0 +1,80 @@
+"""Exact empirical neural tangent kernels of language models, and what they forecast about fine-tuning.
+
+Names are imported when first used, so that importing the package, or asking the command line for help, is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
+    from ntkengine.forecast import Forecast, forecast
+    from ntkengine.gram.engine import compute_gram, plan_gram
+    from ntkengine.gram.plan import Plan
+    from ntkengine.gram.result import Gram
+    from ntkengine.inputs.examples import Examples, read_examples, tokenize
+    from ntkengine.inputs.heads import fit_head
+    from ntkengine.inputs.models import load_model
+    from ntkengine.inputs.readout import encode_targets
+    from ntkengine.ridge import KernelRidge
+    from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh, spectral_density
+    from ntkengine.store import open_gram, verify_gram
+
+_HOME = {
+    "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
+    "forecast": ("Forecast", "forecast"),
+    "gram.engine": ("compute_gram", "plan_gram"),
+    "gram.plan": ("Plan",),
+    "gram.result": ("Gram",),
+    "inputs.examples": ("Examples", "read_examples", "tokenize"),
+    "inputs.heads": ("fit_head",),
+    "inputs.models": ("load_model",),
+    "inputs.readout": ("encode_targets",),
+    "ridge": ("KernelRidge",),
+    "spectrum": ("condition_number", "effective_dimension", "effective_rank", "eigsh", "spectral_density"),
+    "store": ("open_gram", "verify_gram"),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckFailed",
+    "Examples",
+    "Forecast",
+    "Gram",
+    "InputError",
+    "KernelRidge",
+    "NonFinite",
+    "NotConverged",
+    "Plan",
+    "compute_gram",
+    "condition_number",
+    "effective_dimension",
+    "effective_rank",
+    "eigsh",
+    "encode_targets",
+    "fit_head",
+    "forecast",
+    "load_model",
+    "open_gram",
+    "plan_gram",
+    "read_examples",
+    "spectral_density",
+    "tokenize",
+    "verify_gram",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        msg = f"module 'ntkengine' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(import_module(f"ntkengine.{_WHERE[name]}"), name)
+    globals()[name] = value  # `ntkengine.forecast` is the function, not the room of the same name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""What goes in: models, examples, batches, readouts, parameter selections."""

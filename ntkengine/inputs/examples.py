@@ -1,0 +1,252 @@
+"""Labelled text: from files, data sets, frames or lists to examples, and from examples to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+from ntkengine.inputs.tables import Row, rows_of
+
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts with their labels.
+
+    Attributes:
+        texts: strings, or pairs of strings.
+        labels: (N,) int64 class indices, or None.
+        label_names: class names; label i is called label_names[i].
+        ids: where each came from, such as `train.tsv:17` (1-based line).
+        source: what they were read from.
+    """
+
+    texts: Sequence[Text]
+    labels: np.ndarray | None
+    label_names: Sequence[str]
+    ids: Sequence[str]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> Examples:
+        rows = np.arange(len(self))[index]
+        labels = None if self.labels is None else self.labels[rows]
+        texts, ids = [self.texts[i] for i in rows], [self.ids[i] for i in rows]
+        return Examples(texts, labels, self.label_names, ids, self.source)
+
+
+def read_examples(
+    source: Any,
+    text: str = "text",
+    label: str | None = "label",
+    *,
+    text_pair: str | None = None,
+    limit: int | None = None,
+    label_names: Sequence[str] | None = None,
+    shuffle: int | None = None,
+    header: Sequence[str] | None = None,
+) -> Examples:
+    """Return labelled examples.
+
+    Args:
+        source: a path to jsonl, json, csv, tsv or parquet; a `datasets.Dataset`; a pandas frame; a list of mappings; a
+            mapping of columns.
+        text: column of the text.
+        label: column of the label; None for unlabelled text.
+        text_pair: column of a second text.
+        limit: at most so many, after shuffling.
+        label_names: class names in order; default the values found, sorted (numbers by value).
+        shuffle: seed; None keeps the order.
+        header: column names of a csv or tsv that has no header line.
+
+    Raises:
+        InputError: naming file, line and what was expected: no such file, unknown kind, missing column, empty text,
+            missing or unknown label, one class only, malformed row, nothing to read.
+    """
+    if limit is not None and limit < 1:
+        msg = f"limit: expected at least 1, got {limit}"
+        raise InputError(msg)
+    name, rows = rows_of(source, header)
+    columns = [c for c in (text, label, text_pair) if c is not None]
+    found: list[tuple[Text, Any, str]] = []
+    for row in rows:
+        found.append(_example(row, columns, text, label, text_pair))
+        if limit is not None and shuffle is None and len(found) == limit:
+            break
+    if not found:
+        msg = f"{name}: expected at least one example, found none"
+        raise InputError(msg)
+    if shuffle is not None:
+        order = np.random.default_rng(shuffle).permutation(len(found))[:limit]
+        found = [found[i] for i in order]
+    texts, values, ids = (list(part) for part in zip(*found, strict=True))
+    if label is None:
+        return Examples(texts, None, [], ids, name)
+    names = [str(n) for n in label_names] if label_names is not None else _class_names(values)
+    index = {n: i for i, n in enumerate(names)}
+    for value, where in zip(values, ids, strict=True):
+        if _label(value) not in index:
+            msg = f"{where}: unknown label {value!r} in column {label!r}, expected one of {', '.join(names)}"
+            raise InputError(msg)
+    labels = np.array([index[_label(v)] for v in values], dtype=np.int64)
+    if label_names is None and len(names) < 2:
+        msg = f"{name}: column {label!r} holds one class only ({names[0]!r}), expected two or more"
+        raise InputError(msg)
+    return Examples(texts, labels, names, ids, name)
+
+
+def tokenize(
+    examples: Any,
+    model: nn.Module | None = None,
+    *,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> dict[str, Tensor]:
+    """Return model inputs for all examples, padded on the right to the longest.
+
+    Args:
+        examples: `Examples`, or a list of texts or pairs.
+        model: its tokenizer and its length limit are used.
+        tokenizer: used instead of the model's.
+        max_length: a shorter limit than the model's.
+        truncate: cut longer texts; otherwise they are refused.
+
+    Returns:
+        What the tokenizer gives (`input_ids`, `attention_mask`, …), (N, T) int64; and `labels` (N,) if there are any.
+
+    Raises:
+        InputError: no tokenizer, no examples, a text over the limit, ids the model's embedding lacks.
+    """
+    if not isinstance(examples, Examples):
+        texts = list(examples)
+        examples = Examples(texts, None, [], [f"example {i}" for i in range(len(texts))], "texts")
+    tokenizer = tokenizer or getattr(model, "ntk_tokenizer", None) or _tokenizer_of(model)
+    if tokenizer is None:
+        msg = "tokenize: the model carries no tokenizer; pass tokenizer="
+        raise InputError(msg)
+    if not len(examples):
+        msg = "tokenize: expected at least one example, got none"
+        raise InputError(msg)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    limit = _limit(tokenizer, model, max_length)
+    pairs = isinstance(examples.texts[0], tuple)
+    columns = [list(column) for column in zip(*examples.texts, strict=True)] if pairs else [list(examples.texts)]
+    cut = {"truncation": True, "max_length": limit} if truncate and limit else {"truncation": False}
+    encoded = tokenizer(*columns, **cut, padding=False, return_attention_mask=True, verbose=False)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    longest = int(np.argmax(lengths))
+    if limit and lengths[longest] > limit:
+        first = next(i for i, length in enumerate(lengths) if length > limit)
+        msg = (
+            f"{examples.ids[first]}: has {lengths[first]} tokens, over the limit of {limit}; pass truncate=True "
+            "(--truncate) to cut longer texts"
+        )
+        raise InputError(msg)
+    if not all(lengths):
+        msg = f"{examples.ids[lengths.index(0)]}: the tokenizer makes no token of this text"
+        raise InputError(msg)
+    side, tokenizer.padding_side = tokenizer.padding_side, "right"
+    try:
+        batch = tokenizer.pad(dict(encoded), padding="longest", return_tensors="pt", verbose=False)
+    finally:
+        tokenizer.padding_side = side
+    inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    _check_vocabulary(inputs["input_ids"], model)
+    if examples.labels is not None:
+        inputs["labels"] = torch.from_numpy(np.asarray(examples.labels, dtype=np.int64))
+    return inputs
+
+
+def _example(row: Row, columns: list[str], text: str, label: str | None, pair: str | None) -> tuple[Text, Any, str]:
+    for column in columns:
+        if column not in row.values:
+            msg = f"{row.where}: no column {column!r}; the columns are {', '.join(map(str, row.values)) or 'none'}"
+            raise InputError(msg)
+    parts = []
+    for column in (text,) if pair is None else (text, pair):
+        value = row.values[column]
+        if not isinstance(value, str) or not value.strip():
+            what = "is empty" if isinstance(value, str) or value is None else f"is {type(value).__name__}, not text"
+            msg = f"{row.where}: column {column!r} {what}"
+            raise InputError(msg)
+        parts.append(value)
+    value = None if label is None else row.values[label]
+    if label is not None and (_missing(value) or _label(value) == ""):
+        msg = f"{row.where}: column {label!r} has no label"
+        raise InputError(msg)
+    return (parts[0] if pair is None else (parts[0], parts[1])), value, row.where
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # NaN
+
+
+def _label(value: Any) -> str:
+    """Return a label as text: 1, "1" and 1.0 are one class."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _class_names(values: Iterable[Any]) -> list[str]:
+    names = {_label(v) for v in values}
+    try:
+        return sorted(names, key=float)
+    except ValueError:
+        return sorted(names)
+
+
+def _tokenizer_of(model: nn.Module | None) -> Any:
+    path = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not path or not Path(path).is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        msg = f"tokenize: {path} holds no tokenizer; pass tokenizer="
+        raise InputError(msg) from error
+
+
+def _limit(tokenizer: Any, model: nn.Module | None, max_length: int | None) -> int | None:
+    """Return the longest text in tokens that the model, the tokenizer and the caller all allow."""
+    limits = [max_length] if max_length is not None else []
+    if max_length is not None and max_length < 1:
+        msg = f"max_length: expected at least 1, got {max_length}"
+        raise InputError(msg)
+    if tokenizer.model_max_length and tokenizer.model_max_length < 10**9:  # "unlimited" is a huge number there
+        limits.append(int(tokenizer.model_max_length))
+    config = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa's positions start after the padding index.
+        offset = config.pad_token_id + 1 if getattr(config, "model_type", "") in _OFFSET and config is not None else 0
+        limits.append(int(positions) - offset)
+    return min(limits, default=None)
+
+
+_OFFSET = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xlm-roberta-xl", "roberta-prelayernorm"}
+)
+
+
+def _check_vocabulary(ids: Tensor, model: nn.Module | None) -> None:
+    get: Any = getattr(model, "get_input_embeddings", None)
+    embedding = get() if get is not None else None
+    rows = getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
+    if rows is not None and int(ids.max()) >= rows:
+        msg = f"tokenize: token id {int(ids.max())} is beyond the model's {rows} embeddings: not this model's tokenizer"
+        raise InputError(msg)

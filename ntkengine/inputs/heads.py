@@ -1,0 +1,166 @@
+"""A classification head fitted by ridge regression, with out-of-fold outputs: no risk figure may see its own label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.readout import logits_of
+from ntkengine.inputs.running import call_model, evaluation
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """A fitted head.
+
+    Attributes:
+        held_out: (N, C) float64: example n's outputs from a head fitted on the folds without n.
+        fitted: (N, C) float64: outputs of the head now in the model.
+        ridge: the penalty used, added to Σ x xᵀ of centred features.
+        folds: number of folds.
+        feature_dim: features the head sees.
+        module: the Linear that was written.
+    """
+
+    held_out: np.ndarray
+    fitted: np.ndarray
+    ridge: float
+    folds: int
+    feature_dim: int
+    module: str
+
+
+def fit_head(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    targets: np.ndarray,
+    *,
+    ridge: float | str = "loo",
+    folds: int = 5,
+    seed: int = 0,
+) -> HeadFit:
+    """Fit the last Linear of a classifier to targets by ridge regression on its input features, in place.
+
+    min_W,b Σ_n ‖W x_n + b − y_n‖² + ridge ‖W‖², the bias not penalised; a sum over examples, not a mean.
+
+    Args:
+        model: a sequence classifier whose logits come from an `nn.Linear`; nothing else of it is changed.
+        inputs: tensors with a leading sample axis.
+        targets: (N, C), C the number of logits.
+        ridge: the penalty, or `"loo"` for the best leave-one-out error on a grid.
+        folds: for the held-out outputs; at most N.
+        seed: of the folds.
+
+    Raises:
+        InputError: no such Linear, targets of another shape, or fewer than two examples.
+    Cost: one forward pass of all examples, and one SVD of N × d features for each fold.
+    """
+    targets = np.asarray(targets, dtype=np.float64)
+    samples = Samples([inputs])
+    n = samples.total
+    if targets.ndim != 2 or len(targets) != n or not np.isfinite(targets).all():
+        msg = f"targets: expected ({n}, C) finite numbers, got shape {targets.shape}"
+        raise InputError(msg)
+    if n < 2 or folds < 2:
+        msg = f"fit_head: expected at least 2 examples and 2 folds, got {n} and {folds}"
+        raise InputError(msg)
+    name, features = _features(model, samples)
+    linear = model.get_submodule(name)
+    if targets.shape[1] != linear.out_features:
+        msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
+        raise InputError(msg)
+    chosen = _best_ridge(features, targets) if ridge == "loo" else float(ridge)
+    if not chosen > 0:
+        msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
+        raise InputError(msg)
+    held_out = np.full_like(targets, np.nan)
+    order = np.random.default_rng(seed).permutation(n)
+    folds = min(folds, n)
+    for part in np.array_split(order, folds):
+        rest = np.setdiff1d(order, part)
+        W, b = _ridge(features[rest], targets[rest], chosen)
+        held_out[part] = features[part] @ W.T + b
+    W, b = _ridge(features, targets, chosen)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(W))  # type: ignore[operator]
+        if linear.bias is not None:
+            linear.bias.copy_(torch.from_numpy(b))  # type: ignore[operator]
+    return HeadFit(held_out, features @ W.T + b, chosen, folds, features.shape[1], name)
+
+
+def _features(model: nn.Module, samples: Samples) -> tuple[str, np.ndarray]:
+    """Return the name of the Linear that makes the logits, and its inputs at the rows they were taken from, (N, d)."""
+    parameter = next(iter(model.parameters()))
+    features = None
+    name = ""
+    for chunk in samples.chunks:
+        calls: list[tuple[str, Tensor, Tensor]] = []
+
+        def watch(name: str, calls: list[tuple[str, Tensor, Tensor]] = calls) -> Any:
+            return lambda _m, args, output: calls.append((name, args[0], output))
+
+        linears = [(m, mod) for m, mod in model.named_modules() if isinstance(mod, nn.Linear)]
+        handles = [mod.register_forward_hook(watch(m)) for m, mod in linears]
+        inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
+        try:
+            with evaluation(model), torch.no_grad():
+                logits = logits_of(call_model(model, inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        name, rows = _matching(calls, logits)
+        if features is None:
+            features = np.zeros((samples.total, rows.shape[1]))
+        features[chunk.rows] = rows.to(torch.float64).cpu().numpy()
+    if features is None or not np.isfinite(features).all():
+        msg = "fit_head: the head's input features are not finite"
+        raise InputError(msg)
+    return name, features
+
+
+def _matching(calls: list[tuple[str, Tensor, Tensor]], logits: Tensor) -> tuple[str, Tensor]:
+    """Return the last Linear whose output, or one token's of it, is the logits, with the input rows behind them."""
+    for name, x, out in reversed(calls):
+        if logits.ndim != 2 or out.shape[-1] != logits.shape[1] or out.shape[0] != len(logits):
+            continue
+        if out.ndim == 2 and torch.equal(out, logits):
+            return name, x
+        if out.ndim == 3:
+            same = (out == logits[:, None]).all(2)
+            if bool(same.any(1).all()):
+                # Padding repeats rows: the last match is the token that was read.
+                last = same.shape[1] - 1 - same.flip(1).to(torch.int8).argmax(1)
+                return name, x[torch.arange(len(x), device=x.device), last]
+    msg = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
+    raise InputError(msg)
+
+
+def _ridge(X: np.ndarray, Y: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return W (C, d) and b (C,)."""
+    x0, y0 = X.mean(0), Y.mean(0)
+    U, s, Vt = np.linalg.svd(X - x0, full_matrices=False)
+    W = (Vt.T @ ((s / (s**2 + ridge))[:, None] * (U.T @ (Y - y0)))).T
+    return W, y0 - W @ x0
+
+
+def _best_ridge(X: np.ndarray, Y: np.ndarray) -> float:
+    """Return the penalty with the least leave-one-out squared error, of 40 spread over the features' spectrum."""
+    n = len(X)
+    U, s, _ = np.linalg.svd(X - X.mean(0), full_matrices=False)
+    centred = Y - Y.mean(0)
+    top = max(float(s[0]) ** 2, np.finfo(float).tiny)
+    grid = top * np.logspace(-8, 1, 40)
+    errors = []
+    for ridge in grid:
+        shrink = s**2 / (s**2 + ridge)
+        residual = centred - U @ (shrink[:, None] * (U.T @ centred))
+        leverage = 1 / n + (U**2 * shrink).sum(1)
+        errors.append(np.mean((residual / np.maximum(1 - leverage, 1e-12)[:, None]) ** 2))
+    return float(grid[int(np.argmin(errors))])

@@ -1,0 +1,235 @@
+"""Models from a directory or a hub, with or without a PEFT adapter, refused when they cannot be what they claim."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ntkengine.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_TASKS = {
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "encoder": "AutoModel",
+}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    path_or_id: str | Path,
+    num_labels: int = 2,
+    peft: Any = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    *,
+    task: str = "sequence-classification",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    stream: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Return a pretrained Hugging Face model in eval mode, ready for `compute_gram`.
+
+    The tokenizer, where there is one, is kept as `model.ntk_tokenizer`, the source as `model.ntk_source`, and whether
+    the classification head is newly initialised as `model.ntk_head_new`.
+
+    Args:
+        path_or_id: a model directory, or a hub id.
+        num_labels: outputs of the classification head.
+        peft: None, a `peft` config, or a mapping of one's fields with `peft_type`; then only the adapter is trainable.
+        dtype: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`.
+        device: `"auto"` (a GPU when there is one), or a torch device.
+        task: `"sequence-classification"`, `"causal-lm"`, `"masked-lm"` or `"encoder"`.
+        trust_remote_code: run code that comes with the model.
+        allow_pickle: load weights in pickle form, which can run any code.
+        stream: must be False.
+        seed: of a new head and a new adapter; the caller's random state is left alone.
+
+    Raises:
+        InputError: no such model, no weights, pickled weights, missing or non-finite weights, an adapter that fits
+            nothing, an unknown name.
+    """
+    if stream:
+        msg = "stream=True is not built yet; use stream=False with a model that fits in memory"
+        raise NotImplementedError(msg)
+    _one_of("dtype", dtype, _DTYPES)
+    _one_of("task", task, _TASKS)
+    where = _device(device)
+    source = str(path_or_id)
+    if Path(source).exists() or source.startswith((".", "/", "~")):
+        _check_directory(Path(source).expanduser(), allow_pickle)
+        source = str(Path(source).expanduser())
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        model, missing = _load(source, num_labels, dtype, task, trust_remote_code, allow_pickle)
+        tokenizer = _tokenizer(source, trust_remote_code)
+        if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+        config: Any = model.config
+        if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+        _check_finite(model, source)
+        if peft is not None:
+            model = _adapt(model, peft)
+    for name, value in (("ntk_tokenizer", tokenizer), ("ntk_source", source), ("ntk_head_new", bool(missing))):
+        setattr(model, name, value)
+    return model.to(where).eval()
+
+
+def _one_of(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
+    if value not in allowed:
+        msg = f"{name}: expected one of {', '.join(allowed)}, got {value!r}"
+        raise InputError(msg)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        msg = f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})"
+        raise InputError(msg) from error
+
+
+def _check_directory(path: Path, allow_pickle: bool) -> None:
+    if not path.is_dir():
+        what = "is a file, expected a model directory" if path.exists() else "no such model directory"
+        msg = f"{path}: {what}"
+        raise InputError(msg)
+    if not (path / "config.json").is_file():
+        msg = f"{path}: expected a model directory with a config.json, found none"
+        raise InputError(msg)
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if not pickled:
+        msg = f"{path}: holds no weights; expected model.safetensors"
+        raise InputError(msg)
+    if not allow_pickle:
+        msg = (
+            f"{path}: holds its weights in pickle form ({pickled[0]}), which can run any code when loaded; convert them "
+            "to safetensors, or pass allow_pickle if you trust them"
+        )
+        raise InputError(msg)
+
+
+def _load(
+    source: str, num_labels: int, dtype: str, task: str, trust_remote_code: bool, allow_pickle: bool
+) -> tuple[nn.Module, list[str]]:
+    """Return the model and the head parameters its weights did not hold."""
+    import transformers
+
+    options: dict[str, Any] = {"num_labels": num_labels} if task == "sequence-classification" else {}
+    if not allow_pickle:
+        options["use_safetensors"] = True
+    auto = getattr(transformers, _TASKS[task])
+    try:
+        model, info = auto.from_pretrained(
+            source,
+            dtype=_DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=False,
+            **options,
+        )
+    except Exception as error:  # transformers raises many kinds; each means the model cannot be used
+        reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own: pass trust_remote_code if you trust it"
+        kind = "cannot be loaded" if Path(source).is_dir() else "is no local directory and the hub gave no such model"
+        msg = f"{source}: {kind} ({reason})"
+        raise InputError(msg) from error
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    # A pooler is part of the head when the weights come from a model trained without one.
+    missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
+    body = [k for k in missing if k.startswith(prefix) and ".pooler." not in k] if task != "encoder" else missing
+    mismatched = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ()))
+    if body or mismatched:
+        msg = f"{source}: its weights do not cover the model: {(body or mismatched)[0]} is missing or of another shape"
+        raise InputError(msg)
+    return model, missing
+
+
+def _tokenizer(source: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a model without a tokenizer is fine: inputs may be tensors already
+        log.debug("%s: no tokenizer (%s)", source, error)
+        return None
+
+
+def _check_finite(model: nn.Module, source: str) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            msg = f"{source}: weights are not finite: {name} holds NaN or infinity"
+            raise InputError(msg)
+
+
+def _adapt(model: nn.Module, peft: Any) -> nn.Module:
+    from peft import PeftConfig, get_peft_model
+
+    config = peft if isinstance(peft, PeftConfig) else _peft_config(dict(peft))
+    try:
+        adapted: nn.Module = get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight") and "." in n})
+        reason = " ".join(str(error).split())[:200]
+        msg = f"peft: {reason}; modules of this model are called {', '.join(linear[:20])}"
+        raise InputError(msg) from error
+    return adapted
+
+
+def _peft_config(fields: dict[str, Any]) -> Any:
+    import inspect
+
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    kind = str(fields.pop("peft_type", "LORA")).upper()
+    if kind not in PeftType.__members__ or PeftType[kind] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        msg = f"peft.peft_type: expected one of {', '.join(sorted(PeftType.__members__))}, got {kind!r}"
+        raise InputError(msg)
+    chosen = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+    known = inspect.signature(chosen).parameters
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        msg = f"peft.{unknown[0]}: {kind} has no such field; it has {', '.join(sorted(known))}"
+        raise InputError(msg)
+    for name in ("target_modules", "modules_to_save"):
+        if isinstance(fields.get(name), str) and "," in fields[name]:
+            fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
+    try:
+        return chosen(**fields)
+    except (TypeError, ValueError) as error:
+        msg = f"peft: {' '.join(str(error).split())[:200]}"
+        raise InputError(msg) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep loading reports, progress bars and warnings of the libraries off the user's screen; restore after."""
+    from transformers.utils import logging as hf
+
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    try:
+        hf.set_verbosity_error()
+        hf.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()

@@ -1,0 +1,59 @@
+"""Running a model as the kernel needs it, and leaving it as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """Return the model's output on a batch, labels kept back (the readout, not the model, looks at them)."""
+    given = {k: v for k, v in inputs.items() if k != "labels"}
+    if len(given) == 1 and not hasattr(model, "config"):  # a plain torch module: its one input has no agreed name
+        return model(*given.values())
+    return model(**given)
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a model as the kernel needs it: eval mode, weights frozen, no KV cache, no TF32; restore everything after."""
+    training = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    configs |= {id(c): c for owner in list(configs.values()) if (c := getattr(owner, "text_config", None)) is not None}
+    caches = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None)]
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        model.eval()
+        for p, _ in grads:
+            p.requires_grad_(False)
+        for config, _ in caches:
+            config.use_cache = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, was in training:
+            module.training = was
+        for p, wanted in grads:
+            p.requires_grad_(wanted)
+        for config, was in caches:
+            config.use_cache = was
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def wanting_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block these frozen parameters require gradients."""
+    chosen = list(parameters)
+    try:
+        for p in chosen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in chosen:
+            p.requires_grad_(False)

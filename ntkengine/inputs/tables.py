@@ -1,0 +1,159 @@
+"""Rows of named values from files, data sets, frames and lists, each knowing where it stands."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ntkengine.errors import InputError
+
+_LONGEST_FIELD = 1 << 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its place, such as `train.tsv:17` (1-based line of the file), and its values by column."""
+
+    where: str
+    values: Mapping[str, Any]
+
+
+def rows_of(source: Any, header: Sequence[str] | None = None) -> tuple[str, Iterator[Row]]:
+    """Return the source's name and its rows, read as they are asked for.
+
+    Args:
+        source: a path, a `datasets.Dataset`, a pandas frame, a list of mappings, or a mapping of columns.
+        header: column names of a csv or tsv without a header line.
+
+    Raises:
+        InputError: no such file, or a kind that cannot be read.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            msg = f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}"
+            raise InputError(msg)
+        reader = _READERS.get(path.suffix.lower())
+        if reader is None:
+            msg = f"{path}: expected one of {', '.join(_READERS)}, got {path.suffix or 'no suffix'!r}"
+            raise InputError(msg)
+        return str(path), reader(path, header)
+    if hasattr(source, "column_names"):  # datasets.Dataset
+        return "dataset", (Row(f"dataset row {i}", dict(row)) for i, row in enumerate(source))
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas.DataFrame
+        return "frame", (Row(f"frame row {i}", row) for i, row in enumerate(source.to_dict("records")))
+    if isinstance(source, Mapping):
+        return "columns", _columns(source)
+    if isinstance(source, Iterable):
+        return "list", _records("list", source)
+    msg = f"examples: expected a path, a data set, a frame, a list of mappings or columns, got {type(source).__name__}"
+    raise InputError(msg)
+
+
+def _columns(source: Mapping[str, Any]) -> Iterator[Row]:
+    lengths = {name: len(column) for name, column in source.items()}
+    if len(set(lengths.values())) > 1:
+        msg = f"columns: expected equal lengths, got {lengths}"
+        raise InputError(msg)
+    for i, values in enumerate(zip(*source.values(), strict=True)):
+        yield Row(f"row {i}", dict(zip(source, values, strict=True)))
+
+
+def _records(name: str, records: Iterable[Any]) -> Iterator[Row]:
+    for i, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            msg = f"{name} row {i}: expected a mapping of columns, got {type(record).__name__}"
+            raise InputError(msg)
+        yield Row(f"{name} row {i}", record)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        msg = f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise InputError(msg) from error
+
+
+def _separated(delimiter: str, quoting: int) -> Any:
+    def read(path: Path, header: Sequence[str] | None) -> Iterator[Row]:
+        csv.field_size_limit(_LONGEST_FIELD)
+        reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+        names = list(header) if header is not None else None
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                msg = f"{path.name}:{reader.line_num}: malformed row ({error})"
+                raise InputError(msg) from error
+            if not fields or (len(fields) == 1 and not fields[0].strip()):
+                continue
+            if names is None:
+                names = [f.strip() for f in fields]
+                if len(set(names)) != len(names):
+                    msg = f"{path.name}:1: expected distinct column names, got {', '.join(names)}"
+                    raise InputError(msg)
+                continue
+            if len(fields) != len(names):
+                msg = f"{path.name}:{reader.line_num}: expected {len(names)} fields, got {len(fields)}"
+                raise InputError(msg)
+            yield Row(f"{path.name}:{reader.line_num}", dict(zip(names, fields, strict=True)))
+
+    return read
+
+
+def _jsonl(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            msg = f"{path.name}:{number}: malformed JSON ({str(error).splitlines()[0]})"
+            raise InputError(msg) from error
+        if not isinstance(record, dict):
+            msg = f"{path.name}:{number}: expected a JSON object, got {type(record).__name__}"
+            raise InputError(msg)
+        yield Row(f"{path.name}:{number}", record)
+
+
+def _json(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
+    try:
+        records = json.loads("".join(_lines(path)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        msg = f"{path.name}: malformed JSON ({str(error).splitlines()[0]})"
+        raise InputError(msg) from error
+    if not isinstance(records, list):
+        msg = f"{path.name}: expected a list of JSON objects, got {type(records).__name__}"
+        raise InputError(msg)
+    yield from _records(path.name, records)
+
+
+def _parquet(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
+    try:
+        import pandas
+    except ImportError as error:
+        msg = f"{path}: reading parquet needs pandas and pyarrow; install them, or convert the file to jsonl"
+        raise InputError(msg) from error
+    try:
+        frame = pandas.read_parquet(path)
+    except (OSError, ValueError, ImportError) as error:
+        msg = f"{path}: not a readable parquet file ({str(error).splitlines()[0]})"
+        raise InputError(msg) from error
+    yield from _records(path.name, frame.to_dict("records"))
+
+
+_READERS = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _separated(",", csv.QUOTE_MINIMAL),
+    ".tsv": _separated("\t", csv.QUOTE_NONE),  # text there holds stray quotes
+    ".parquet": _parquet,
+}

@@ -1,0 +1,257 @@
+"""Tables, figures, the page and progress: the numbers of the objects, escaped, self-contained, legible."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import sys
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ntkengine.errors import InputError
+from ntkengine.forecast import forecast
+from ntkengine.report import Section, Table, plots, tables, text, write_report
+from ntkengine.spectrum import condition_number, eigsh
+
+N, M = 37, 21
+KINDS = ("attention.self.query", "attention.self.key", "intermediate.dense", "output.LayerNorm", *"abcdef")
+
+
+@pytest.fixture(scope="module")
+def gram():
+    rng = np.random.default_rng(0)
+    Z = rng.standard_normal((N + M, 80)) * np.arange(1, 81) ** -0.7
+    y = np.where(Z @ rng.standard_normal(80) > 0, 1.0, -1.0)[:, None]
+    names = [f"bert.encoder.layer.{i}.{kind}" for i in range(10) for kind in KINDS] + ["bert.embeddings.word", "head"]
+    K = Z @ Z.T
+    return SimpleNamespace(
+        values=K[:N, :N],
+        cross=K[N:, :N],
+        outputs=np.zeros((N, 1)),
+        eval_outputs=np.zeros((M, 1)),
+        targets=y[:N],
+        eval_targets=y[N:],
+        contraction="trace",
+        transform="sgd",
+        noise=1e-5,
+        modules={},
+        extras={},
+        plan=None,
+        path=None,
+        shape=(N, N),
+        meta={"module_trace": dict(zip(names, rng.gamma(1.0, size=len(names)).tolist(), strict=True)), "seconds": 1.25},
+    )
+
+
+@pytest.fixture(scope="module")
+def found(gram):
+    return forecast(gram, gram.targets)
+
+
+def cells(table):
+    return {row[0]: row[1:] for row in table.rows}
+
+
+def test_gram_table_says_noise_size_time_and_job(gram):
+    gram.meta["settings"] = {"model": {"path": "m", "peft": {"r": 8, "target_modules": ["q", "v"]}}, "x": None}
+    rows = cells(tables.gram_table(gram))
+    assert rows["shape"] == ("37 × 37 (trace, sgd)",)
+    assert rows["examples"] == ("37 train, 21 eval",)
+    assert rows["error (spectral norm)"] == ("± 1e-05 gradient²",)
+    assert rows["wall time"] == ("1.2 s",)
+    assert rows["job: model.peft.target_modules"] == ("q, v",)
+    assert "job: x" not in rows
+    unchecked = tables.gram_table(SimpleNamespace(**{**vars(gram), "noise": float("nan")}))
+    assert "not estimated" in cells(unchecked)["error (spectral norm)"][0]
+
+
+def test_spectrum_table_is_descending_with_bounds(gram):
+    ritz = eigsh(gram, k=5)
+    shown = tables.spectrum_table(ritz, condition_number(gram))
+    values = [float(row[1]) for row in shown.rows]
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(gram.values)[::-1][:5], rtol=1e-7)
+    assert all(float(row[2]) >= 1e-5 for row in shown.rows)
+    assert str(condition_number(gram)) in shown.note
+
+
+def test_ridge_table_keeps_and_marks_the_chosen_ridge(gram, found):
+    shown = tables.ridge_table(found)
+    chosen = [row for row in shown.rows if "chosen" in row[-1]]
+    assert len(chosen) == 1
+    assert float(chosen[0][0]) == pytest.approx(found.ridge, rel=1e-3)
+    assert float(chosen[0][shown.columns.index("LOO mse")]) == pytest.approx(found.loo[0], abs=1e-4)
+    assert float(chosen[0][1]) == pytest.approx(found.effective_dimension, rel=1e-3)
+    assert len(shown.rows) <= tables.RIDGE_ROWS + 3
+    assert float(shown.rows[0][0]) < float(shown.rows[-1][0])
+
+
+def test_module_and_comparison_tables(found):
+    shown = tables.module_table({"a": 0.25, "b": 0.75}, 8.0)
+    assert shown.rows == [("b", "6", "75.00%"), ("a", "2", "25.00%")]
+    both = tables.comparison_table({"one.h5": found, "two.h5": found})
+    assert both.columns == ("", "one.h5", "two.h5")
+    assert all(row[1] == row[2] for row in both.rows)
+    assert not any(row[0].startswith("share of") for row in both.rows)
+
+
+def test_plan_table_folds_layers():
+    def row(name, strategy="tile"):
+        return SimpleNamespace(
+            parameter=name, path="outer", strategy=strategy, rows=4, columns=3, flops=1e9, bytes=2.0**20
+        )
+
+    plan = SimpleNamespace(
+        parameters=[row("e.0.q.weight"), row("e.1.q.weight"), row("e.2.q.weight", "ghost"), row("head.weight")],
+        samples=5, tokens=50, outputs=2, microbatches=1, pass_flops=2e9, flops=6e9, peak_bytes=2.0**21, seconds=3.0,
+        rate=2e9, unused=["pooler.bias"],
+    )  # fmt: skip
+    shown = tables.plan_table(plan)
+    assert [r[:2] + r[4:6] for r in shown.rows] == [
+        ("e.*.q.weight", "2", "tile", "2.00"),
+        ("e.*.q.weight", "1", "ghost", "1.00"),
+        ("head.weight", "1", "tile", "1.00"),
+    ]
+    assert "pooler.bias" in shown.note
+
+
+def test_print_table_is_plain_and_whole_without_a_terminal():
+    stream = io.StringIO()
+    wide = "x" * 90
+    text.print_table(
+        Table("T [b]", ("name", "value"), [(wide, "1.5"), ("[red]b", "2")], "n"), text.make_console(stream)
+    )
+    shown = stream.getvalue()
+    assert "\x1b" not in shown
+    assert wide in shown
+    assert "[red]b" in shown
+    assert "T [b]" in shown
+
+
+def test_figures_show_what_the_forecast_holds(found):
+    figures = found.figures()
+    assert list(figures) == ["spectrum", "risk", "curve", "modules"]
+    lines = {line.get_label(): line for line in figures["risk"].axes[0].lines}
+    np.testing.assert_array_equal(lines["leave-one-out"].get_ydata(), found.loo_mse)
+    np.testing.assert_array_equal(lines["eval"].get_ydata(), found.eval_mse)
+    np.testing.assert_array_equal(lines["GCV"].get_xdata(), found.ridges)
+    curve = {line.get_label(): line for line in figures["curve"].axes[0].lines}
+    np.testing.assert_array_equal(curve["train"].get_ydata(), found.curve_train_loss)
+    bars = figures["modules"].axes[0].patches
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(100.0)
+    assert sum(bar.get_width() for bar in figures["modules"].axes[1].patches) == pytest.approx(100.0)
+    labels = [label.get_text() for label in figures["modules"].axes[0].get_yticklabels()]
+    assert labels == [*(f"layer {i}" for i in range(10)), "embeddings", "head"]
+    for figure in figures.values():
+        assert figure.axes[-1].get_xlabel()
+
+
+def test_spectrum_figure_with_an_unresolved_tail():
+    values = np.array([10.0, 1.0, 1e-3, 1e-9, -1e-9])
+    axes = plots.spectrum_figure(values, 1e-6, "> 1e7 (unresolved)").axes[0]
+    assert [line.get_label() for line in axes.lines][:2] == ["3 resolved", "2 unresolved"]
+
+
+def test_without_matplotlib_the_message_says_what_to_install(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"pip install ntkengine\[demo\]"):
+        found.figures()
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.data, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in {"src", "href"}]
+        if tag not in {"meta", "img"} and not tag.startswith("!"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.data.append(data)
+
+
+def test_report_is_one_escaped_page_with_its_pictures(found, tmp_path):
+    nasty = "<script>alert('&')</script>"
+    section = Section(
+        nasty, [Table(nasty, (nasty, "b"), [(nasty, "1")], nasty), tables.module_table(found.modules, 1.0)],
+        found.figures(), [nasty],
+    )  # fmt: skip
+    path = write_report(tmp_path / "r.html", [section], nasty)
+    html = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert "".join(page.data).count(nasty) == 8
+    assert len(page.sources) == 4
+    assert not re.search(r"https?:|url\(|@import", html)
+    for source in page.sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert "prefers-color-scheme: dark" in html
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_report_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_report(path, [Section("a")])
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    assert path.read_text() == "old"
+    with pytest.raises(InputError, match="folder .*none does not exist"):
+        write_report(tmp_path / "none" / "r.html", [])
+    with pytest.raises(InputError, match="is a folder"):
+        write_report(tmp_path, [])
+
+
+def test_progress_lines_without_a_terminal(monkeypatch):
+    clock = iter(np.arange(0.0, 1000.0, 6.0))
+    monkeypatch.setattr(text.time, "perf_counter", lambda: float(next(clock)))
+    stream = io.StringIO()
+    with text.show_progress(stream, every_s=10.0) as report:
+        report(0.0, 1.0, "reading")
+        report(0.0, 1.0, "loading the model")
+        for i in range(8):
+            report(i * 1e10, 8e10, f"layer {i}")
+    lines = stream.getvalue().splitlines()
+    # The clock ticks 6 s a look: at least 10 s between lines, and no rate before anything is done.
+    assert lines[0] == "loading the model"
+    assert 4 <= len(lines) <= 9
+    sized = [line for line in lines if line != "loading the model"]
+    assert all(re.fullmatch(r" *\d+%  layer \d  [\d,]+ GFLOP/s, \d+ s left", line) for line in sized[1:]), lines
+
+
+def test_a_job_that_ends_at_once_prints_no_progress():
+    stream = io.StringIO()
+    with text.show_progress(stream) as report:
+        report(0.0, 1.0, "loading the model")
+        report(1e9, 2e9, "layer 0")
+    assert stream.getvalue() == ""
+
+
+def test_progress_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with text.show_progress(stream) as report:
+        report(0.0, 1.0, "loading [the] model")
+        report(0.0, 4e9, "a")
+        report(4e9, 4e9, "done")
+    assert stream.getvalue()
