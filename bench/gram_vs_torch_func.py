@@ -2,8 +2,8 @@
 
 The peer is the Jacobian contraction of PyTorch's NTK tutorial, kept within 24 GiB: its Jacobian is computed once for
 x1 = x2 (the tutorial computes it twice) and in chunks of 8 samples (in one piece it was killed for memory), with eager
-attention (scaled_dot_product_attention has no batching rule). Each contender runs in a fresh process, so that peak memory is its own; the Grams are compared before
-any figure is printed.
+attention (scaled_dot_product_attention has no batching rule). Each contender runs in a fresh process, so that peak
+memory is its own; the Grams are compared before any figure is printed.
 """
 
 from __future__ import annotations

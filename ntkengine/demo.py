@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class DemoResult:
     """What the demo made.
 
     Attributes:
-        tables: what the report shows, for the terminal.
+        tables: the report's main tables, for the terminal.
         summary: closing lines.
         report: the HTML page.
         grams: the two Gram files.
@@ -63,7 +64,7 @@ def run_demo(
     from ntkengine.assets import fetch_demo, movie_snippets
     from ntkengine.jobs import forecast_file, report_files, run_gram
     from ntkengine.report.plots import require
-    from ntkengine.report.tables import comparison_table, forecast_table, gram_table, module_table
+    from ntkengine.report.tables import comparison_table, gram_table, module_table
     from ntkengine.store import open_gram
 
     for name, count in (("train", train), ("eval", evaluate)):
@@ -99,7 +100,7 @@ def run_demo(
         gram = open_gram(path)
         forecasts[name] = found = forecast_file(gram)
         total = sum(gram.meta["module_trace"].values())
-        tables += [gram_table(gram), forecast_table(found), module_table(found.modules, total)]
+        tables += [gram_table(gram), module_table(found.modules, total, top=10)]
         summary += _summary(name, found, float(gram.meta["seconds"]))
     tables.append(comparison_table(forecasts))
     summary.append(f"Grams: {lora}, {full}; report: {report}")
@@ -115,10 +116,11 @@ def _summary(name: str, found: Forecast, seconds: float) -> list[str]:
     ]
     if found.eval_at_ridge is not None:
         mse, worst, best = found.eval_at_ridge[:3]
-        inside = "inside" if low <= mse <= high else "outside"
+        # Both are estimates: their difference has the errors of both.
+        agrees = abs(mse - value) <= math.hypot(high - value, best - mse)
         lines.append(
             f"  linearised prediction on {found.n_eval} held-out examples: mse {mse:.3f} "
-            f"(95% {worst:.3f} to {best:.3f}), {inside} the forecast's interval; "
+            f"(95% {worst:.3f} to {best:.3f}), {'within' if agrees else 'beyond'} the errors of both; "
             f"before training {found.start['eval_mse']:.3f}"
         )
     if found.loo_accuracy_at_ridge is not None and found.eval_at_ridge is not None:

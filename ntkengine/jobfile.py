@@ -96,7 +96,7 @@ class HeadPart:
     Attributes:
         fit: default: when the head is freshly initialised and there are labels.
         ridge: "loo" or a number.
-        folds: heads fitted without each example's fold give the held-out outputs.
+        folds: heads fitted without each example's fold, each with a Gram of its own.
         seed: of the folds.
     """
 

@@ -13,10 +13,11 @@ from ntkengine.errors import InputError
 from ntkengine.jobfile import Job
 
 if TYPE_CHECKING:
-    from ntkengine.forecast import Forecast
-    from ntkengine.gram.engine import Gram
+    from ntkengine.forecast import CrossFit, Forecast
     from ntkengine.gram.plan import Plan
+    from ntkengine.gram.result import Gram
     from ntkengine.inputs.examples import Examples
+    from ntkengine.inputs.heads import HeadFit
     from ntkengine.report import Section
 
 Progress = Callable[[float, float, str], None]
@@ -46,9 +47,8 @@ def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | Non
     _check_early(job)
     prepared = _Prepared(job, tell, examples)
     call = prepared.arguments()
-    held_out = prepared.fit_head(tell)
-    extras = {} if held_out is None else {"held_out_outputs": held_out}
-    head = job.settings()["head"] | {"fitted": held_out is not None}
+    fit = prepared.fit_head(tell)
+    head = job.settings()["head"] | {"fitted": fit is not None}
     part = job.gram
     return compute_gram(
         prepared.model,
@@ -64,7 +64,7 @@ def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | Non
         example_ids=prepared.train.ids,
         eval_ids=None if prepared.eval is None else prepared.eval.ids,
         job=job.settings() | {"head": head, "classes": list(prepared.train.label_names)},
-        extras=extras,
+        extras=None if fit is None else lambda: prepared.cross_fit(fit, progress),
     )
 
 
@@ -133,8 +133,8 @@ class _Prepared:
             return None
         return encode_targets(examples.labels, self.job.gram.readout, self.num_labels)
 
-    def fit_head(self, tell: Progress) -> np.ndarray | None:
-        """Fit the head where the job wants it; return its out-of-fold outputs in the readout's layout, or None."""
+    def fit_head(self, tell: Progress) -> HeadFit | None:
+        """Fit the head where the job wants it."""
         from ntkengine.inputs.heads import fit_head
         from ntkengine.inputs.readout import encode_targets
 
@@ -145,10 +145,30 @@ class _Prepared:
         # Logits of ±1/2 make a margin of ±1, which is what its targets are.
         goal = encode_targets(self.train.labels, "logits", self.num_labels) * (0.5 if margin else 1.0)
         part = self.job.head
-        held_out: np.ndarray = fit_head(
-            self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed
-        ).held_out
-        return held_out[:, 1:] - held_out[:, :1] if margin else held_out
+        return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
+
+    def cross_fit(self, fit: HeadFit, progress: Progress | None) -> dict[str, np.ndarray]:
+        """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold."""
+        from ntkengine.gram.engine import compute_gram
+
+        call = self.arguments() | {"per_module": False}
+        call.pop("eval_inputs", None)
+        grams, outputs = [], []
+        folds = len(fit.weights) - 1
+        try:
+            for k in range(folds):
+                fit.write(self.model, k)
+                stage = None if progress is None else _staged(progress, f"held-out head {k + 1} of {folds}")
+                found = compute_gram(self.model, self.inputs, **call, check=False, progress=stage)
+                grams.append(np.asarray(found))
+                outputs.append(found.outputs)
+        finally:
+            fit.write(self.model, -1)
+        return {"fold": fit.fold, "fold_grams": np.stack(grams), "fold_outputs": np.stack(outputs)}
+
+
+def _staged(progress: Progress, stage: str) -> Progress:
+    return lambda done, total, _: progress(done, total, stage)
 
 
 def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -> Forecast:
@@ -159,7 +179,7 @@ def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -
         ridge: "loo", "gcv", or a number in the unit of K.
 
     Raises:
-        InputError: no targets in it, a head fitted on them without held-out outputs, or as `forecast`.
+        InputError: no targets in it, a head fitted on them without held-out heads, or as `forecast`.
     """
     from ntkengine.forecast import forecast
     from ntkengine.store import open_gram
@@ -180,11 +200,18 @@ def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -
     return forecast(
         gram,
         gram.targets,
-        held_out_offset=gram.extras.get("held_out_outputs"),
+        cross_fit=_cross_fit(gram),
         eval_targets=gram.eval_targets,
         head_fitted_on_targets=bool((settings.get("head") or {}).get("fitted", False)),
         ridge=ridge,
     )
+
+
+def _cross_fit(gram: Gram) -> CrossFit | None:
+    from ntkengine.forecast import CrossFit
+
+    names = ("fold", "fold_grams", "fold_outputs")
+    return CrossFit(*(gram.extras[name] for name in names)) if all(name in gram.extras for name in names) else None
 
 
 def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> list[Section]:

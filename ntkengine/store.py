@@ -7,7 +7,8 @@
 /example_id           N strings;        /eval_id  M strings
 /tiles/crc32          checksum of each tile of /gram;   /tiles/done  its flag
 /extras/<name>        further arrays
-Root attributes: schema, contraction, transform, precision, noise, and as JSON: job (what defines the values), meta, plan.
+/json/<name>          job (what defines the values), meta, plan
+Root attributes: schema, contraction, transform, precision, noise.
 A file appears under its name only when it is complete.
 """
 

@@ -7,7 +7,7 @@ import pytest
 
 from ntkengine import jobs
 from ntkengine.errors import InputError
-from ntkengine.forecast import forecast
+from ntkengine.forecast import CrossFit, forecast
 from ntkengine.gram.engine import compute_gram
 from ntkengine.jobfile import make_job, merged, read_job
 from ntkengine.store import open_gram
@@ -28,6 +28,8 @@ train = "train.tsv"
 eval = "dev.tsv"
 text = "sentence"
 label = "label"
+[head]
+fit = true
 [gram]
 readout = "margin"
 per_module = true
@@ -128,7 +130,9 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
     settings = gram.meta["settings"]
     assert settings["head"]["fitted"] is True
     assert settings["classes"] == ["bad", "good"]
-    held = gram.extras["held_out_outputs"]
+    fold = gram.extras["fold"]
+    held = gram.extras["fold_outputs"][fold, np.arange(14)]
+    assert gram.extras["fold_grams"].shape == (5, 14, 14)
     assert held.shape == (14, 1)
     # A head fitted on a label is nearer to it than one that never saw it; targets of the margin are ±1.
     assert np.mean((gram.outputs - gram.targets) ** 2) < np.mean((held - gram.targets) ** 2)
@@ -137,8 +141,10 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
     assert told[-1][0] == told[-1][1] > 1
 
     found = jobs.forecast_file(folder / "k.h5")
-    direct = forecast(gram, gram.targets, held_out_offset=held)
+    cross_fit = CrossFit(fold, gram.extras["fold_grams"], gram.extras["fold_outputs"])
+    direct = forecast(gram, gram.targets, cross_fit=cross_fit)
     assert found.loo == direct.loo
+    assert found.start["held_out_mse"] == pytest.approx(np.mean((held - gram.targets) ** 2))
     np.testing.assert_array_equal(found.eval_mse, direct.eval_mse)
 
     written = (folder / "k.h5").read_bytes()
@@ -168,10 +174,11 @@ def test_plan_is_of_the_same_job_and_writes_nothing(folder):
 
 def test_logits_head_and_three_classes(folder):
     write_rows(folder / "three.tsv", 15, 2, ("a", "b", "c"))
-    base = {"out": folder / "three.h5", "model": {"path": str(folder / "model")}}
+    save_tiny(folder / "three", num_labels=3)
+    base = {"out": folder / "three.h5", "model": {"path": str(folder / "three")}, "head": {"fit": True}}
     job = make_job(base | {"data": {"train": folder / "three.tsv", "text": "sentence"}})
     gram = jobs.run_gram(job)
-    assert gram.outputs.shape == gram.targets.shape == gram.extras["held_out_outputs"].shape == (15, 3)
+    assert gram.outputs.shape == gram.targets.shape == gram.extras["fold_outputs"].shape[1:] == (15, 3)
     assert set(np.unique(gram.targets)) == {-1.0, 1.0}
     assert jobs.forecast_file(gram).outputs == 3
 
@@ -196,9 +203,9 @@ def test_what_is_refused_leaves_no_file(folder):
 
 
 def test_unlabelled_data_gives_a_gram_without_forecast(folder):
-    gram = jobs.run_gram(read_job(folder / "job.toml", {"data": {"label": ""}, "head": {"fit": None}}))
+    gram = jobs.run_gram(read_job(folder / "job.toml", {"data": {"label": ""}, "head": {"fit": False}}))
     assert gram.targets is None
-    assert "held_out_outputs" not in gram.extras
+    assert not gram.extras
     with pytest.raises(InputError, match="holds no targets"):
         jobs.forecast_file(gram)
     (section,) = jobs.report_files([folder / "k.h5"])
@@ -212,13 +219,14 @@ def small():
     return model, tiny_inputs(model, [5, 3, 4, 6, 2], 6), {"targets": y, "params": "*.layer.2.*"}
 
 
-def test_a_fitted_head_without_held_out_outputs_is_a_leak(small, tmp_path):
+def test_a_fitted_head_without_held_out_heads_is_a_leak(small, tmp_path):
     model, inputs, arguments = small
     job = {"head": {"fitted": True}}
     gram = compute_gram(model, inputs, **arguments, job=job)
-    with pytest.raises(InputError, match="held_out_offset"):
+    with pytest.raises(InputError, match="head fitted on these targets"):
         jobs.forecast_file(gram)
-    held = {"held_out_outputs": np.zeros((5, 2))}
+    K = np.asarray(gram)
+    held = {"fold": np.array([0, 1, 0, 1, 1]), "fold_grams": np.stack([K, K]), "fold_outputs": np.zeros((2, 5, 2))}
     compute_gram(model, inputs, **arguments, job=job, extras=held, out=tmp_path / "k.h5")
     found = jobs.forecast_file(tmp_path / "k.h5", ridge="gcv")
     assert found.start["held_out_mse"] == 1.0

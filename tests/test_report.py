@@ -92,6 +92,7 @@ def test_ridge_table_keeps_and_marks_the_chosen_ridge(gram, found):
 def test_module_and_comparison_tables(found):
     shown = tables.module_table({"a": 0.25, "b": 0.75}, 8.0)
     assert shown.rows == [("b", "6", "75.00%"), ("a", "2", "25.00%")]
+    assert tables.module_table({"a": 0.2, "b": 0.5, "c": 0.3}, 1.0, top=1).rows[1] == ("2 others", "0.5", "50.00%")
     both = tables.comparison_table({"one.h5": found, "two.h5": found})
     assert both.columns == ("", "one.h5", "two.h5")
     assert all(row[1] == row[2] for row in both.rows)

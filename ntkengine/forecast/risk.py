@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import risk_bounds
+from ntkengine.forecast.crossfit import CrossFit, Systems
 from ntkengine.forecast.curves import checked_times, default_times, flow_curves
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
@@ -32,6 +33,7 @@ def forecast(
     eval_targets: ArrayLike | None = None,
     eval_offset: ArrayLike | None = None,
     head_fitted_on_targets: bool = False,
+    cross_fit: CrossFit | None = None,
     ridge: str | float = "loo",
     times: ArrayLike | None = None,
 ) -> Forecast:
@@ -56,8 +58,10 @@ def forecast(
         eval_targets: (M, C); default `gram.eval_targets`, else no eval.
         eval_offset: (M, C), f0 on the eval examples; default `gram.eval_outputs`. Needed with an `offset` other than
             `gram.outputs`.
-        head_fitted_on_targets: the head behind `offset` was fitted on these labels. Then `held_out_offset` must be
-            given.
+        head_fitted_on_targets: the head behind `offset` was fitted on these labels. Then `cross_fit`, or at least
+            `held_out_offset`, must be given.
+        cross_fit: kernels and starts of heads that did not see each fold. Leave-one-out and GCV then score each
+            example in the system of its own fold, and `held_out_offset` is not needed.
         ridge: "loo", "gcv", or a number in the unit of K, not below the noise.
         times: (T,) > 0, learning rate × full-batch steps; default 121 on a log grid from 0.01·N/λ_max to 100·N/λ_min,
             or to N/noise where λ_min is unresolved, within ten decades.
@@ -75,6 +79,8 @@ def forecast(
     N, C = y.shape
     f0 = _offset("offset", offset, getattr(gram, "outputs", None), y.shape)
     held = None if held_out_offset is None else _offset("held_out_offset", held_out_offset, None, y.shape)
+    if cross_fit is not None:
+        held = cross_fit.held_out()
     if head_fitted_on_targets and held is None:
         raise InputError(
             "held_out_offset: expected outputs of heads that did not see each example, got none: a head fitted on "
@@ -96,10 +102,14 @@ def forecast(
         raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {ridge!r}")
 
     # Honest residuals for leave-one-out and GCV; the flow keeps those of the real start.
-    tested = flow.paths if held is None else _retargeted(kernel, flow.paths, y - held)
-    left_out = np.stack([kernel.joined([path.loo_residuals(r) for path in tested]) for r in ridges])  # (R, N, C)
+    if cross_fit is not None:
+        tested = Systems.of(gram, cross_fit, y)
+    else:
+        paths = flow.paths if held is None else _retargeted(kernel, flow.paths, y - held)
+        tested = Systems([(kernel, paths, np.ones(N, dtype=bool))])
+    left_out = np.stack([tested.left_out(r) for r in ridges])  # (R, N, C)
     loo_mse = (left_out**2).mean(axis=(1, 2))
-    gcv = np.mean([path.gcv(ridges) for path in tested], axis=0)
+    gcv = np.array([tested.gcv(r) for r in ridges])
     by_loo, by_gcv = pick(ridges, loo_mse), pick(ridges, gcv)
     chosen = {"loo": by_loo.ridge, "gcv": by_gcv.ridge}[ridge] if isinstance(ridge, str) else float(ridge)
     at = int(np.searchsorted(ridges, chosen))
@@ -162,7 +172,15 @@ def forecast(
         paper_lower=lower / y.size,
         paper_upper=upper / y.size,
         modules=_module_shares(gram),
-        assumptions=_assumptions(kernel, condition.resolved, held is not None, classes, by_loo.edge, by_gcv.edge, gram),
+        assumptions=_assumptions(
+            kernel,
+            condition.resolved,
+            _start_of(held, cross_fit, head_fitted_on_targets),
+            classes,
+            by_loo.edge,
+            by_gcv.edge,
+            gram,
+        ),
     )
 
 
@@ -239,8 +257,19 @@ def _module_shares(gram: Any) -> dict[str, float]:
     return {name: value / total for name, value in traces.items()} if total > 0 else {}
 
 
+def _start_of(held: np.ndarray | None, cross_fit: CrossFit | None, fitted: bool) -> str:
+    if cross_fit is not None:
+        return (
+            "Leave-one-out and GCV use heads, and their kernels, that did not see the example; curves and eval do not."
+        )
+    if held is None:
+        return "Leave-one-out and GCV are right only if the head was not fitted on these targets."
+    line = "Leave-one-out and GCV start from the held-out outputs; curves and eval from the real start."
+    return line + (" The kernel is of a head that saw all targets, so they are still too small." if fitted else "")
+
+
 def _assumptions(
-    kernel: Kernel, resolved: bool, held_out: bool, classes: bool, loo_edge: str, gcv_edge: str, gram: Any
+    kernel: Kernel, resolved: bool, start: str, classes: bool, loo_edge: str, gcv_edge: str, gram: Any
 ) -> list[str]:
     lines = [
         "The model stays near its linearisation at the start.",
@@ -252,10 +281,7 @@ def _assumptions(
         lines.append(f"The kernel uses the {transform!r} inner product; the flow is that of this kernel.")
     if kernel.divisor > 1:
         lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
-    if held_out:
-        lines.append("Leave-one-out and GCV start from the held-out outputs; curves and eval from the real start.")
-    else:
-        lines.append("Leave-one-out and GCV are right only if the head was not fitted on these targets.")
+    lines.append(start)
     if not resolved:
         lines.append("Eigenvalues at or below the noise do not move in the training curve.")
     if not classes:

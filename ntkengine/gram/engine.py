@@ -57,7 +57,7 @@ def compute_gram(
     example_ids: Sequence[str] | None = None,
     eval_ids: Sequence[str] | None = None,
     job: Mapping[str, Any] | None = None,
-    extras: Mapping[str, np.ndarray] | None = None,
+    extras: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray]] | None = None,
     seed: int = 0,
 ) -> Gram:
     """Return the exact empirical NTK Gram matrix of a model on a set of inputs.
@@ -88,7 +88,8 @@ def compute_gram(
         example_ids: N names kept in the file.
         eval_ids: M names.
         job: a mapping kept in the file.
-        extras: further arrays kept in the file.
+        extras: further arrays kept in the file; or a function that makes them from what the job already names, called
+            after the sweep.
         seed: of the drawn checks.
 
     Returns:
@@ -114,7 +115,8 @@ def compute_gram(
     if path is not None:
         settings: dict[str, Any] = {"contraction": contraction, "transform": transform, "precision": precision}
         settings |= {"per_module": per_module, "check": check, "seed": seed}
-        arrays = {"targets": targets, "eval_targets": eval_targets, **(extras or {})}
+        arrays = {"targets": targets, "eval_targets": eval_targets}
+        arrays |= {} if extras is None or callable(extras) else extras
         wanted = identity(model, task, settings, arrays, job)
         if path.exists():
             return existing(path, wanted, resume)
@@ -144,7 +146,7 @@ def compute_gram(
     gram = _assemble(sums, samples, frame, plan, contraction, transform, two=inputs2 is not None)
     gram.noise = float("nan") if noise is None else noise.norm
     gram.targets, gram.eval_targets = _float(targets), _float(eval_targets)
-    gram.extras = dict(extras or {})
+    gram.extras = dict((extras() if callable(extras) else extras) or {})
     gram.meta = {
         "precision": precision,
         "readout": task.readout.name,

@@ -24,17 +24,26 @@ class HeadFit:
         held_out: (N, C) float64: example n's outputs from a head fitted on the folds without n.
         fitted: (N, C) float64: outputs of the head now in the model.
         ridge: the penalty used, added to Σ x xᵀ of centred features.
-        folds: number of folds.
-        feature_dim: features the head sees.
+        fold: (N,) the fold of each example.
+        weights: per fold (W (C, d), b (C,)), fitted without it; the last pair is the head now in the model.
         module: the Linear that was written.
     """
 
     held_out: np.ndarray
     fitted: np.ndarray
     ridge: float
-    folds: int
-    feature_dim: int
+    fold: np.ndarray
+    weights: list[tuple[np.ndarray, np.ndarray]]
     module: str
+
+    def write(self, model: nn.Module, fold: int) -> None:
+        """Put one fold's head into the model; −1 puts back the head fitted on all."""
+        linear: Any = model.get_submodule(self.module)
+        W, b = self.weights[fold]
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(W))
+            if linear.bias is not None:
+                linear.bias.copy_(torch.from_numpy(b))
 
 
 def fit_head(
@@ -72,7 +81,7 @@ def fit_head(
         msg = f"fit_head: expected at least 2 examples and 2 folds, got {n} and {folds}"
         raise InputError(msg)
     name, features = _features(model, samples)
-    linear = model.get_submodule(name)
+    linear: Any = model.get_submodule(name)
     if targets.shape[1] != linear.out_features:
         msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
         raise InputError(msg)
@@ -80,19 +89,19 @@ def fit_head(
     if not chosen > 0:
         msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
         raise InputError(msg)
+    bias = linear.bias is not None
     held_out = np.full_like(targets, np.nan)
-    order = np.random.default_rng(seed).permutation(n)
-    folds = min(folds, n)
-    for part in np.array_split(order, folds):
-        rest = np.setdiff1d(order, part)
-        W, b = _ridge(features[rest], targets[rest], chosen)
-        held_out[part] = features[part] @ W.T + b
-    W, b = _ridge(features, targets, chosen)
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(W))  # type: ignore[operator]
-        if linear.bias is not None:
-            linear.bias.copy_(torch.from_numpy(b))  # type: ignore[operator]
-    return HeadFit(held_out, features @ W.T + b, chosen, folds, features.shape[1], name)
+    fold = np.empty(n, dtype=np.int64)
+    weights = []
+    for k, part in enumerate(np.array_split(np.random.default_rng(seed).permutation(n), min(folds, n))):
+        rest = np.setdiff1d(np.arange(n), part)
+        W, b = _ridge(features[rest], targets[rest], chosen, bias)
+        held_out[part], fold[part] = features[part] @ W.T + b, k
+        weights.append((W, b))
+    W, b = _ridge(features, targets, chosen, bias)
+    fit = HeadFit(held_out, features @ W.T + b, chosen, fold, [*weights, (W, b)], name)
+    fit.write(model, -1)
+    return fit
 
 
 def _features(model: nn.Module, samples: Samples) -> tuple[str, np.ndarray]:
@@ -142,9 +151,9 @@ def _matching(calls: list[tuple[str, Tensor, Tensor]], logits: Tensor) -> tuple[
     raise InputError(msg)
 
 
-def _ridge(X: np.ndarray, Y: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return W (C, d) and b (C,)."""
-    x0, y0 = X.mean(0), Y.mean(0)
+def _ridge(X: np.ndarray, Y: np.ndarray, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return W (C, d) and b (C,), b = 0 for a head without bias."""
+    x0, y0 = (X.mean(0), Y.mean(0)) if bias else (np.zeros(X.shape[1]), np.zeros(Y.shape[1]))
     U, s, Vt = np.linalg.svd(X - x0, full_matrices=False)
     W = (Vt.T @ ((s / (s**2 + ridge))[:, None] * (U.T @ (Y - y0)))).T
     return W, y0 - W @ x0

@@ -118,8 +118,8 @@ def _check_directory(path: Path, allow_pickle: bool) -> None:
         raise InputError(msg)
     if not allow_pickle:
         msg = (
-            f"{path}: holds its weights in pickle form ({pickled[0]}), which can run any code when loaded; convert them "
-            "to safetensors, or pass allow_pickle if you trust them"
+            f"{path}: holds its weights in pickle form ({pickled[0]}), which can run any code when loaded; convert "
+            "them to safetensors, or pass allow_pickle if you trust them"
         )
         raise InputError(msg)
 
@@ -140,10 +140,10 @@ def _load(
             dtype=_DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=False,
+            ignore_mismatched_sizes=True,  # told below, by name
             **options,
         )
-    except Exception as error:  # transformers raises many kinds; each means the model cannot be used
+    except Exception as error:  # many kinds; each means the model cannot be used
         reason = " ".join(str(error).split())[:300]
         if "trust_remote_code" in reason:
             reason = "it needs code of its own: pass trust_remote_code if you trust it"
@@ -155,8 +155,11 @@ def _load(
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
     body = [k for k in missing if k.startswith(prefix) and ".pooler." not in k] if task != "encoder" else missing
     mismatched = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ()))
-    if body or mismatched:
-        msg = f"{source}: its weights do not cover the model: {(body or mismatched)[0]} is missing or of another shape"
+    if mismatched and not body:
+        msg = f"{source}: {mismatched[0]} has another shape than num_labels={num_labels} (or the config) asks for"
+        raise InputError(msg)
+    if body:
+        msg = f"{source}: its weights do not cover the model: {body[0]} is missing"
         raise InputError(msg)
     return model, missing
 

@@ -141,7 +141,7 @@ def modules_figure(shares: Mapping[str, float]) -> Any:
             left += parts[kind]
     ax.set_yticks(range(len(layers)), list(layers), fontsize=7)
     ax.invert_yaxis()
-    ax.set_title("Share of the trace by layer (top) and by kind of module (bottom)")
+    figure.suptitle("Share of the trace by layer (top) and by kind of module (bottom)", fontsize=10)
     rest = sum(kinds[kind] for kind in names[_KINDS:])
     rows = [(kind, kinds[kind], colours[kind]) for kind in told]
     if rest > 0:

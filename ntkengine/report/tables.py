@@ -47,7 +47,7 @@ def gram_table(gram: Any) -> Table:
     told = (
         ("readout", "readout", str),
         ("parameters in the kernel", "parameters", lambda v: f"{v:,}"),
-        ("parameters f does not use", "unused_parameters", lambda v: f"{len(v):,}"),
+        ("parameters f does not use", "unused_parameters", lambda v: f"{len(v):,}" if v else ""),
         ("precision", "precision", str),
         ("wall time", "seconds", lambda v: f"{v:.1f} s"),
         ("  in passes", "pass_seconds", lambda v: f"{v:.1f} s"),
@@ -57,7 +57,7 @@ def gram_table(gram: Any) -> Table:
         ("checked by autograd", "checked", lambda v: "yes" if v else "no"),
         ("versions", "versions", lambda v: ", ".join(f"{name} {version}" for name, version in v.items())),
     )
-    rows += [(label, show(meta[key])) for label, key, show in told if meta.get(key) is not None]
+    rows += [(label, shown) for label, key, show in told if meta.get(key) is not None and (shown := show(meta[key]))]
     if gram.plan is not None:
         rows.append(("work", f"{gram.plan.flops / 1e9:,.0f} GFLOP, {gram.plan.tokens:,} tokens"))
     rows += [
@@ -140,10 +140,13 @@ def ridge_dimension(forecast: Any, index: int) -> float:
     return float((values / (values + forecast.ridges[index])).sum())
 
 
-def module_table(shares: Mapping[str, float], trace: float) -> Table:
-    """Return each module's part of the trace, largest first."""
+def module_table(shares: Mapping[str, float], trace: float, top: int | None = None) -> Table:
+    """Return each module's part of the trace, largest first; those after the first `top` in one row."""
     ordered = sorted(shares.items(), key=lambda item: -item[1])
-    rows = [(name, f"{share * trace:.5g}", f"{share:.2%}") for name, share in ordered]
+    told, rest = ordered[:top], ordered[len(ordered[:top]) :]
+    if rest:
+        told.append((f"{len(rest)} others", sum(share for _, share in rest)))
+    rows = [(name, f"{share * trace:.5g}", f"{share:.2%}") for name, share in told]
     return Table("Trace by module", ("module", "trace", "share"), rows, "trace in gradient², summed over the examples")
 
 

@@ -220,9 +220,9 @@ def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
         args, kwargs = tree_unflatten(
             [next(given)[None] if m else x for x, m in zip(values, mapped, strict=True)], spec
         )
-        _, pull = torch.func.vjp(
+        pull = torch.func.vjp(
             lambda p: torch.func.functional_call(module, {parameter: p}, args, kwargs), weight.detach()
-        )
+        )[1]
         return torch.func.vmap(lambda one: pull(one[None])[0])(d_C)
 
     try:

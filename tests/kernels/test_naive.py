@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from ntk_kernels import ghost, lookup, materialise, syrk
+
 from ntkengine.gram.strategies import contract
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.tangents.factors import Dense, Lookup, Outer, ParameterFactors

@@ -1,0 +1,96 @@
+"""Leave-one-out and GCV when the head was fitted on the same labels: kernels and starts of heads that did not see them.
+
+A head fitted on all labels leaks twice: its outputs are too close to the targets, and the tangent features themselves
+are built from weights that know the labels. With one kernel K_k and start f_k for each fold k, from a head fitted
+without that fold, example i is scored in the system of its own fold, where nothing has seen its label:
+    e_i = [Q_k r_k]_i / [Q_k]_ii,   Q_k = (K_k + ridge·I)⁻¹,   r_k = y − f_k,   k the fold of i.
+Shapes: N examples, C outputs, F folds, R ridges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ntkengine.errors import InputError
+from ntkengine.forecast.system import Kernel, cut
+from ntkengine.ridge import RidgePath
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Grams and starts from heads fitted without one fold each.
+
+    Attributes:
+        fold: (N,) int, the fold of each example.
+        grams: (F, …) float64, each in the layout of the Gram's values.
+        outputs: (F, N, C) float64, f0 of every example under each fold's head.
+    """
+
+    fold: np.ndarray
+    grams: np.ndarray
+    outputs: np.ndarray
+
+    def held_out(self) -> np.ndarray:
+        """Return (N, C): each example's f0 from the head of its own fold."""
+        return self.outputs[self.fold, np.arange(len(self.fold))]
+
+
+@dataclass(frozen=True)
+class Systems:
+    """The folds' decomposed systems; with no cross-fit, one system scored on all examples."""
+
+    parts: list[tuple[Kernel, list[RidgePath], np.ndarray]]
+
+    @classmethod
+    def of(cls, gram: Any, cross_fit: CrossFit, targets: np.ndarray) -> Systems:
+        """Decompose every fold's kernel; cost F eigendecompositions.
+
+        Raises:
+            InputError: shapes that do not fit.
+        """
+        N, C = targets.shape
+        F = len(cross_fit.grams)
+        if (
+            cross_fit.fold.shape != (N,)
+            or cross_fit.outputs.shape != (F, N, C)
+            or not set(cross_fit.fold) <= set(range(F))
+        ):
+            msg = (
+                f"cross_fit: expected fold ({N},) below {F} and outputs ({F}, {N}, {C}), got {cross_fit.fold.shape} and "
+                f"{cross_fit.outputs.shape}"
+            )
+            raise InputError(msg)
+        parts = []
+        for k in range(F):
+            kernel = cut(_Like(cross_fit.grams[k], gram), N, C, None)
+            parts.append((kernel, kernel.paths(targets - cross_fit.outputs[k]), cross_fit.fold == k))
+        return cls(parts)
+
+    def left_out(self, ridge: float) -> np.ndarray:
+        """Return (N, C) leave-one-out residuals, each example's from its own system."""
+        joined = [kernel.joined([path.loo_residuals(ridge) for path in paths]) for kernel, paths, _ in self.parts]
+        out = np.zeros_like(joined[0])
+        for (_, _, rows), residuals in zip(self.parts, joined, strict=True):
+            out[rows] = residuals[rows]
+        return out
+
+    def gcv(self, ridge: float) -> float:
+        """Return GCV: the mean over examples and outputs of (residual of the fit / mean leverage left)²."""
+        total, count = 0.0, 0
+        for kernel, paths, rows in self.parts:
+            left = [p.train_residual(ridge) / np.mean(ridge / (p.eigenvalues + ridge)) for p in paths]
+            scored = kernel.joined(left)[rows]
+            total, count = total + float((scored**2).sum()), count + scored.size
+        return total / count
+
+
+class _Like:
+    """Another Gram of the same kind: values of one fold, everything else of the whole."""
+
+    def __init__(self, values: np.ndarray, gram: Any) -> None:
+        self.values = values
+        self.contraction = getattr(gram, "contraction", None)
+        self.noise = getattr(gram, "noise", None) or 0.0

@@ -1,0 +1,150 @@
+"""Reading and tokenizing: every source gives the same examples; every refusal says file, line and what was expected."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ntkengine.errors import InputError
+from ntkengine.inputs.examples import Examples, read_examples, tokenize
+from ntkengine.inputs.models import load_model
+from tests.tiny import save_tiny, tiny_sentences
+
+TEXTS = ['w1 "w2', "w3, w4", "w5 w6 w7"]
+LABELS = ["bad", "good", "bad"]
+
+
+def write(path, content):
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def sources(folder):
+    rows = [{"text": t, "label": x} for t, x in zip(TEXTS, LABELS, strict=True)]
+    yield write(folder / "a.jsonl", "\n".join(json.dumps(r) for r in rows))
+    yield write(folder / "a.json", json.dumps(rows))
+    yield write(folder / "a.tsv", "text\tlabel\n" + "".join(f"{r['text']}\t{r['label']}\n" for r in rows))
+    yield write(folder / "a.csv", 'text,label\n"w1 ""w2",bad\n"w3, w4",good\nw5 w6 w7,bad\n')
+    yield rows
+    yield {"text": TEXTS, "label": LABELS}
+
+
+def test_every_source_gives_the_same(tmp_path):
+    for source in sources(tmp_path):
+        examples = read_examples(source)
+        assert list(examples.texts) == TEXTS
+        assert examples.labels.tolist() == [0, 1, 0]
+        assert list(examples.label_names) == ["bad", "good"]
+    assert read_examples(tmp_path / "a.tsv").ids == ["a.tsv:2", "a.tsv:3", "a.tsv:4"]
+
+
+def test_options(tmp_path):
+    path = write(tmp_path / "a.tsv", "s\ty\tp\n" + "".join(f"t{i}\t{10 - i}\tq{i}\n" for i in range(10)))
+    examples = read_examples(path, "s", "y", text_pair="p")
+    assert examples.texts[0] == ("t0", "q0")
+    assert examples.label_names[:3] == ["1", "2", "3"]  # by value, not as text
+    assert len(read_examples(path, "s", "y", limit=4)) == 4
+    shuffled = read_examples(path, "s", "y", limit=4, shuffle=0)
+    assert shuffled.texts != read_examples(path, "s", "y", limit=4).texts
+    assert shuffled.texts == read_examples(path, "s", "y", limit=4, shuffle=0).texts
+    assert read_examples(path, "s", None).labels is None
+    assert read_examples([{"text": "a", "label": 1.0}, {"text": "b", "label": 0}]).labels.tolist() == [1, 0]
+    part = examples[2:4]
+    assert isinstance(part, Examples)
+    assert part.ids == ["a.tsv:4", "a.tsv:5"]
+    bare = write(tmp_path / "b.tsv", "x1\t1\nx2\t0\n")
+    assert read_examples(bare, header=["text", "label"]).labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "text\tlabel\na\t1\n \t0\n", "a.tsv:3: column 'text' is empty"),
+        ("a.tsv", "text\tlabel\na\t1\nb\t\n", "a.tsv:3: column 'label' has no label"),
+        ("a.tsv", "text\tlabel\na\t1\nb\n", "a.tsv:3: expected 2 fields, got 1"),
+        ("a.tsv", "sentence\tlabel\na\t1\n", "no column 'text'; the columns are sentence, label"),
+        ("a.tsv", "text\tlabel\na\t1\nb\t1\n", "one class only"),
+        ("a.tsv", "text\tlabel\n", "expected at least one example, found none"),
+        ("a.tsv", "", "expected at least one example, found none"),
+        ("a.tsv", "text\ttext\na\t1\n", "distinct column names"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "a.jsonl:2: malformed JSON"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1: expected a JSON object"),
+        ("a.jsonl", '{"text": 5, "label": 1}\n', "is int, not text"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', "has no label"),
+        ("a.json", '{"text": "a"}', "expected a list of JSON objects"),
+        ("a.csv", 'text,label\n"a,1\n', "malformed row"),
+        ("a.txt", "a", "expected one of .jsonl"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message):
+        read_examples(write(tmp_path / name, content))
+
+
+def test_other_refusals(tmp_path):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    with pytest.raises(InputError, match="no such file"):
+        read_examples(tmp_path / "none.tsv")
+    (tmp_path / "bytes.tsv").write_bytes(b"text\tlabel\n\xff\xfe\t1\n")
+    with pytest.raises(InputError, match="expected UTF-8 text, found byte 0xff"):
+        read_examples(tmp_path / "bytes.tsv")
+    with pytest.raises(InputError, match="list row 1: unknown label 'y'.*expected one of x, z"):
+        read_examples(rows, label_names=["x", "z"])
+    with pytest.raises(InputError, match="limit: expected at least 1, got 0"):
+        read_examples(rows, limit=0)
+    with pytest.raises(InputError, match="expected equal lengths"):
+        read_examples({"text": ["a"], "label": []})
+    with pytest.raises(InputError, match="got int"):
+        read_examples(5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(save_tiny(tmp_path_factory.mktemp("tiny") / "bert"))
+
+
+def test_tokenize_pads_on_the_right(model):
+    examples = read_examples([{"text": t, "label": i % 2} for i, t in enumerate(tiny_sentences(5))])
+    inputs = tokenize(examples, model)
+    lengths = inputs["attention_mask"].sum(1)
+    assert lengths.tolist() == [len(t.split()) + 2 for t in examples.texts]
+    assert inputs["input_ids"].shape == (5, int(lengths.max()))
+    assert inputs["labels"].tolist() == [0, 1, 0, 1, 0]
+    assert torch.equal(inputs["attention_mask"], (torch.arange(int(lengths.max())) < lengths[:, None]).long())
+    pairs = tokenize([("w1 w2", "w3"), ("w4", "w5")], model)
+    assert pairs["attention_mask"].sum(1).tolist() == [6, 5]
+
+
+def test_too_long_is_refused_unless_truncated(model):
+    texts = ["w1", " ".join(["w2"] * 100)]
+    with pytest.raises(InputError, match=r"example 1: has 102 tokens, over the limit of 64; pass truncate=True"):
+        tokenize(texts, model)
+    assert tokenize(texts, model, truncate=True)["input_ids"].shape == (2, 64)
+    assert tokenize(texts, model, truncate=True, max_length=7)["input_ids"].shape == (2, 7)
+
+
+def test_roberta_positions_start_late(tmp_path):
+    model = load_model(save_tiny(tmp_path / "roberta", "roberta"))
+    with pytest.raises(InputError, match="limit of 62"):
+        tokenize([" ".join(["w2"] * 61)], model)
+    assert np.isfinite(model(**tokenize([" ".join(["w2"] * 60)], model)).logits.detach().numpy()).all()
+
+
+def test_tokenizer_of_another_model(model):
+    small = torch.nn.Embedding(5, 2)
+
+    class Other:
+        ntk_tokenizer = model.ntk_tokenizer
+
+        def get_input_embeddings(self):
+            return small
+
+    with pytest.raises(InputError, match="beyond the model's 5 embeddings"):
+        tokenize(["w1 w50"], Other())
+    with pytest.raises(InputError, match="carries no tokenizer"):
+        tokenize(["w1"], torch.nn.Linear(1, 1))
+    with pytest.raises(InputError, match="got none"):
+        tokenize([], model)

@@ -1,0 +1,71 @@
+"""The fitted head: ridge regression as scikit-learn does it; held-out outputs from heads that did not see them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from ntkengine.errors import InputError
+from ntkengine.inputs.heads import fit_head
+from tests.brute import KINDS, tiny_inputs, tiny_model
+
+N = 23
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_refits(kind):
+    model = tiny_model(kind, num_labels=2)
+    inputs = tiny_inputs(model, [2 + i % 9 for i in range(N)], 12)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    targets = np.random.default_rng(0).normal(size=(N, 2))
+    fit = fit_head(model, inputs, targets, ridge=0.7, folds=4)
+    with torch.no_grad():
+        logits = model(**inputs).logits.numpy()
+    np.testing.assert_allclose(logits, fit.fitted, atol=1e-4)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed <= {f"{fit.module}.weight", f"{fit.module}.bias"}
+    assert sorted(set(fit.fold)) == [0, 1, 2, 3]
+    # The features, as the head sees them, give the same predictions when refitted without each fold.
+    features = []
+    hook = model.get_submodule(fit.module).register_forward_hook(lambda _m, args, _o: features.append(args[0]))
+    with torch.no_grad():
+        for i in range(N):
+            length = int(inputs["attention_mask"][i].sum())
+            model(**{k: v[i : i + 1, :length] for k, v in inputs.items()})
+    hook.remove()
+    X = np.stack([(x[0, -1] if x.ndim == 3 else x[0]).numpy() for x in features]).astype(np.float64)
+    bias = model.get_submodule(fit.module).bias is not None
+    for k in range(4):
+        rest = fit.fold != k
+        refit = Ridge(alpha=0.7, fit_intercept=bias).fit(X[rest], targets[rest])
+        np.testing.assert_allclose(fit.held_out[~rest], refit.predict(X[~rest]), atol=1e-4)
+    fit.write(model, 0)
+    with torch.no_grad():
+        logits = model(**inputs).logits.numpy()
+    np.testing.assert_allclose(logits[fit.fold == 0], fit.held_out[fit.fold == 0], atol=1e-4)
+
+
+def test_refusals():
+    model = tiny_model("bert", num_labels=2)
+    inputs = tiny_inputs(model, [3, 4, 5], 5)
+    for targets, options, message in [
+        (np.zeros((2, 2)), {}, r"targets: expected \(3, C\)"),
+        (np.zeros((3, 3)), {}, "expected 2 columns"),
+        (np.zeros((3, 2)), {"folds": 1}, "2 folds"),
+        (np.zeros((3, 2)), {"ridge": -1.0}, "ridge: expected 'loo' or a positive number"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            fit_head(model, inputs, targets, **options)
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(2, 2))
+
+        def forward(self, x):
+            return x @ self.w
+
+    with pytest.raises(InputError, match="no nn.Linear of the model makes its logits"):
+        fit_head(Odd(), {"x": torch.randn(3, 2)}, np.zeros((3, 2)))

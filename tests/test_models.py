@@ -1,0 +1,113 @@
+"""Loading: what comes out, and every refusal with its message."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ntkengine.errors import InputError
+from ntkengine.inputs.models import load_model
+from tests.tiny import save_tiny
+
+LORA = {"peft_type": "LORA", "r": 2, "target_modules": "query,value"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_tiny(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama"])
+def test_loads_every_kind(tmp_path, kind):
+    model = load_model(save_tiny(tmp_path / kind, kind))
+    assert not model.training
+    assert model.ntk_tokenizer is not None
+    assert not model.ntk_head_new
+    assert model.config.pad_token_id is not None
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_new_heads_are_reproducible_and_leave_the_random_state_alone(tmp_path):
+    saved = save_tiny(tmp_path / "body", head=False)
+    state = torch.random.get_rng_state()
+    one, two, other = (load_model(saved, num_labels=3, seed=s) for s in (0, 0, 1))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert one.ntk_head_new
+    assert one.classifier.out_features == 3
+    assert torch.equal(one.classifier.weight, two.classifier.weight)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+
+
+def test_adapter_is_all_that_is_trainable(saved):
+    model = load_model(saved, peft=LORA)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 3 * 2 * 2
+    assert all("lora_" in name for name in trainable)
+    assert model.ntk_tokenizer is not None
+
+
+def test_dtype(saved):
+    assert next(load_model(saved, dtype="float64").parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, "dtype: expected one of float32"),
+        ({"task": "vision"}, "task: expected one of"),
+        ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),
+        ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of"),
+        ({"peft": LORA | {"rank": 3}}, "peft.rank: LORA has no such field"),
+        ({"peft": LORA | {"target_modules": "q_proj"}}, "modules of this model are called .*query"),
+        ({"num_labels": 5}, "classifier.* has another shape than num_labels=5"),
+    ],
+)
+def test_bad_arguments(saved, arguments, message):
+    with pytest.raises(InputError, match=message):
+        load_model(saved, **arguments)
+
+
+def test_stream_is_not_built_yet(saved):
+    with pytest.raises(NotImplementedError, match="stream=False"):
+        load_model(saved, stream=True)
+
+
+def test_directories_that_are_no_models(tmp_path, saved):
+    with pytest.raises(InputError, match="no such model directory"):
+        load_model(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="config.json"):
+        load_model(tmp_path / "empty")
+    weights = saved / "model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    with pytest.raises(InputError, match="holds no weights"):
+        load_model(saved)
+    torch.save(tensors, saved / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickle form"):
+        load_model(saved)
+    assert load_model(saved, allow_pickle=True) is not None
+    weights.write_bytes(b"\x00" * 100)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(saved)
+
+
+def test_weights_that_cannot_be_used(saved):
+    weights = saved / "model.safetensors"
+    tensors = load_file(weights)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    bad = tensors[name].clone()
+    bad[3, 4] = float("nan")
+    save_file(tensors | {name: bad}, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"not finite: {name}"):
+        load_model(saved)
+    save_file({k: v for k, v in tensors.items() if k != name}, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"do not cover the model: {name}"):
+        load_model(saved)
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="no local directory"):
+        load_model("nobody/no-such-model-anywhere")
