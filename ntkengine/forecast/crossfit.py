@@ -59,8 +59,8 @@ class Systems:
             or not set(cross_fit.fold) <= set(range(F))
         ):
             msg = (
-                f"cross_fit: expected fold ({N},) below {F} and outputs ({F}, {N}, {C}), got {cross_fit.fold.shape} and "
-                f"{cross_fit.outputs.shape}"
+                f"cross_fit: expected fold ({N},) below {F} and outputs ({F}, {N}, {C}), "
+                f"got {cross_fit.fold.shape} and {cross_fit.outputs.shape}"
             )
             raise InputError(msg)
         parts = []

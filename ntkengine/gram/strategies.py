@@ -22,7 +22,7 @@ from ntkengine.tangents.factors import Dense, Lookup, Outer, ParameterFactors
 
 TILE_PARAMETERS = 65_536  # longest inner product in the model's own precision
 TILE_BYTES = 16 << 20  # Φ stays in the last-level cache
-_PAIR_BYTES = 64 << 20  # temporary products of ghost and lookup
+_PAIR_BYTES = 8 << 20  # temporary products of ghost and lookup
 
 
 def choose(kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: Frame) -> tuple[str, float]:
@@ -37,7 +37,7 @@ def choose(kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: 
     """
     R, I = shape  # noqa: E741
     outputs = frame.outputs * frame.width  # pairs count samples; a full Gram has C² entries for each
-    product = frame.pairs * outputs * 2.0 * R * I
+    product = frame.computed * outputs * 2.0 * R * I
     if kind == "zero":
         return "zero", 0.0
     if kind == "lookup":
@@ -96,26 +96,26 @@ def feature_tiles(factors: ParameterFactors, frame: Frame) -> Iterator[Tensor]:
 
 
 def _ghost(factors: ParameterFactors, total: Accumulator) -> None:
-    """Σ_{t,s} (a_it·a_js)(d_it·d_js), row panel by row panel; token sums in float64."""
+    """Σ_{t,s} (a_it·a_js)(d_it·d_js), row panel by row panel; sums over one token axis, then float64."""
     frame = total.frame
     a_STI, d_SCTR = _padded(factors)
     S, C, T, R = d_SCTR.shape
     w = frame.width
-    if frame.contraction == "trace":
-        d = d_SCTR.transpose(1, 2).reshape(1, S, T, C * R)
-    elif frame.contraction == "per-output":
+    if frame.contraction == "per-output":
         d = d_SCTR.transpose(0, 1)
-    else:  # one Gram row for each sample and output
+    elif frame.contraction == "full":  # one Gram row for each sample and output
         d = d_SCTR.reshape(1, S * C, T, R)
+    else:
+        d = d_SCTR.transpose(1, 2).reshape(1, S, T, C * R)
     a = a_STI.repeat_interleave(w, 0) if w > 1 else a_STI
     rows = max(1, _PAIR_BYTES // (8 * T * T * max(1, total.c1 - total.c0)))
     for layer in range(frame.layers):
-        for start, stop, last in total.panels(rows):
+        for start, stop, last in frame.panels(rows):
             r, q = stop - start, last - total.c0
-            A = a[start:stop].reshape(r * T, -1) @ a[total.c0 : last].reshape(q * T, -1).T
-            D = d[layer, start:stop].reshape(r * T, -1) @ d[layer, total.c0 : last].reshape(q * T, -1).T
-            values = (A.to(torch.float64) * D).view(r, T, q, T).sum((1, 3))
-            total.K[layer, start - total.r0 : stop - total.r0, :q] += values
+            values = a[start:stop].reshape(r * T, -1) @ a[total.c0 : last].reshape(q * T, -1).T
+            values.mul_(d[layer, start:stop].reshape(r * T, -1) @ d[layer, total.c0 : last].reshape(q * T, -1).T)
+            K = values.view(r, T, q, T).sum(3).sum(1, dtype=torch.float64)
+            total.K[layer, start - total.r0 : stop - total.r0, :q] += K
 
 
 def _lookup(factors: ParameterFactors, total: Accumulator) -> None:

@@ -64,6 +64,21 @@ class Frame:
         m, n = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
         return (n * (n + 1) / 2 + (m - n) * n) if self.symmetric else float(m * n)
 
+    def panels(self, size: int | None = None) -> list[tuple[int, int, int]]:
+        """Return (row start, row stop, last column) panels on the Gram's own axis, right of the diagonal left out."""
+        first, stop, end = (x * self.width for x in (*self.rows, self.columns[1]))
+        size = size or max(64, -(-(stop - first) // 8))  # thinner panels lose more speed than the triangle saves
+        starts = range(first, stop, size)
+        return [(s, t, min(t, end) if self.symmetric else end) for s in starts for t in (min(s + size, stop),)]
+
+    @property
+    def computed(self) -> float:
+        """Sample pairs that panels of the usual size compute: `pairs` and the corners right of the diagonal."""
+        return (
+            sum((stop - start) * (last - self.columns[0] * self.width) for start, stop, last in self.panels())
+            / self.width**2
+        )
+
 
 class Accumulator:
     """K = Σ of what is added, in float64.
@@ -98,7 +113,7 @@ class Accumulator:
 
     def _add_products(self, layer: int, x: Tensor) -> None:
         whole = x.shape[1] // RUN * RUN
-        for start, stop, last in self.panels():
+        for start, stop, last in self.frame.panels():
             K = self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0]
             left, right = x[start:stop], x[self.c0 : last]
             if whole:
@@ -107,15 +122,6 @@ class Accumulator:
                 )
             if whole < x.shape[1]:
                 K += left[:, whole:] @ right[:, whole:].T
-
-    def panels(self, panel: int | None = None) -> list[tuple[int, int, int]]:
-        """Return (row start, row stop, last column) panels on the Gram's own axis, right of the diagonal left out."""
-        size = panel or max(64, -(-(self.r1 - self.r0) // 8))  # thinner panels lose more speed than the triangle saves
-        found = []
-        for start in range(self.r0, self.r1, size):
-            stop = min(start + size, self.r1)
-            found.append((start, stop, min(stop, self.c1) if self.frame.symmetric else self.c1))
-        return found
 
     def add_entries(self, layer: int, rows: Tensor, columns: Tensor, values: Tensor) -> None:
         """Add values at (rows, columns) given on the Gram's whole axis; pairs outside the frame are dropped."""
