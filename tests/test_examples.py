@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +103,22 @@ def test_other_refusals(tmp_path):
         read_examples({"text": ["a"], "label": []})
     with pytest.raises(InputError, match="got int"):
         read_examples(5)
+    with pytest.raises(InputError, match="label_names: expected distinct names, got x, x"):
+        read_examples(rows, label_names=["x", "x"])
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_class_order_is_the_same_in_every_run(seed):
+    code = "from ntkengine.inputs.examples import _class_names as f; print(f(['1', '1.0', '0']), f(['2', 'nan', '10']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONHASHSEED": seed},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "['0', '1', '1.0'] ['10', '2', 'nan']"
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +168,24 @@ def test_tokenizer_of_another_model(model):
         tokenize(["w1"], torch.nn.Linear(1, 1))
     with pytest.raises(InputError, match="got none"):
         tokenize([], model)
+
+
+def test_tokenize_takes_texts_pairs_and_tables_only(model):
+    texts = tiny_sentences(3)
+    expected = tokenize(texts, model)["input_ids"]
+    assert torch.equal(tokenize({"text": texts}, model)["input_ids"], expected)
+    lists, tuples = tokenize([["w1", "w3"]], model), tokenize([("w1", "w3")], model)
+    assert torch.equal(lists["input_ids"], tuples["input_ids"])
+    for given, message in [
+        ("w1 w2", "expected Examples, a list of texts or of pairs, or a table, got 'w1 w2'"),
+        (5, "expected Examples, .* got 5"),
+        (["w1", None], "example 1: expected a text like the others, got None"),
+        (["w1", ("w2", "w3")], r"example 1: expected a text like the others, got \('w2', 'w3'\)"),
+        ([("w1", "w2"), "w3"], "example 1: expected a pair of texts like the others, got 'w3'"),
+        ([{"text": "w1"}], "example 0: expected a text like the others"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            tokenize(given, model)
+    bare = type("Bare", (), {"pad_token": None, "eos_token": None})()
+    with pytest.raises(InputError, match="this one has neither"):
+        tokenize(texts, tokenizer=bare)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ntkengine.errors import CheckFailed, InputError, NonFinite
-from ntkengine.gram import task
+from ntkengine.gram import run, strategies, task
 from ntkengine.gram.engine import compute_gram, plan_gram
+from ntkengine.tangents import sweep
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
 
 LENGTHS = [11, 3, 5, 7, 2, 9, 5]
@@ -107,8 +108,6 @@ def test_results_do_not_depend_on_batch_composition(monkeypatch):
 
 
 def test_results_do_not_depend_on_tiles(monkeypatch):
-    from ntkengine.gram import strategies
-
     model = tiny_model("llama")
     inputs = tiny_inputs(model, LENGTHS, 12)
     reference = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
@@ -118,10 +117,22 @@ def test_results_do_not_depend_on_tiles(monkeypatch):
     assert max(relative_error(again.values, reference.values)) < 1e-12
 
 
+@pytest.mark.parametrize("kept", [0, 50_000], ids=["replayed", "some kept"])
+def test_replayed_blocks_equal_kept_ones(monkeypatch, kept):
+    # A budget for activations decides which microbatches recompute their blocks; numbers do not depend on it.
+    monkeypatch.setattr(task, "Samples", partial(task.Samples, microbatch_tokens=20))
+    for kind in KINDS:
+        model = tiny_model(kind)
+        inputs = tiny_inputs(model, LENGTHS, 12)
+        reference = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "Sweep", partial(sweep.Sweep, keep_bytes=kept))
+            again = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
+        assert max(relative_error(again.values, reference.values)) < 1e-12
+
+
 @pytest.mark.parametrize("strategy", ["ghost", "materialise"])
 def test_strategies_agree(monkeypatch, strategy):
-    from ntkengine.gram import run, strategies
-
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)
     names = {name for name, _ in model.named_parameters()}
@@ -311,8 +322,6 @@ def test_one_sample_and_long_tail():
 
 
 def test_check_stops_a_wrong_sweep(monkeypatch):
-    from ntkengine.gram import run
-
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)
     right = run.contract

@@ -9,7 +9,9 @@ from sklearn.linear_model import Ridge
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.heads import fit_head
+from ntkengine.inputs.models import load_model
 from tests.brute import KINDS, tiny_inputs, tiny_model
+from tests.tiny import save_tiny
 
 N = 23
 
@@ -69,3 +71,63 @@ def test_refusals():
 
     with pytest.raises(InputError, match="no nn.Linear of the model makes its logits"):
         fit_head(Odd(), {"x": torch.randn(3, 2)}, np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_head_of_zeros_reads_the_same_features(kind):
+    # Every token's output is then equal to the logits; the fit must still use the last token's features.
+    model = tiny_model(kind, num_labels=2)
+    inputs = tiny_inputs(model, [2 + i % 9 for i in range(N)], 12)
+    targets = np.random.default_rng(0).normal(size=(N, 2))
+    usual = fit_head(model, inputs, targets, ridge=0.7)
+    with torch.no_grad():
+        model.score.weight.zero_()
+    zero = fit_head(model, inputs, targets, ridge=0.7)
+    np.testing.assert_allclose(zero.fitted, usual.fitted, atol=1e-5)
+
+
+def test_a_head_that_averages_tokens_is_refused():
+    class Averaging(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score = torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.score(x).mean(1)
+
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match="no nn.Linear of the model makes its logits"):
+        fit_head(Averaging(), {"x": torch.randn(5, 3, 4)}, np.zeros((5, 2)))
+    # Equal tokens have the mean as their output; what is fitted must still be what the logits come from.
+    with pytest.raises(InputError, match="no nn.Linear of the model makes its logits"):
+        fit_head(Averaging(), {"x": torch.ones(5, 2, 4)}, np.zeros((5, 2)))
+
+
+def test_a_saved_classifier_inside_peft(tmp_path):
+    lora = {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]}
+    model = load_model(save_tiny(tmp_path / "m"), peft=lora)
+    inputs = tiny_inputs(model, [2 + i % 9 for i in range(N)], 12)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fit = fit_head(model, inputs, np.random.default_rng(0).normal(size=(N, 2)), ridge=0.7)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(**inputs).logits.numpy(), fit.fitted, atol=1e-4)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"{fit.module}.weight", f"{fit.module}.bias"}
+    assert "modules_to_save" in fit.module
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])  # with a bias, and without
+def test_penalty_is_the_best_leave_one_out(kind):
+    model = tiny_model(kind, num_labels=2)
+    inputs = tiny_inputs(model, [2 + i % 9 for i in range(N)], 12)
+    with torch.no_grad():  # linear in the features, and noise: a best penalty inside the grid
+        signal = model(**inputs).logits.double().numpy()
+    targets = signal / signal.std() + np.random.default_rng(0).normal(size=(N, 2)) * 0.3
+    fit = fit_head(model, inputs, targets, ridge="loo", folds=N)
+
+    def leave_one_out(ridge):
+        return np.mean((fit_head(model, inputs, targets, ridge=ridge, folds=N).held_out - targets) ** 2)
+
+    best = leave_one_out(fit.ridge)
+    assert best == pytest.approx(np.mean((fit.held_out - targets) ** 2))
+    assert all(best <= leave_one_out(fit.ridge * factor) for factor in (0.1, 0.5, 2.0, 10.0))

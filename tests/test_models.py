@@ -60,6 +60,10 @@ def test_dtype(saved):
         ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of"),
         ({"peft": LORA | {"rank": 3}}, "peft.rank: LORA has no such field"),
         ({"peft": LORA | {"target_modules": "q_proj"}}, "modules of this model are called .*query"),
+        ({"peft": "lora"}, "peft: expected a peft config or a mapping of its fields, got 'lora'"),
+        ({"peft": LORA | {"r": 0}}, "peft: `r` should be a positive integer"),
+        ({"peft": LORA | {"r": "x"}}, "peft: .*not supported between"),
+        ({"num_labels": 0}, "num_labels: expected at least 1, got 0"),
         ({"num_labels": 5}, "classifier.* has another shape than num_labels=5"),
     ],
 )
@@ -108,6 +112,7 @@ def test_weights_that_cannot_be_used(saved):
 
 
 def test_hub_out_of_reach(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The libraries read the environment once, at import; without this the test waits for a network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="no local directory"):
         load_model("nobody/no-such-model-anywhere")

@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from ntkengine import store
 from ntkengine.errors import InputError
@@ -123,3 +124,15 @@ def test_files_that_are_not_ours(tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             open_gram(tmp_path / name)
+
+
+def test_an_adapter_of_another_scale_is_another_model(tmp_path):
+    inputs = None
+    for alpha in (4, 16):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model("bert"), LoraConfig(r=2, lora_alpha=alpha, target_modules=["query"])).eval()
+        inputs = inputs or tiny_inputs(model, LENGTHS, 12)
+        if alpha == 4:
+            compute_gram(model, inputs, out=tmp_path / "k.h5")
+    with pytest.raises(InputError, match="holds another job: model is"):
+        compute_gram(model, inputs, out=tmp_path / "k.h5")

@@ -92,7 +92,10 @@ def read_examples(
     texts, values, ids = (list(part) for part in zip(*found, strict=True))
     if label is None:
         return Examples(texts, None, [], ids, name)
-    names = [str(n) for n in label_names] if label_names is not None else _class_names(values)
+    names = [_label(n) for n in label_names] if label_names is not None else _class_names(values)
+    if len(set(names)) != len(names):
+        msg = f"label_names: expected distinct names, got {', '.join(names)}"
+        raise InputError(msg)
     index = {n: i for i, n in enumerate(names)}
     for value, where in zip(values, ids, strict=True):
         if _label(value) not in index:
@@ -116,7 +119,7 @@ def tokenize(
     """Return model inputs for all examples, padded on the right to the longest.
 
     Args:
-        examples: `Examples`, or a list of texts or pairs.
+        examples: `Examples`, a list of texts or of pairs, or a data set or frame with a `text` column.
         model: its tokenizer and its length limit are used.
         tokenizer: used instead of the model's.
         max_length: a shorter limit than the model's.
@@ -129,8 +132,7 @@ def tokenize(
         InputError: no tokenizer, no examples, a text over the limit, ids the model's embedding lacks.
     """
     if not isinstance(examples, Examples):
-        texts = list(examples)
-        examples = Examples(texts, None, [], [f"example {i}" for i in range(len(texts))], "texts")
+        examples = _examples_of(examples)
     tokenizer = tokenizer or getattr(model, "ntk_tokenizer", None) or _tokenizer_of(model)
     if tokenizer is None:
         msg = "tokenize: the model carries no tokenizer; pass tokenizer="
@@ -139,6 +141,9 @@ def tokenize(
         msg = "tokenize: expected at least one example, got none"
         raise InputError(msg)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            msg = "tokenize: expected a tokenizer with a pad or an end-of-text token, this one has neither"
+            raise InputError(msg)
         tokenizer.pad_token = tokenizer.eos_token
     limit = _limit(tokenizer, model, max_length)
     pairs = isinstance(examples.texts[0], tuple)
@@ -167,6 +172,24 @@ def tokenize(
     if examples.labels is not None:
         inputs["labels"] = torch.from_numpy(np.asarray(examples.labels, dtype=np.int64))
     return inputs
+
+
+def _examples_of(source: Any) -> Examples:
+    """Return unlabelled examples from a list of texts or of pairs, or from the `text` column of a table."""
+    if hasattr(source, "column_names") or hasattr(source, "columns") or isinstance(source, dict):
+        return read_examples(source, label=None)
+    if isinstance(source, str) or not isinstance(source, Iterable):
+        msg = f"examples: expected Examples, a list of texts or of pairs, or a table, got {source!r}"
+        raise InputError(msg)
+    texts = [tuple(t) if isinstance(t, list) else t for t in source]
+    ids = [f"example {i}" for i in range(len(texts))]
+    pairs = bool(texts) and isinstance(texts[0], tuple)
+    for where, text in zip(ids, texts, strict=True):
+        parts = text if pairs and isinstance(text, tuple) else (text,)
+        if len(parts) != 1 + pairs or not all(isinstance(part, str) for part in parts):
+            msg = f"{where}: expected {'a pair of texts' if pairs else 'a text'} like the others, got {text!r}"
+            raise InputError(msg)
+    return Examples(texts, None, [], ids, "texts")
 
 
 def _example(row: Row, columns: list[str], text: str, label: str | None, pair: str | None) -> tuple[Text, Any, str]:
@@ -201,11 +224,12 @@ def _label(value: Any) -> str:
 
 
 def _class_names(values: Iterable[Any]) -> list[str]:
-    names = {_label(v) for v in values}
+    names = sorted({_label(v) for v in values})  # as text first: an order of equal numbers must not vary between runs
     try:
-        return sorted(names, key=float)
+        numbers = [float(name) for name in names]
     except ValueError:
-        return sorted(names)
+        return names
+    return sorted(names, key=float) if all(x == x for x in numbers) else names  # NaN has no order
 
 
 def _tokenizer_of(model: nn.Module | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,11 +12,27 @@ import torch
 from torch import Tensor, nn
 
 _PIECE = 1 << 24
+# Fields that change no value; use_cache is switched off while a kernel is computed.
+_NOT_VALUES = frozenset(
+    {"_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "use_cache", "architectures"}
+)
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """Return a sha256 over names, dtypes, shapes and bytes of a model's parameters and buffers."""
-    return _fingerprint(sorted(model.state_dict().items()))
+    """Return a sha256 over a model's parameters and buffers (names, dtypes, shapes, bytes) and its configuration.
+
+    Equal weights are not an equal model: heads, activation, rotary base or an adapter's scaling live in the config.
+    """
+    tensors = {**dict(model.named_buffers()), **dict(model.state_dict())}  # rotary tables are in no state dict
+    return _fingerprint([*sorted(tensors.items()), ("config", _configuration(model))])
+
+
+def _configuration(model: nn.Module) -> str:
+    """Return the model's and its adapters' settings as text, without what names a place or a version."""
+    configs = [getattr(model, "config", None), *dict(getattr(model, "peft_config", None) or {}).values()]
+    found = [c.to_dict() for c in configs if hasattr(c, "to_dict")]
+    kept = [{k: v for k, v in c.items() if k not in _NOT_VALUES} for c in found]
+    return json.dumps(kept, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v))
 
 
 def fingerprint_inputs(inputs: Mapping[str, Tensor]) -> str:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
-from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import logits_of
 from ntkengine.inputs.running import call_model, evaluation
+
+_NO_LINEAR = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def fit_head(
 
     Raises:
         InputError: no such Linear, targets of another shape, or fewer than two examples.
-    Cost: one forward pass of all examples, and one SVD of N × d features for each fold.
+    Cost: one forward pass of all examples, and one SVD of N × d features for each fold and for the penalty.
     """
     targets = np.asarray(targets, dtype=np.float64)
     samples = Samples([inputs])
@@ -85,11 +87,11 @@ def fit_head(
     if targets.shape[1] != linear.out_features:
         msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
         raise InputError(msg)
-    chosen = _best_ridge(features, targets) if ridge == "loo" else float(ridge)
-    if not chosen > 0:
+    bias = linear.bias is not None
+    if ridge != "loo" and not (isinstance(ridge, int | float) and 0 < ridge < np.inf):
         msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
         raise InputError(msg)
-    bias = linear.bias is not None
+    chosen = _best_ridge(features, targets, bias) if ridge == "loo" else float(ridge)
     held_out = np.full_like(targets, np.nan)
     fold = np.empty(n, dtype=np.int64)
     weights = []
@@ -106,25 +108,10 @@ def fit_head(
 
 def _features(model: nn.Module, samples: Samples) -> tuple[str, np.ndarray]:
     """Return the name of the Linear that makes the logits, and its inputs at the rows they were taken from, (N, d)."""
-    parameter = next(iter(model.parameters()))
+    name = _logits_linear(model, samples)
     features = None
-    name = ""
     for chunk in samples.chunks:
-        calls: list[tuple[str, Tensor, Tensor]] = []
-
-        def watch(name: str, calls: list[tuple[str, Tensor, Tensor]] = calls) -> Any:
-            return lambda _m, args, output: calls.append((name, args[0], output))
-
-        linears = [(m, mod) for m, mod in model.named_modules() if isinstance(mod, nn.Linear)]
-        handles = [mod.register_forward_hook(watch(m)) for m, mod in linears]
-        inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
-        try:
-            with evaluation(model), torch.no_grad():
-                logits = logits_of(call_model(model, inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
-        name, rows = _matching(calls, logits)
+        rows = _rows_read(model, name, samples, chunk)
         if features is None:
             features = np.zeros((samples.total, rows.shape[1]))
         features[chunk.rows] = rows.to(torch.float64).cpu().numpy()
@@ -134,21 +121,64 @@ def _features(model: nn.Module, samples: Samples) -> tuple[str, np.ndarray]:
     return name, features
 
 
-def _matching(calls: list[tuple[str, Tensor, Tensor]], logits: Tensor) -> tuple[str, Tensor]:
-    """Return the last Linear whose output, or one token's of it, is the logits, with the input rows behind them."""
-    for name, x, out in reversed(calls):
-        if logits.ndim != 2 or out.shape[-1] != logits.shape[1] or out.shape[0] != len(logits):
-            continue
-        if out.ndim == 2 and torch.equal(out, logits):
-            return name, x
-        if out.ndim == 3:
-            same = (out == logits[:, None]).all(2)
-            if bool(same.any(1).all()):
-                # Padding repeats rows: the last match is the token that was read.
-                last = same.shape[1] - 1 - same.flip(1).to(torch.int8).argmax(1)
-                return name, x[torch.arange(len(x), device=x.device), last]
-    msg = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
-    raise InputError(msg)
+def _logits_linear(model: nn.Module, samples: Samples) -> str:
+    """Return the last Linear called whose output, or one token's of it, equals the logits of the first microbatch."""
+    outputs: list[tuple[str, Tensor]] = []
+
+    def watch(name: str) -> Any:
+        return lambda _m, _args, output: outputs.append((name, output))
+
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    logits = _logits(model, samples, samples.chunks[0], handles)
+    for name, out in reversed(outputs):
+        if logits.ndim == 2 and out.shape[-1] == logits.shape[1] and len(out) == len(logits) and out.ndim in (2, 3):
+            tokens = out[:, None] if out.ndim == 2 else out
+            if bool((tokens == logits[:, None]).all(2).any(1).all()):
+                return name
+    raise InputError(_NO_LINEAR)
+
+
+def _rows_read(model: nn.Module, name: str, samples: Samples, chunk: Chunk) -> Tensor:
+    """Return the Linear's inputs, (n, d), at the token whose output the logits are.
+
+    Equal outputs do not tell tokens apart (a head of zeros makes them all equal), the logits' gradient with respect to
+    the Linear's output does: ones at the token that was read, zeros elsewhere.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def branch(_m: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        seen.append((args[0].detach(), leaf))
+        with torch.enable_grad():
+            return leaf.clone()  # what follows may write in place, which a leaf forbids
+
+    handle = model.get_submodule(name).register_forward_hook(branch)
+    logits = _logits(model, samples, chunk, [handle], grad=True)
+    x, out = seen[-1]
+    slope = torch.autograd.grad(logits.sum(), out, allow_unused=True)[0] if logits.requires_grad else None
+    if slope is None:
+        raise InputError(_NO_LINEAR)
+    if x.ndim == 2:
+        x, out, slope = x[:, None], out[:, None], slope[:, None]
+    token = slope[:, :, 0].abs().argmax(1)
+    at = torch.arange(len(x), device=x.device)
+    once = torch.zeros_like(slope)
+    once[at, token] = 1
+    if not torch.equal(slope, once) or not bool((out[at, token] == logits).all()):
+        raise InputError(_NO_LINEAR)
+    return x[at, token]
+
+
+def _logits(model: nn.Module, samples: Samples, chunk: Chunk, handles: list[Any], grad: bool = False) -> Tensor:
+    """Return a microbatch's logits, (n, C), and remove the hooks that watched it."""
+    parameter = next(iter(model.parameters()))
+    inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
+    try:
+        with evaluation(model), torch.set_grad_enabled(grad):
+            return logits_of(call_model(model, inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _ridge(X: np.ndarray, Y: np.ndarray, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -159,17 +189,17 @@ def _ridge(X: np.ndarray, Y: np.ndarray, ridge: float, bias: bool) -> tuple[np.n
     return W, y0 - W @ x0
 
 
-def _best_ridge(X: np.ndarray, Y: np.ndarray) -> float:
+def _best_ridge(X: np.ndarray, Y: np.ndarray, bias: bool) -> float:
     """Return the penalty with the least leave-one-out squared error, of 40 spread over the features' spectrum."""
-    n = len(X)
-    U, s, _ = np.linalg.svd(X - X.mean(0), full_matrices=False)
-    centred = Y - Y.mean(0)
+    x0, y0 = (X.mean(0), Y.mean(0)) if bias else (np.zeros(X.shape[1]), np.zeros(Y.shape[1]))
+    U, s, _ = np.linalg.svd(X - x0, full_matrices=False)
+    centred = Y - y0
     top = max(float(s[0]) ** 2, np.finfo(float).tiny)
     grid = top * np.logspace(-8, 1, 40)
     errors = []
     for ridge in grid:
         shrink = s**2 / (s**2 + ridge)
         residual = centred - U @ (shrink[:, None] * (U.T @ centred))
-        leverage = 1 / n + (U**2 * shrink).sum(1)
+        leverage = bias / len(X) + (U**2 * shrink).sum(1)
         errors.append(np.mean((residual / np.maximum(1 - leverage, 1e-12)[:, None]) ** 2))
     return float(grid[int(np.argmin(errors))])

@@ -62,6 +62,9 @@ def load_model(
     if stream:
         msg = "stream=True is not built yet; use stream=False with a model that fits in memory"
         raise NotImplementedError(msg)
+    if num_labels < 1:
+        msg = f"num_labels: expected at least 1, got {num_labels}"
+        raise InputError(msg)
     _one_of("dtype", dtype, _DTYPES)
     _one_of("task", task, _TASKS)
     where = _device(device)
@@ -184,10 +187,13 @@ def _check_finite(model: nn.Module, source: str) -> None:
 def _adapt(model: nn.Module, peft: Any) -> nn.Module:
     from peft import PeftConfig, get_peft_model
 
+    if not isinstance(peft, PeftConfig | Mapping):
+        msg = f"peft: expected a peft config or a mapping of its fields, got {peft!r}"
+        raise InputError(msg)
     config = peft if isinstance(peft, PeftConfig) else _peft_config(dict(peft))
     try:
         adapted: nn.Module = get_peft_model(model, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a field of another type shows up only here
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight") and "." in n})
         reason = " ".join(str(error).split())[:200]
         msg = f"peft: {reason}; modules of this model are called {', '.join(linear[:20])}"

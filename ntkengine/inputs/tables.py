@@ -76,8 +76,19 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from file
     except UnicodeDecodeError as error:
-        msg = f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#04x} at offset {error.start}"
+        msg = f"{path.name}:{_undecodable_line(path)}: expected UTF-8 text, found byte {error.object[error.start]:#04x}"
         raise InputError(msg) from error
+
+
+def _undecodable_line(path: Path) -> int:
+    """Return the 1-based line that is not UTF-8 (the decoder's own offset counts from its last block)."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def _separated(delimiter: str, quoting: int) -> Any:

@@ -3,7 +3,8 @@
 Forward once under frozen weights, recording what enters each block; then from the head down re-run each block with
 gradients only with respect to activations, and read off the factors of its parameters.
 Cost: one forward, one recomputed forward, C activation-only backwards. Memory: hidden states N·T·d·L, cotangents
-N·C·T·d, and the factors of one segment. Shape suffixes: n samples of a microbatch, C outputs, T tokens.
+N·C·T·d, and the factors of one segment. Microbatches whose activations fit a budget keep them instead, and are spared
+the recomputed forward. Shape suffixes: n samples of a microbatch, C outputs, T tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
-from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shape, uses_of
+from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
 from ntkengine.tangents.probe import Path, Structure
+from ntkengine.tangents.verify import Recording
+
+KEEP_BYTES = 1 << 30
 
 Saved = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -39,6 +43,7 @@ class Sweep:
         samples: microbatches; of one sample each when the structure says so.
         readout: f.
         tick: called after every microbatch of every segment.
+        keep_bytes: activations to keep rather than recompute.
 
     Attributes:
         outputs: (S, C) float64, f in sweep order; complete after the first segment was yielded.
@@ -52,6 +57,7 @@ class Sweep:
         samples: Samples,
         readout: Readout,
         tick: Callable[[], None] = lambda: None,
+        keep_bytes: int = KEEP_BYTES,
     ) -> None:
         self.model, self.selected, self.structure = model, selected, structure
         self.samples, self.readout, self.tick = samples, readout, tick
@@ -62,6 +68,8 @@ class Sweep:
         self.lowest = min((s for s, paths in structure.paths.items() if paths), default=self.stack.head)
         self._saved: list[dict[int, Saved]] = [{} for _ in samples.chunks]
         self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
+        self._kept: list[Recording | None] = [None for _ in samples.chunks]
+        self._keep_bytes = keep_bytes
 
     def segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
         """Yield (segment name, factors of the parameters whose last use it was), from the head down to the input."""
@@ -92,7 +100,16 @@ class Sweep:
 
     def _run(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
         if segment == self.stack.head:
-            return self._head(i, chunk, paths)
+            keep = self._keep_bytes > 0 and self.lowest < segment
+            return self._head_kept(i, chunk, paths) if keep else self._head(i, chunk, paths)
+        kept = self._kept[i]
+        if kept is not None:
+            leaf = kept.cut.leaves[segment]
+            wanted = [leaf] if leaf is not None and segment > self.lowest else []
+            out, calls = kept.cut.outs[segment], kept.calls[segment]
+            kept.drop(segment)
+            with self._wanted(paths):
+                return self._pull(i, out, self._cotangents[i], wanted, calls, paths, chunk)
         return self._block(segment, i, chunk, paths) if segment else self._input(i, chunk, paths)
 
     def _head(self, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
@@ -121,19 +138,47 @@ class Sweep:
         try:
             with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
                 f = self.readout(call_model(self.model, inputs), inputs)
-                values = f.detach().to(torch.float64).cpu().numpy()
-                if not np.isfinite(values).all():
-                    row = int(chunk.rows[np.nonzero(~np.isfinite(values).all(1))[0][0]])
-                    msg = f"the model's output is not finite for example {row}"
-                    raise NonFinite(msg)
-                self.outputs[chunk.start : chunk.start + chunk.n] = values
-                if not f.requires_grad:
-                    return {}
-                eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device).expand(chunk.n, -1, -1)
-                return self._pull(i, f, eye, leaf, recorder, paths, chunk)
+                recorder.stop()
+                return self._pull(i, f, self._noted(f, chunk), leaf, recorder.calls, paths, chunk)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _head_kept(self, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+        """As `_head`, keeping every segment's graph; what it holds is taken off the budget."""
+        inputs = self.samples.inputs(chunk, self.device, self.dtype)
+        every = [path for found in self.structure.paths.values() for path in found]
+        modules = {m: self.model.get_submodule(m) for path in every for m, _, _ in path.owners}
+        held: dict[int, int] = {}
+
+        def note(x: Tensor) -> Tensor:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x.detach()  # not x itself: an output saved by its own node would never be freed
+
+        with self._wanted(every), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            kept = Recording(self.model, modules, inputs, self.stack, self.readout, expand=self.structure.expand)
+        for calls in kept.calls:
+            for t in (t for found in calls.values() for call in found for t, _ in call.versions):
+                note(t)
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        self._keep_bytes -= sum(size for where, size in held.items() if where not in weights)
+        head = self.stack.head
+        f, calls, leaf = kept.cut.outs[head], kept.calls[head], kept.cut.leaves[head]
+        for segment in [*range(self.lowest), head]:
+            kept.drop(segment)
+        self._kept[i] = kept
+        with self._wanted(paths):
+            return self._pull(i, f, self._noted(f, chunk), [] if leaf is None else [leaf], calls, paths, chunk)
+
+    def _noted(self, f: Tensor, chunk: Chunk) -> Tensor:
+        """Store f of a microbatch and return its cotangents, one output at a time, (n, C, C)."""
+        values = f.detach().to(torch.float64).cpu().numpy()
+        if not np.isfinite(values).all():
+            row = int(chunk.rows[np.nonzero(~np.isfinite(values).all(1))[0][0]])
+            msg = f"the model's output is not finite for example {row}"
+            raise NonFinite(msg)
+        self.outputs[chunk.start : chunk.start + chunk.n] = values
+        return torch.eye(f.shape[1], dtype=f.dtype, device=f.device).expand(chunk.n, -1, -1)
 
     def _block(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
         """Replay one block from its recorded input."""
@@ -142,9 +187,9 @@ class Sweep:
         args, kwargs = self.stack.put(args, kwargs, leaf)
         with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
             out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
-            return self._pull(
-                i, out, self._cotangents[i], [leaf] if segment > self.lowest else [], recorder, paths, chunk
-            )
+            recorder.stop()
+            wanted = [leaf] if segment > self.lowest else []
+            return self._pull(i, out, self._cotangents[i], wanted, recorder.calls, paths, chunk)
 
     def _input(self, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
         """Re-run the model up to its first block."""
@@ -159,7 +204,8 @@ class Sweep:
                 try:
                     call_model(self.model, inputs)
                 except Reached as reached:
-                    return self._pull(i, reached.hidden, self._cotangents[i], [], recorder, paths, chunk)
+                    recorder.stop()
+                    return self._pull(i, reached.hidden, self._cotangents[i], [], recorder.calls, paths, chunk)
         finally:
             handle.remove()
         msg = "the first block was not reached"
@@ -178,13 +224,12 @@ class Sweep:
         out: Tensor,
         cotangent: Tensor | None,
         leaf: list[Tensor],
-        recorder: Recorder,
+        recorded: Mapping[str, list[Call]],
         paths: list[Path],
         chunk: Chunk,
     ) -> dict[str, list[Use]]:
         """Backward once per output; keep the leaf's cotangent, return the parameters' factors."""
-        recorder.stop()
-        calls = [(m, call) for m, found in recorder.calls.items() for call in found if call.edge is not None]
+        calls = [(m, call) for m, found in recorded.items() for call in found if call.edge is not None]
         own = [path for path in paths if not path.owners]
         targets: list[Any] = [*leaf, *(call.edge for _, call in calls), *(self.selected[p.parameter] for p in own)]
         self._cotangents[i] = None

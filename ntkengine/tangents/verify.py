@@ -14,6 +14,7 @@ from ntkengine.tangents.blocks import CutPass, Stack, cut_forward
 from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
 from ntkengine.tangents.factors import ParameterFactors, merge
 
+_NOTHING = torch.empty(0)
 Owners = tuple[tuple[str, str, str], ...]
 
 
@@ -42,6 +43,12 @@ class Recording:
             {m: c[a.get(m, 0) : b.get(m, 0)] for m, c in recorder.calls.items() if b.get(m, 0) > a.get(m, 0)}
             for a, b in zip(ends, ends[1:], strict=False)
         ]
+
+    def drop(self, segment: int) -> None:
+        """Let go of a segment's graph and recorded inputs."""
+        self.cut.leaves[segment] = None
+        self.cut.outs[segment] = _NOTHING
+        self.calls[segment] = {}
 
     def pull(self, segment: int, v: Tensor) -> dict[str, list[Pulled]]:
         """Return each module's calls in a segment with the output gradient for cotangent v, C = 1."""
