@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from ntkengine.errors import CheckFailed, InputError, NonFinite
-from ntkengine.gram import run, strategies, task
+from ntkengine.gram import engine, run, strategies, task
 from ntkengine.gram.engine import compute_gram, plan_gram
-from ntkengine.tangents import sweep
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
 
 LENGTHS = [11, 3, 5, 7, 2, 9, 5]
@@ -127,7 +126,7 @@ def test_replayed_blocks_equal_kept_ones(monkeypatch, kept):
         inputs = tiny_inputs(model, LENGTHS, 12)
         reference = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
         with monkeypatch.context() as patch:
-            patch.setattr(run, "Sweep", partial(sweep.Sweep, keep_bytes=kept))
+            patch.setattr(engine, "KEEP_BYTES", kept)
             again = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
         assert max(relative_error(again.values, reference.values)) < 1e-12
 
@@ -432,3 +431,14 @@ def test_plan_says_what_the_run_does():
     assert plan.peak_bytes > 0
     assert plan.seconds > 0
     assert {r.path for r in plan.parameters} == {"outer", "lookup", "sum", "norm"}
+
+
+def test_a_memory_limit_keeps_no_activations(monkeypatch):
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, LENGTHS, 12)
+    budgets = []
+    right = engine.sum_gram
+    monkeypatch.setattr(engine, "sum_gram", lambda *a, **k: budgets.append(k["keep_bytes"]) or right(*a, **k))
+    free, bounded = (compute_gram(model, inputs, params="all", precision="exact", memory_gib=m) for m in (None, 1.0))
+    assert budgets == [engine.KEEP_BYTES, 0]
+    assert max(relative_error(bounded.values, free.values)) < 1e-12

@@ -29,6 +29,7 @@ from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.probe import Structure, probe
+from ntkengine.tangents.sweep import KEEP_BYTES
 
 Progress = Callable[[float, float, str], None]
 
@@ -136,7 +137,9 @@ def compute_gram(
         if check:
             truth = Check(task.model, task.selected, samples, task.readout, frame, seed)
             truth.sweep(structure)
-        sums = _sweep(task, structure, samples, frame, plan, per_module, progress)
+        # The plan does not count kept activations, so a bounded job recomputes them.
+        keep_bytes = KEEP_BYTES if memory_gib is None else 0
+        sums = _sweep(task, structure, samples, frame, plan, per_module, progress, keep_bytes)
         if truth is not None:
             truth.entries(sums, samples)
         noise = _noise(task, structure, samples, frame, sums, seed, running) if check else None
@@ -221,6 +224,7 @@ def _sweep(
     plan: Plan,
     per_module: bool,
     progress: Progress | None,
+    keep_bytes: int,
 ) -> Sums:
     done = 0.0
     total = max(plan.flops, 1.0)
@@ -241,6 +245,7 @@ def _sweep(
         group=module_of if per_module else None,
         tick=tick,
         pass_flops=plan.pass_flops,
+        keep_bytes=keep_bytes,
     )
     if per_module:
         for part in sums.parts.values():

@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> float:
-        """Estimate of the memory needed above the loaded model."""
+        """Estimate of the memory needed above the loaded model, without activations kept to spare a recomputation."""
         return self.hidden_bytes + self.factor_bytes + self.gram_bytes + TILE_BYTES
 
     @property

@@ -18,7 +18,7 @@ from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.factors import ParameterFactors
 from ntkengine.tangents.probe import Structure
-from ntkengine.tangents.sweep import Sweep
+from ntkengine.tangents.sweep import KEEP_BYTES, Sweep
 
 
 @dataclass
@@ -53,6 +53,7 @@ def sum_gram(
     group: Callable[[str], str] | None = None,
     tick: Callable[[float, str], None] = lambda _flops, _stage: None,
     pass_flops: float = 0.0,
+    keep_bytes: int = KEEP_BYTES,
 ) -> Sums:
     """Return the Gram of all samples in the frame.
 
@@ -66,6 +67,7 @@ def sum_gram(
         group: parameter name -> the part it is also kept under; None keeps no parts.
         tick: called with flops done and the segment's name.
         pass_flops: flops of the passes, spread over the microbatches for `tick`.
+        keep_bytes: activations the sweep may keep rather than recompute.
 
     Raises:
         NonFinite: naming the parameter and the example.
@@ -74,7 +76,7 @@ def sum_gram(
     device = next(iter(model.parameters())).device
     sums = Sums(Accumulator(frame, device))
     steps = len(samples.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
-    sweep = Sweep(model, selected, structure, samples, readout, lambda: tick(pass_flops / steps, "passes"))
+    sweep = Sweep(model, selected, structure, samples, readout, lambda: tick(pass_flops / steps, "passes"), keep_bytes)
     spent = 0.0
     for segment, found in sweep.segments():
         while found:

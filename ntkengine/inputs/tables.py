@@ -124,27 +124,24 @@ def _jsonl(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            msg = f"{path.name}:{number}: malformed JSON ({str(error).splitlines()[0]})"
-            raise InputError(msg) from error
-        if not isinstance(record, dict):
-            msg = f"{path.name}:{number}: expected a JSON object, got {type(record).__name__}"
-            raise InputError(msg)
-        yield Row(f"{path.name}:{number}", record)
+        where = f"{path.name}:{number}"
+        yield Row(where, _parsed(line, where, dict, "a JSON object"))
 
 
 def _json(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
+    yield from _records(path.name, _parsed("".join(_lines(path)), path.name, list, "a list of JSON objects"))
+
+
+def _parsed(text: str, where: str, kind: type, expected: str) -> Any:
     try:
-        records = json.loads("".join(_lines(path)))
+        value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        msg = f"{path.name}: malformed JSON ({str(error).splitlines()[0]})"
+        msg = f"{where}: malformed JSON ({str(error).splitlines()[0]})"
         raise InputError(msg) from error
-    if not isinstance(records, list):
-        msg = f"{path.name}: expected a list of JSON objects, got {type(records).__name__}"
+    if not isinstance(value, kind):
+        msg = f"{where}: expected {expected}, got {type(value).__name__}"
         raise InputError(msg)
-    yield from _records(path.name, records)
+    return value
 
 
 def _parquet(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:

@@ -25,7 +25,7 @@ from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
-from ntkengine.tangents.blocks import Stack, cut_forward, find_stack
+from ntkengine.tangents.blocks import CutPass, Stack, cut_forward, find_stack
 from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.verify import (
     Owners,
@@ -98,7 +98,7 @@ def probe(
     """Return the model's structure and a verified path for every selected parameter.
 
     Args:
-        model: frozen, in eval mode (`blocks.evaluation`).
+        model: frozen, in eval mode (`running.evaluation`).
         selected: parameters by name.
         samples: the job's; the shortest, middle and longest are probed, and any that uses a parameter these do not.
         readout: f.
@@ -208,11 +208,18 @@ def _assign(
     n = len(next(iter(inputs.values())))
     modules = {m: model.get_submodule(m) for places in owners.values() for m, _ in places}
     singles = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(n)]
-    with torch.no_grad():
-        f = torch.cat([readout(call_model(model, one), one) for one in singles])
-    batch, agrees = _record(model, modules, inputs, stack, readout, f)
     with wanting_gradients(selected.values()):
-        return _verified(model, selected, owners, modules, stack, readout, rows, seed, singles, batch, agrees)
+        references = [cut_forward(model, one, stack, readout) for one in singles]
+    if not all(r.sealed for r in references):
+        return None
+    f = torch.cat([r.outs[-1].detach() for r in references])
+    batch, agrees = _record(model, modules, inputs, stack, readout, f)
+    if stack.blocks and any(out.shape[0] != n for out in batch.cut.outs):
+        return None
+    with wanting_gradients(selected.values()):
+        return _verified(
+            model, selected, owners, modules, stack, readout, rows, seed, singles, references, batch, agrees
+        )
 
 
 def _record(
@@ -244,15 +251,11 @@ def _verified(
     rows: list[str],
     seed: int,
     singles: list[dict[str, Tensor]],
+    references: list[CutPass],
     batch: Recording,
     agrees: bool,
 ) -> Structure | None:
     n = batch.n
-    references = [cut_forward(model, one, stack, readout) for one in singles]
-    if not all(r.sealed for r in references):
-        return None
-    if stack.blocks and any(out.shape[0] != n for out in batch.cut.outs):
-        return None
     alone: list[Recording] = []  # recorded on demand
     structure = Structure(
         stack, outputs=int(references[0].outs[-1].shape[1]), expand=batch.expand, one_by_one=not agrees

@@ -148,7 +148,6 @@ class Sweep:
         """As `_head`, keeping every segment's graph; what it holds is taken off the budget."""
         inputs = self.samples.inputs(chunk, self.device, self.dtype)
         every = [path for found in self.structure.paths.values() for path in found]
-        modules = {m: self.model.get_submodule(m) for path in every for m, _, _ in path.owners}
         held: dict[int, int] = {}
 
         def note(x: Tensor) -> Tensor:
@@ -156,7 +155,9 @@ class Sweep:
             return x.detach()  # not x itself: an output saved by its own node would never be freed
 
         with self._wanted(every), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            kept = Recording(self.model, modules, inputs, self.stack, self.readout, expand=self.structure.expand)
+            kept = Recording(
+                self.model, self._modules(every), inputs, self.stack, self.readout, expand=self.structure.expand
+            )
         for calls in kept.calls:
             for t in (t for found in calls.values() for call in found for t, _ in call.versions):
                 note(t)
@@ -212,8 +213,10 @@ class Sweep:
         raise CheckFailed(msg)
 
     def _recorder(self, paths: list[Path], n: int) -> Recorder:
-        modules = {m: self.model.get_submodule(m) for path in paths for m, _, _ in path.owners}
-        return Recorder(modules, n, expand=self.structure.expand)
+        return Recorder(self._modules(paths), n, expand=self.structure.expand)
+
+    def _modules(self, paths: list[Path]) -> dict[str, nn.Module]:
+        return {m: self.model.get_submodule(m) for path in paths for m, _, _ in path.owners}
 
     def _wanted(self, paths: list[Path]) -> AbstractContextManager[None]:
         return wanting_gradients([self.selected[path.parameter] for path in paths if not path.owners])
