@@ -69,6 +69,10 @@ def tiny_inputs(model: torch.nn.Module, lengths: list[int], width: int, seed: in
 def gradients(model, inputs, names, f_of=None) -> np.ndarray:
     """Return (N, C, P) float64 gradients of f by autograd in float64, one sample and output at a time."""
     model = copy.deepcopy(model).double().eval()
+    if hasattr(model, "config"):
+        model.config.use_cache = False  # caches are written in place
+        if getattr(model.config, "_experts_implementation", None):
+            model.config._experts_implementation = "eager"  # the others take no float64
     chosen = [p.requires_grad_(True) for name, p in model.named_parameters() if name in names]
     n = len(next(iter(inputs.values())))
     rows = []

@@ -266,9 +266,18 @@ def _noise(
         running.enter_context(evaluation(model))
     by_name = dict(model.named_parameters())
     selected = {name: by_name[name] for name in task.selected}
-    one = structure.one_by_one or model is task.model
+    same = model is task.model
     return estimate_noise(
-        model, selected, structure.on(model), samples, task.readout, frame, sums, one_by_one=one, seed=seed
+        model,
+        selected,
+        structure.on(model),
+        samples,
+        task.readout,
+        frame,
+        sums,
+        one_by_one=structure.one_by_one or same,
+        trim=structure.trim and not same,
+        seed=seed,
     )
 
 

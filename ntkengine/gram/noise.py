@@ -41,6 +41,7 @@ def estimate_noise(
     sums: Sums,
     *,
     one_by_one: bool,
+    trim: bool,
     rows: int = 16,
     seed: int = 0,
 ) -> Noise:
@@ -58,7 +59,8 @@ def estimate_noise(
         readout: f.
         frame: the job's frame.
         sums: the job's finished sums.
-        one_by_one: recompute sample by sample, for a Gram that is itself float64.
+        one_by_one: recompute sample by sample.
+        trim: cut padding. A Gram that is itself float64 is recomputed in another layout: sample by sample, uncut.
         rows: samples to recompute, m.
         seed: of the draw.
 
@@ -72,7 +74,7 @@ def estimate_noise(
         if start < frame.columns[1] and frame.columns[0] < stop or not frame.symmetric:
             picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
-    few = Samples(groups, microbatch=1 if one_by_one else None, trim=structure.trim)
+    few = Samples(groups, microbatch=1 if one_by_one else None, trim=trim)
     spans = [few.span(i) for i in range(len(groups))]
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction)
     exact = sum_gram(model, selected, structure, few, readout, small).total.finish().cpu().numpy()

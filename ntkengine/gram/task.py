@@ -86,9 +86,11 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes == {wanted} or dtypes == {torch.float64}:
         return model
-    # A tokenizer carried along need not be copied.
+    # A tokenizer carried along need not be copied; a state left from the last call (not a leaf) cannot be.
     keep = getattr(model, "ntk_tokenizer", None)
-    return copy.deepcopy(model, {} if keep is None else {id(keep): keep}).to(wanted)
+    memo: dict[int, Any] = {} if keep is None else {id(keep): keep}
+    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
+    return copy.deepcopy(model, memo | {id(v): v.detach() for v in left}).to(wanted)
 
 
 def refuse(

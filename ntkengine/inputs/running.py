@@ -20,19 +20,24 @@ def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Run a model as the kernel needs it: eval mode, weights frozen, no KV cache, no TF32; restore everything after."""
+    """Run a model as the kernel needs it, and restore everything after.
+
+    Eval mode, weights frozen, no KV cache, no TF32; mixture-of-experts layers by their plain loop, the only one that
+    takes every dtype and rounds in it.
+    """
     training = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
     configs |= {id(c): c for owner in list(configs.values()) if (c := getattr(owner, "text_config", None)) is not None}
-    caches = [(c, c.use_cache) for c in configs.values() if getattr(c, "use_cache", None)]
+    plain = {"use_cache": False, "_experts_implementation_internal": "eager"}
+    settings = [(c, k, getattr(c, k)) for c in configs.values() for k in plain if getattr(c, k, None)]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         model.eval()
         for p, _ in grads:
             p.requires_grad_(False)
-        for config, _ in caches:
-            config.use_cache = False
+        for config, key, _ in settings:
+            setattr(config, key, plain[key])
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         with torch.enable_grad():
             yield
@@ -41,8 +46,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = was
         for p, wanted in grads:
             p.requires_grad_(wanted)
-        for config, was in caches:
-            config.use_cache = was
+        for config, key, was in settings:
+            setattr(config, key, was)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 

@@ -126,7 +126,7 @@ def cut_forward(
         def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = stack.take(args, kwargs)
             others = tree_flatten(stack.put(args, kwargs, None))[0]
-            if any(isinstance(t, Tensor) and t.requires_grad for t in others):
+            if any(t.requires_grad if isinstance(t, Tensor) else _holds_tensors(t) for t in others):
                 result.sealed = False
             return stack.put(args, kwargs, cut(hidden, segment))
 
@@ -202,6 +202,16 @@ def _chain(
     first = stack.take(calls[0][1], calls[0][2])
     same = all(s == spots[0] for s in spots) and isinstance(first, Tensor) and first.is_floating_point()
     return spots[0] if same and first.shape[0] == n == calls[-1][3].shape[0] else None
+
+
+def _holds_tensors(value: Any, depth: int = 4) -> bool:
+    """Whether an argument is an object with tensors inside, such as a cache of keys: a replay could change it."""
+    if isinstance(value, Tensor):
+        return True
+    if depth == 0 or isinstance(value, nn.Module | type):
+        return False
+    inside = value if isinstance(value, list | tuple) else getattr(value, "__dict__", {}).values()
+    return any(_holds_tensors(x, depth - 1) for x in inside)
 
 
 def _size(module: nn.Module) -> int:

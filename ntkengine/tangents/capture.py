@@ -129,7 +129,7 @@ def uses_of(path: str, module: nn.Module, name: str, parameter: str, pulled: Ite
         path: one of `path_for`.
         module: the module that owns the parameter.
         name: its name, for messages.
-        parameter: the parameter's own name in the module.
+        parameter: the parameter's own name in the module, dotted when a list or dictionary of the module holds it.
         pulled: calls and output gradients.
         n: samples in the microbatch.
 
@@ -140,12 +140,10 @@ def uses_of(path: str, module: nn.Module, name: str, parameter: str, pulled: Ite
     for call, d_C in pulled:
         call.check_unchanged(name)
         if path == "leaf":
-            g = (
-                _leaf_one(module, parameter, call, d_C)
-                if n == 1
-                else _leaf(module, parameter, call, d_C.transpose(0, 1))
-            )
-            built.append(Dense(g.detach()))
+            if d_C.shape[1] != n:
+                msg = f"{name}: output of shape {tuple(call.out_shape)} has no leading axis of {n} samples"
+                raise PathFailed(msg)
+            built.append(Dense(_leaf(module, parameter, call, d_C.transpose(0, 1)).detach()))
             continue
         whole = n == 1 and (d_C.ndim == 2 or d_C.shape[1] != 1)
         d = d_C[None] if whole else d_C.transpose(0, 1)  # (n, C, tokens..., O)
@@ -206,7 +204,7 @@ _BUILDERS = {"outer": _outer, "outer-transposed": _outer, "lookup": _lookup, "su
 def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
     """Return (n, C, R, I): one VJP for each sample, vmapped."""
     n, C = d.shape[:2]
-    weight = getattr(module, parameter)
+    weight = module.get_parameter(parameter)
     leaves, spec = tree_flatten((call.args, call.kwargs))
     values = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
     mapped = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == n for x in values]
@@ -231,29 +229,6 @@ def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
         msg = f"its VJP cannot be vmapped ({(str(error).splitlines() or [''])[0]})"
         raise PathFailed(msg) from error
     return g.reshape(n, C, *matrix_shape(weight))
-
-
-def _leaf_one(module: nn.Module, parameter: str, call: Call, d_C: Tensor) -> Tensor:
-    """Return (1, C, R, I): the module's VJP on the one sample it saw."""
-    weight = getattr(module, parameter)
-    args, kwargs = tree_unflatten(
-        [x.detach() if isinstance(x, Tensor) else x for x in tree_flatten((call.args, call.kwargs))[0]],
-        tree_flatten((call.args, call.kwargs))[1],
-    )
-    with torch.enable_grad():
-        p = weight.detach().requires_grad_(True)
-        out = torch.func.functional_call(module, {parameter: p}, args, kwargs)
-        if not isinstance(out, Tensor) or out.shape != d_C.shape[1:]:
-            msg = "its output is not the recorded tensor"
-            raise PathFailed(msg)
-        if not out.requires_grad:
-            return torch.zeros(1, len(d_C), *matrix_shape(weight), dtype=weight.dtype, device=weight.device)
-        grads = [
-            torch.zeros_like(p) if g is None else g
-            for d in d_C
-            for g in torch.autograd.grad(out, p, d, retain_graph=True, allow_unused=True)
-        ]
-    return torch.stack(grads).reshape(1, len(d_C), *matrix_shape(weight))
 
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
 from ntkengine.tangents.probe import Path, Structure
-from ntkengine.tangents.verify import Recording
+from ntkengine.tangents.verify import Recording, agreement
 
 KEEP_BYTES = 1 << 30
 
@@ -67,6 +67,7 @@ class Sweep:
         self.outputs = np.full((samples.total, structure.outputs), np.nan)
         self.lowest = min((s for s, paths in structure.paths.items() if paths), default=self.stack.head)
         self._saved: list[dict[int, Saved]] = [{} for _ in samples.chunks]
+        self._norms: list[dict[int, Tensor]] = [{} for _ in samples.chunks]  # of each segment's output, forward
         self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
         self._kept: list[Recording | None] = [None for _ in samples.chunks]
         self._keep_bytes = keep_bytes
@@ -121,11 +122,13 @@ class Sweep:
         def before(index: int) -> Any:
             def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 saved[index] = args, kwargs
+                self._norms[i][index - 1] = _norm(self.stack.take(args, kwargs))
 
             return hook
 
         def after_last(_m: nn.Module, _args: Any, output: Any) -> Any:
             leaf.append(first_tensor(output).detach().requires_grad_(True))
+            self._norms[i][self.stack.depth] = _norm(leaf[0])
             return replace_first(output, leaf[0])
 
         handles = [
@@ -151,6 +154,8 @@ class Sweep:
         held: dict[int, int] = {}
 
         def note(x: Tensor) -> Tensor:
+            if x.layout is not torch.strided:
+                return x.detach()
             held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x.detach()  # not x itself: an output saved by its own node would never be freed
 
@@ -189,6 +194,7 @@ class Sweep:
         with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
             out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
             recorder.stop()
+            self._same(out, i, segment)
             wanted = [leaf] if segment > self.lowest else []
             return self._pull(i, out, self._cotangents[i], wanted, recorder.calls, paths, chunk)
 
@@ -206,11 +212,20 @@ class Sweep:
                     call_model(self.model, inputs)
                 except Reached as reached:
                     recorder.stop()
+                    self._same(reached.hidden, i, 0)
                     return self._pull(i, reached.hidden, self._cotangents[i], [], recorder.calls, paths, chunk)
         finally:
             handle.remove()
         msg = "the first block was not reached"
         raise CheckFailed(msg)
+
+    def _same(self, out: Tensor, i: int, segment: int) -> None:
+        """Refuse a replay that gives another output than the forward pass did: the block keeps a state."""
+        once, again = float(self._norms[i].pop(segment)), float(_norm(out))
+        if not abs(again - once) <= agreement(out.dtype) * once:
+            name = self.stack.segment_name(segment)
+            msg = f"{name}: run again on the same input its output has norm {again:.6g} instead of {once:.6g}"
+            raise CheckFailed(msg)
 
     def _recorder(self, paths: list[Path], n: int) -> Recorder:
         return Recorder(self._modules(paths), n, expand=self.structure.expand)
@@ -265,3 +280,7 @@ class Sweep:
             if g is not None:
                 uses[path.parameter].append(Dense(g.reshape(1, C, *matrix_shape(self.selected[path.parameter]))))
         return uses
+
+
+def _norm(hidden: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(hidden.detach(), dtype=torch.float64)

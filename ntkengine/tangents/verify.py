@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ntkengine.errors import InputError
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.blocks import CutPass, Stack, cut_forward
 from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
 from ntkengine.tangents.factors import ParameterFactors, merge
+
+log = logging.getLogger(__name__)
 
 _NOTHING = torch.empty(0)
 Owners = tuple[tuple[str, str, str], ...]
@@ -73,11 +77,14 @@ class Truth:
 
 
 def reference_gradients(
-    references: list[CutPass], segment: int, selected: Mapping[str, nn.Parameter], v: Tensor
+    model: nn.Module, references: list[CutPass], segment: int, selected: Mapping[str, nn.Parameter], v: Tensor
 ) -> dict[str, Truth] | None:
     """Return each used parameter's gradient of ⟨v, segment output⟩ by plain autograd, sample by sample.
 
     None when the output also depends on another segment's input.
+
+    Raises:
+        InputError: the model's own backward pass fails.
     """
     names = list(selected)
     truth: dict[str, Truth] = {}
@@ -86,7 +93,13 @@ def reference_gradients(
         if not out.requires_grad:
             continue
         wanted = [*leaves, *selected.values()]
-        grads = torch.autograd.grad(out, wanted, v[i : i + 1], retain_graph=True, allow_unused=True)
+        try:
+            grads = torch.autograd.grad(out, wanted, v[i : i + 1], retain_graph=True, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            msg = f"model: {type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}"
+            raise InputError(msg) from error
         for leaf, g in zip(leaves, grads, strict=False):
             if g is not None and leaf is not reference.leaves[segment]:
                 return None
@@ -118,8 +131,12 @@ def agreeing(
         truth: plain autograd.
         scale: the largest gradient in the segment, for what counts as rounding.
     """
-    for general in (False, True):
-        kinds = tuple((m, local, "leaf" if general else path_for(model.get_submodule(m), local)) for m, local in here)
+    # A module that hands its parameter to one inside it (a bias shared with its linear) uses it there, not twice.
+    innermost = [(m, local) for m, local in here if not any(other.startswith(f"{m}.") for other, _ in here)]
+    for places, general in ((here, False), (innermost, False), (here, True), (innermost, True)):
+        kinds = tuple((m, local, "leaf" if general else path_for(model.get_submodule(m), local)) for m, local in places)
+        if max(sizes) == 1 and any(kind == "leaf" for _, _, kind in kinds):
+            continue  # one sample's plain autograd costs less than a VJP of its own
         at = 0
         for recording, n in zip(pulled, sizes, strict=True):
             got = _gradient(model, name, kinds, recording, n, truth.like)
@@ -146,11 +163,12 @@ def _gradient(
         return None
     try:
         factors = factors_of(model, name, kinds, pulled, n, like)
-    except PathFailed:
+        if not factors.chunks[0]:
+            return torch.zeros(n, *like.shape, dtype=like.dtype, device=like.device)
+        g = factors.dense(0, 1, like)[:, 0]
+    except (PathFailed, RuntimeError, IndexError) as error:  # shapes that this path cannot mean
+        log.debug("%s: %s does not fit: %s", name, kinds, error)
         return None
-    if not factors.chunks[0]:
-        return torch.zeros(n, *like.shape, dtype=like.dtype, device=like.device)
-    g = factors.dense(0, 1, like)[:, 0]
     return (g.transpose(1, 2) if all(transposed) else g).reshape(n, *like.shape)
 
 
