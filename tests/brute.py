@@ -77,9 +77,10 @@ def gradients(model, inputs, names, f_of=None) -> np.ndarray:
     n = len(next(iter(inputs.values())))
     rows = []
     for i in range(n):
-        one = {k: v[i : i + 1] for k, v in inputs.items()}
-        out = model(**{k: v for k, v in one.items() if k != "labels"})
-        f = out.logits if f_of is None else f_of(out, one)
+        one = {k: v[i : i + 1].double() if v.is_floating_point() else v[i : i + 1] for k, v in inputs.items()}
+        given = {k: v for k, v in one.items() if k != "labels"}
+        out = model(**given) if hasattr(model, "config") else model(*given.values())
+        f = f_of(out, one) if f_of is not None else out if isinstance(out, torch.Tensor) else out.logits
         for c in range(f.shape[1]):
             grads = torch.autograd.grad(f[0, c], chosen, retain_graph=True, allow_unused=True)
             flat = [(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in zip(chosen, grads, strict=True)]

@@ -46,6 +46,14 @@ def fingerprint_array(array: Any) -> str:
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
 
 
+def _plain(value: Tensor) -> list[Tensor]:
+    """Return the dense tensors a tensor is made of: itself, or what a quantised one wraps."""
+    if type(value) not in (Tensor, nn.Parameter) and hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return [part for name in names for part in _plain(getattr(value, name))]
+    return [value if value.layout is torch.strided else value.to_dense()]
+
+
 def _fingerprint(items: Iterable[tuple[str, Any]]) -> str:
     digest = hashlib.sha256()
     for name, value in items:
@@ -53,7 +61,7 @@ def _fingerprint(items: Iterable[tuple[str, Any]]) -> str:
             digest.update(f"{name}|{value!r}|".encode())
             continue
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        flat = value.detach().reshape(-1)
-        for piece in flat.split(_PIECE):
-            digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
+        for part in _plain(value.detach()):
+            for piece in part.reshape(-1).split(_PIECE):
+                digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

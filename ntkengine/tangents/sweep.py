@@ -154,9 +154,7 @@ class Sweep:
         held: dict[int, int] = {}
 
         def note(x: Tensor) -> Tensor:
-            if x.layout is not torch.strided:
-                return x.detach()
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            held.update(_storage(x))
             return x.detach()  # not x itself: an output saved by its own node would never be freed
 
         with self._wanted(every), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
@@ -166,7 +164,7 @@ class Sweep:
         for calls in kept.calls:
             for t in (t for found in calls.values() for call in found for t, _ in call.versions):
                 note(t)
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        weights = {where for p in self.model.parameters() for where in _storage(p)}
         self._keep_bytes -= sum(size for where, size in held.items() if where not in weights)
         head = self.stack.head
         f, calls, leaf = kept.cut.outs[head], kept.calls[head], kept.cut.leaves[head]
@@ -280,6 +278,14 @@ class Sweep:
             if g is not None:
                 uses[path.parameter].append(Dense(g.reshape(1, C, *matrix_shape(self.selected[path.parameter]))))
         return uses
+
+
+def _storage(x: Tensor) -> dict[int, int]:
+    """Return {address: bytes} of a tensor's memory; nothing for one that has none of its own (sparse, quantised)."""
+    try:
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}
+    except (NotImplementedError, RuntimeError):
+        return {}
 
 
 def _norm(hidden: Tensor) -> Tensor:
