@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from ntkengine.gram.engine import compute_gram, plan_gram
     from ntkengine.gram.plan import Plan
     from ntkengine.gram.result import Gram
+    from ntkengine.gram.transforms import Preconditioner
     from ntkengine.inputs.examples import Examples, read_examples, tokenize
     from ntkengine.inputs.heads import fit_head
+    from ntkengine.inputs.language import LabelWords, SequenceLoss, TokenLoss
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import encode_targets
     from ntkengine.ridge import KernelRidge
@@ -28,8 +30,10 @@ _HOME = {
     "gram.engine": ("compute_gram", "plan_gram"),
     "gram.plan": ("Plan",),
     "gram.result": ("Gram",),
+    "gram.transforms": ("Preconditioner",),
     "inputs.examples": ("Examples", "read_examples", "tokenize"),
     "inputs.heads": ("fit_head",),
+    "inputs.language": ("LabelWords", "SequenceLoss", "TokenLoss"),
     "inputs.models": ("load_model",),
     "inputs.readout": ("encode_targets",),
     "ridge": ("KernelRidge",),
@@ -46,9 +50,13 @@ __all__ = [
     "Gram",
     "InputError",
     "KernelRidge",
+    "LabelWords",
     "NonFinite",
     "NotConverged",
     "Plan",
+    "Preconditioner",
+    "SequenceLoss",
+    "TokenLoss",
     "compute_gram",
     "condition_number",
     "effective_dimension",

@@ -46,7 +46,7 @@ def collect(
     ] = None,
     head_ridge: Annotated[str | None, _flag(_HEAD, "loo or a number (default: loo).")] = None,
     readout: Annotated[str | None, _flag(_GRAM, "logits, margin, loss (default: logits).")] = None,
-    params: Annotated[str | None, _flag(_GRAM, "trainable, all, a glob, or names a,b (default: trainable).")] = None,
+    params: Annotated[str | None, _flag(_GRAM, "trainable, all, globs a,b,!c (default: trainable).")] = None,
     contraction: Annotated[
         str | None, _flag(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).")
     ] = None,

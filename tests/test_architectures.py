@@ -12,6 +12,7 @@ from ntkengine.gram.engine import compute_gram, plan_gram
 from tests import zoo
 from tests.brute import contracted, gradients, relative_error
 
+
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_equals_brute_force(name):
     model = zoo.model(name)

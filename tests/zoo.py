@@ -63,9 +63,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "distilbert": other(
         "DistilBertForSequenceClassification", "DistilBert", dim=32, n_layers=2, n_heads=4, hidden_dim=48
     ),
-    "deberta": classifier(
-        "DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=16
-    ),
+    "deberta": classifier("DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=16),
     "longformer": classifier("Longformer", attention_window=[4, 4]),
     "bloom": other("BloomForSequenceClassification", "Bloom", hidden_size=32, n_layer=2, n_head=4),
     "opt": classifier("OPT", ffn_dim=48, word_embed_proj_dim=32),
@@ -89,9 +87,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         max_position_embeddings=64,
         decoder_start_token_id=2,
     ),
-    "mamba": other(
-        "MambaForCausalLM", "Mamba", hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4
-    ),
+    "mamba": other("MambaForCausalLM", "Mamba", hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4),
     "rwkv": other("RwkvForCausalLM", "Rwkv", hidden_size=32, num_hidden_layers=2, context_length=64),
     "recurrent-gemma": other(
         "RecurrentGemmaForCausalLM",

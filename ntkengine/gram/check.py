@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
+from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.readout import Readout
+from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.probe import Structure
 
@@ -20,6 +22,7 @@ from ntkengine.tangents.probe import Structure
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Share of the whole gradient below which one parameter's may be nothing but rounding.
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
+UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
 _BUDGET = 1 << 27  # gradient entries held at once
 
 
@@ -27,11 +30,10 @@ class Check:
     """Truth for a few samples: their Gram entries by plain autograd, whole and by parameter.
 
     Args:
-        model: frozen, in eval mode.
-        selected: parameters by name.
+        task: the job; its model frozen and in eval mode.
         samples: the job's samples; at most two of each group are drawn.
-        readout: f.
         frame: the job's frame.
+        structure: from the probe.
         seed: of the draw.
 
     Cost: for each drawn sample and output one ordinary backward pass, at most 2²⁷ gradient entries held at once.
@@ -39,23 +41,29 @@ class Check:
 
     def __init__(
         self,
-        model: nn.Module,
-        selected: Mapping[str, nn.Parameter],
+        task: Task,
         samples: Samples,
-        readout: Readout,
         frame: Frame,
+        structure: Structure,
         seed: int,
     ) -> None:
         rng = np.random.default_rng(seed)
-        self.frame, self.model, self.selected, self.readout = frame, model, selected, readout
+        self.frame, self.structure, self.roots = frame, structure, task.roots
+        self.model, self.selected, self.readout = task.model, task.selected, task.readout
         self.drawn = [
             (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 2), replace=False)
         ]
         self.inputs = [{k: v[r : r + 1] for k, v in samples.groups[g].items()} for g, r in self.drawn]
-        parameter = next(iter(model.parameters()))
+        parameter = next(iter(self.model.parameters()))
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.parts = {name: self._products(G) for name, G in self._gradients()}
-        self.total = sum(self.parts.values(), torch.zeros(()))
+        rows = len(self.drawn) * frame.width
+        self.total, self.slack, self.left, self.right = torch.zeros(
+            4, frame.layers, rows, rows, dtype=torch.float64, device=self.device
+        )
+        self.parts: dict[str, Tensor] = {}
+        for name, G in self._gradients():
+            self.parts[name] = self._products(G, G)
+            self._transform(name, G)
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (parameter, gradients (m, C, p)) by plain autograd, a few parameters at a time."""
@@ -76,38 +84,62 @@ class Check:
                 yield name, torch.stack(rows[i]).view(m, C, -1)
                 rows[i] = []
 
-    def _products(self, G: Tensor) -> Tensor:
+    def _transform(self, name: str, G: Tensor) -> None:
+        """Add a parameter's part of the job's own inner product, and what entries of unsure sign may change in it."""
+        if self.frame.transform in SIGNS:
+            if name in self.structure.negligible:
+                return
+            size = G.abs()
+            unsure = size <= UNSURE * size.square().mean(2, keepdim=True).sqrt()
+            unsure |= size <= 2 * ZERO.get(G.dtype, 1e-3) * size.amax(2, keepdim=True)
+            unsure &= size > 0
+            sign, one = signed(G), torch.ones_like(G)
+            if self.frame.transform == "sign":
+                G, H = sign, sign
+                maybe = self._products(unsure.to(G), one)
+                self.slack += 2 * (maybe + maybe.transpose(1, 2))
+            else:
+                H = sign
+                self.slack += 2 * self._products(size, unsure.to(G))
+        else:
+            root = None if self.roots is None else self.roots[name].reshape(-1)
+            G = H = G if root is None else G * root
+        self.total += self._products(G, H)
+        self.left += self._products(G, G)
+        self.right += self._products(H, H)
+
+    def _products(self, G: Tensor, H: Tensor) -> Tensor:
         """Return (layers, m·w, m·w) inner products in float64, tile by tile."""
         m, C, p = G.shape
         out = torch.zeros(
             self.frame.layers, m * self.frame.width, m * self.frame.width, dtype=torch.float64, device=G.device
         )
         for start in range(0, p, 1 << 20):
-            x = G[:, :, start : start + (1 << 20)].to(torch.float64)
+            x, y = (z[:, :, start : start + (1 << 20)].to(torch.float64) for z in (G, H))
             if self.frame.contraction == "per-output":
-                x = x.transpose(0, 1)
-            elif self.frame.contraction == "full":
-                x = x.reshape(1, m * C, -1)
+                x, y = x.transpose(0, 1), y.transpose(0, 1)
             else:
-                x = x.reshape(1, m, -1)
-            out += x @ x.transpose(1, 2)
+                rows = m * C if self.frame.contraction == "full" else m
+                x, y = x.reshape(1, rows, -1), y.reshape(1, rows, -1)
+            out += x @ y.transpose(1, 2)
         return out
 
-    def sweep(self, structure: Structure) -> None:
-        """Sweep the drawn samples alone and compare parameter by parameter.
+    def sweep(self) -> None:
+        """Sweep the drawn samples alone and compare raw gradients, parameter by parameter.
 
         Raises:
             CheckFailed: naming the parameter and the examples.
         """
         # Samples of both groups in one: the layouts agree, or they would not have been one job's groups.
-        few = Samples(self.inputs, microbatch=1, trim=structure.trim)
+        few = Samples(self.inputs, microbatch=1, trim=self.structure.trim)
         m = len(self.drawn)
         frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
-        sums = sum_gram(self.model, self.selected, structure, few, self.readout, frame, group=lambda name: name)
+        sums = sum_gram(self.model, self.selected, self.structure, few, self.readout, frame, group=lambda name: name)
+        whole = sum(self.parts.values(), torch.zeros_like(self.total))
         for name, truth in self.parts.items():
             part = sums.parts.get(name)
             got = torch.zeros_like(truth) if part is None else part.finish()
-            self._compare(name, got, truth, self.total)
+            self._compare(name, got, truth, whole)
 
     def entries(self, sums: Sums, samples: Samples) -> None:
         """Compare the finished Gram's entries between drawn samples with plain autograd.
@@ -131,9 +163,10 @@ class Check:
             return torch.tensor([i * w + k for i in which for k in range(w)], device=self.device)
 
         got = sums.total.K[:, index(rows, frame.rows[0])][:, :, index(columns, frame.columns[0])]
-        truth = self.total[:, local(rows)][:, :, local(columns)]
-        scale = self.total.diagonal(dim1=1, dim2=2).sqrt()
-        self._judge("the Gram matrix", got, truth, scale[:, local(rows)], scale[:, local(columns)], rows, columns)
+        truth, slack = (x[:, local(rows)][:, :, local(columns)] for x in (self.total, self.slack))
+        left, right = (x.diagonal(dim1=1, dim2=2).sqrt() for x in (self.left, self.right))
+        got = truth + (got - truth).sign() * ((got - truth).abs() - slack).clamp_min(0)  # NaN stays NaN
+        self._judge("the Gram matrix", got, truth, left[:, local(rows)], right[:, local(columns)], rows, columns)
 
     def _compare(self, name: str, got: Tensor, truth: Tensor, total: Tensor) -> None:
         floor = FLOOR.get(self.dtype, 1e-2) * total.diagonal(dim1=1, dim2=2).sqrt()
@@ -160,7 +193,11 @@ class Check:
         i, j = worst // error.shape[2] % error.shape[1] // self.frame.width, worst % error.shape[2] // self.frame.width
         (gi, ri), (gj, rj) = self.drawn[rows[i]], self.drawn[columns[j]]
         names = [f"{r}{' (second inputs)' if g else ''}" for g, r in ((gi, ri), (gj, rj))]
-        msg = f"{name}: differs from plain autograd by {value:.1e} relative, between examples {names[0]} and {names[1]}"
+        owner = name.rpartition(".")[0] if name in self.selected else None
+        what = name if owner is None else f"{name} (of {type(self.model.get_submodule(owner)).__name__})"
+        msg = f"{what}: differs from plain autograd by {value:.1e} relative, between examples {names[0]} and {names[1]}"
+        if owner is not None:
+            msg += f"; {leave_out(name)}"
         if self.dtype != torch.float64 and value < 1e-2:
             msg += "; this small, it may be the model's own rounding: precision='exact' tells"
         raise CheckFailed(msg)

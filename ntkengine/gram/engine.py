@@ -24,6 +24,7 @@ from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
 from ntkengine.gram.tiles import Frame, unsorted
+from ntkengine.gram.transforms import SIGNS, Preconditioner
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
@@ -42,7 +43,7 @@ def compute_gram(
     readout: str | ReadoutFunction = "logits",
     params: str | Iterable[str] = "trainable",
     contraction: str = "trace",
-    transform: str = "sgd",
+    transform: str | Preconditioner = "sgd",
     per_module: bool = False,
     precision: str = "high",
     backend: str = "auto",
@@ -71,9 +72,10 @@ def compute_gram(
         inputs: tensors with a leading sample axis N: what the model is called with; `labels` only reach the readout.
         inputs2: other inputs; then K is (N, M), rows `inputs`, columns `inputs2`.
         readout: `"logits"`, `"margin"`, `"loss"`, or a callable (model_outputs, inputs) -> (N, C).
-        params: `"trainable"`, `"all"`, a glob over names, or a list of names.
+        params: `"trainable"`, `"all"`, a glob over names, or a list of these; `"!glob"` in a list leaves out.
         contraction: `"trace"`, `"full"`, `"per-output"` or `"sum-of-outputs"`.
-        transform: `"sgd"`.
+        transform: `"sgd"`, `"sign"`, `"asymmetric-sign"` (rows raw, columns signed: not symmetric), or a
+            `Preconditioner` (`gram.transforms`).
         per_module: keep each module's own Gram as well; they sum to K.
         precision: `"high"`: float32 passes and tile products, float64 across tiles. `"exact"`: float64 throughout.
         backend: `"auto"` or `"torch"`.
@@ -106,7 +108,7 @@ def compute_gram(
     """
     start = time.perf_counter()
     refuse(transform, precision, backend, comm, contraction, inputs2, eval_inputs)
-    task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, precision)
+    task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
     check_rows("targets", targets, task.samples.sizes[0])
     check_rows("example_ids", example_ids, task.samples.sizes[0])
     check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
@@ -114,9 +116,10 @@ def compute_gram(
     wanted: dict[str, Any] = {}
     path = None if out is None else writable(Path(out))
     if path is not None:
-        settings: dict[str, Any] = {"contraction": contraction, "transform": transform, "precision": precision}
+        settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
         settings |= {"per_module": per_module, "check": check, "seed": seed}
         arrays = {"targets": targets, "eval_targets": eval_targets}
+        arrays |= {f"d of {name}": root.double().cpu().numpy() for name, root in (task.roots or {}).items()}
         arrays |= {} if extras is None or callable(extras) else extras
         wanted = identity(model, task, settings, arrays, job)
         if path.exists():
@@ -124,6 +127,9 @@ def compute_gram(
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure = probe(task.model, task.selected, task.samples, task.readout, seed)
+        double = _double(task, running) if check or task.transform in SIGNS else None
+        if task.transform in SIGNS and double is not None:
+            structure.negligible = _negligible(task, structure, double, seed)
         samples = _microbatches(task, structure)
         frame = task.frame(structure.outputs)
         plan = make_plan(task.model, structure, samples, frame, per_module, rate=1.0)
@@ -135,18 +141,18 @@ def compute_gram(
             raise NotImplementedError(msg)
         truth = None
         if check:
-            truth = Check(task.model, task.selected, samples, task.readout, frame, seed)
-            truth.sweep(structure)
+            truth = Check(task, samples, frame, structure, seed)
+            truth.sweep()
         # The plan does not count kept activations, so a bounded job recomputes them.
         keep_bytes = KEEP_BYTES if memory_gib is None else 0
         sums = _sweep(task, structure, samples, frame, plan, per_module, progress, keep_bytes)
         if truth is not None:
             truth.entries(sums, samples)
-        noise = _noise(task, structure, samples, frame, sums, seed, running) if check else None
+        noise = _noise(task, structure, samples, frame, sums, seed, double) if check and double is not None else None
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     plan.rate = plan.flops / max(1e-9, sums.pass_seconds + sum(row.seconds or 0.0 for row in plan.parameters))
-    gram = _assemble(sums, samples, frame, plan, contraction, transform, two=inputs2 is not None)
+    gram = _assemble(sums, samples, frame, plan, contraction, task.transform, two=inputs2 is not None)
     gram.noise = float("nan") if noise is None else noise.norm
     gram.targets, gram.eval_targets = _float(targets), _float(eval_targets)
     gram.extras = dict((extras() if callable(extras) else extras) or {})
@@ -155,6 +161,7 @@ def compute_gram(
         "readout": task.readout.name,
         "parameters": sum(p.numel() for p in task.selected.values()),
         "unused_parameters": structure.unused,
+        "negligible_parameters": structure.negligible,
         "module_trace": sums.traces,
         "noise_relative": None if noise is None else noise.relative,
         "checked": check,
@@ -187,7 +194,7 @@ def plan_gram(
     readout: str | ReadoutFunction = "logits",
     params: str | Iterable[str] = "trainable",
     contraction: str = "trace",
-    transform: str = "sgd",
+    transform: str | Preconditioner = "sgd",
     per_module: bool = False,
     precision: str = "high",
     backend: str = "auto",
@@ -203,7 +210,7 @@ def plan_gram(
         InputError, NotImplementedError: as `compute_gram`.
     """
     refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs)
-    task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, precision)
+    task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
     with evaluation(task.model):
         structure = probe(task.model, task.selected, task.samples, task.readout, seed)
     samples = _microbatches(task, structure)
@@ -246,6 +253,7 @@ def _sweep(
         tick=tick,
         pass_flops=plan.pass_flops,
         keep_bytes=keep_bytes,
+        roots=task.roots,
     )
     if per_module:
         for part in sums.parts.values():
@@ -258,15 +266,30 @@ def _sweep(
     return sums
 
 
-def _noise(
-    task: Task, structure: Structure, samples: Samples, frame: Frame, sums: Sums, seed: int, running: ExitStack
-) -> Noise:
+def _double(task: Task, running: ExitStack) -> nn.Module:
+    """Return the model in float64, ready to run: itself, or a copy."""
     model = in_precision(task.model, "exact")
     if model is not task.model:
         running.enter_context(evaluation(model))
+    return model
+
+
+def _negligible(task: Task, structure: Structure, double: nn.Module, seed: int) -> list[str]:
+    """Return the parameters without a sign: float32 suspects them, float64 decides."""
+    suspects = {n: p for n, p in double.named_parameters() if n in structure.negligible}
+    if not suspects or double is task.model:
+        return structure.negligible
+    selected = {n: p for n, p in double.named_parameters() if n in task.selected}
+    return [n for n in probe(double, selected, task.samples, task.readout, seed).negligible if n in suspects]
+
+
+def _noise(
+    task: Task, structure: Structure, samples: Samples, frame: Frame, sums: Sums, seed: int, model: nn.Module
+) -> Noise:
     by_name = dict(model.named_parameters())
     selected = {name: by_name[name] for name in task.selected}
     same = model is task.model
+    roots = None if task.roots is None else {name: root.double() for name, root in task.roots.items()}
     return estimate_noise(
         model,
         selected,
@@ -278,6 +301,7 @@ def _noise(
         one_by_one=structure.one_by_one or same,
         trim=structure.trim and not same,
         seed=seed,
+        roots=roots,
     )
 
 

@@ -14,8 +14,12 @@ from ntkengine import store
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.gram.task import Task
-from ntkengine.inputs.fingerprint import fingerprint_array, fingerprint_inputs, fingerprint_model
-from ntkengine.inputs.readout import NAMED_READOUTS
+from ntkengine.inputs.fingerprint import (
+    fingerprint_array,
+    fingerprint_function,
+    fingerprint_inputs,
+    fingerprint_model,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +37,13 @@ def identity(
         job: the caller's own mapping.
     """
     names = sorted(task.selected)
-    code = getattr(getattr(task.readout.function, "__code__", None), "co_code", b"")
-    own = task.readout.name not in NAMED_READOUTS
+    given = task.readout.given
     return {
         "model": fingerprint_model(model),
         "data": [fingerprint_inputs(g) for g in task.samples.groups],
         "two_inputs": task.two,
         "params": [len(names), fingerprint_array(np.array(names))],
-        "readout": [task.readout.name, fingerprint_array(np.frombuffer(code, dtype=np.uint8)) if own else ""],
+        "readout": [task.readout.name, "" if given is None else fingerprint_function(given)],
         **settings,
         "settings": dict(job or {}),
         **{f"{name}_sha256": fingerprint_array(array) for name, array in arrays.items() if array is not None},

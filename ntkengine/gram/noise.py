@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.tiles import Frame
@@ -44,6 +44,7 @@ def estimate_noise(
     trim: bool,
     rows: int = 16,
     seed: int = 0,
+    roots: Mapping[str, Tensor] | None = None,
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
@@ -63,6 +64,7 @@ def estimate_noise(
         trim: cut padding. A Gram that is itself float64 is recomputed in another layout: sample by sample, uncut.
         rows: samples to recompute, m.
         seed: of the draw.
+        roots: of the preconditioner, in float64.
 
     Cost: a float64 sweep of m samples.
     """
@@ -71,13 +73,13 @@ def estimate_noise(
     picked: list[tuple[int, np.ndarray]] = []
     for g, n in enumerate(samples.sizes):
         start, stop = samples.span(g)
-        if start < frame.columns[1] and frame.columns[0] < stop or not frame.symmetric:
+        if start < frame.columns[1] and frame.columns[0] < stop or not frame.square:
             picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
     few = Samples(groups, microbatch=1 if one_by_one else None, trim=trim)
     spans = [few.span(i) for i in range(len(groups))]
-    small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction)
-    exact = sum_gram(model, selected, structure, few, readout, small).total.finish().cpu().numpy()
+    small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
+    exact = sum_gram(model, selected, structure, few, readout, small, roots=roots).total.finish().cpu().numpy()
 
     def places(i: int, start: int) -> np.ndarray:
         g, r = picked[i]

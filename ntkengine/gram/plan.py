@@ -13,9 +13,19 @@ from torch import nn
 
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
+from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.tangents.probe import Structure
+
+# What the sweep does -> what a plan calls it.
+_SHOWN = {
+    "outer-transposed": "outer",
+    "sum": "diagonal",
+    "norm": "diagonal",
+    "leaf": "explicit-leaf",
+    "block": "explicit-block",
+}
 
 
 @dataclass
@@ -26,7 +36,9 @@ class PlanRow:
         module: the module it is reported under.
         parameter: its name.
         segment: where its last use is.
-        path: how its per-sample gradient is taken.
+        path: how its per-sample gradient is taken: outer, lookup, diagonal (norms and biases), explicit-leaf (its
+            module's own VJP) or explicit-block (plain autograd of the segment, one sample at a time); `+` joins those
+            of a parameter with uses of several kinds.
         strategy: how factors become Gram entries.
         rows: R of its gradient's matrix.
         columns: I.
@@ -56,6 +68,8 @@ class Plan:
     Attributes:
         parameters: a row for every selected parameter that f depends on.
         unused: selected parameters that f does not depend on: their gradient is zero.
+        negligible: those whose gradient is zero but for rounding, on the probed samples; they have no sign.
+        frozen: number of the model's parameters that are not selected.
         samples: samples in all groups.
         tokens: tokens in all samples, padding cut.
         outputs: C.
@@ -70,6 +84,8 @@ class Plan:
 
     parameters: list[PlanRow]
     unused: list[str]
+    negligible: list[str]
+    frozen: int
     samples: int
     tokens: int
     outputs: int
@@ -108,7 +124,8 @@ class Plan:
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Plan:
         """Return the plan `to_dict` described."""
-        given = {k: v for k, v in found.items() if k not in {"flops", "peak_bytes", "seconds"}}
+        given = {"negligible": [], "frozen": 0, **found}  # older files lack these
+        given = {k: v for k, v in given.items() if k not in {"flops", "peak_bytes", "seconds"}}
         return cls(**{**given, "parameters": [PlanRow(**row) for row in found["parameters"]]})
 
 
@@ -131,6 +148,7 @@ def make_plan(
     S, C, tokens = samples.total, structure.outputs, int(lengths.sum())
     mean = max(1, round(tokens / S))
     rows = []
+    width = 0
     factor_bytes: dict[int, float] = {}
     last = {
         path.parameter: path for segment in sorted(structure.paths, reverse=True) for path in structure.paths[segment]
@@ -142,23 +160,26 @@ def make_plan(
         }
         kind = _factor_kind(kinds)
         T = 0 if kind == "dense" else min(mean, structure.tokens.get(path.parameter, mean))
-        strategy, flops = choose(kind, shape, T, S, frame)
+        unsigned = frame.transform in SIGNS and path.parameter in structure.negligible
+        strategy, flops = choose("zero" if unsigned else kind, shape, T, S, frame)
         held = S * C * shape[0] * shape[1] if kind == "dense" else S * T * (shape[1] + C * shape[0])
         held = S * T * C * shape[1] if kind == "lookup" else held
         factor_bytes[path.segment] = factor_bytes.get(path.segment, 0.0) + held * size
         segment = structure.stack.segment_name(path.segment)
         name = path.parameter
-        rows.append(PlanRow(module_of(name), name, segment, path.kind, strategy, *shape, T, flops, float(held * size)))
+        shown = "+".join(sorted({_SHOWN.get(k, k) for k in kinds}))
+        width = max(width, shape[1]) if "norm" in kinds else width
+        rows.append(PlanRow(module_of(name), name, segment, shown, strategy, *shape, T, flops, float(held * size)))
     rows.sort(key=lambda row: row.parameter)
     modules = len({row.module for row in rows}) if per_module else 0
     entries = (frame.rows[1] - frame.rows[0]) * (frame.columns[1] - frame.columns[0]) * frame.width**2 * frame.layers
     linear = sum(_matrix(m) for m in model.modules() if not isinstance(m, nn.Embedding))
-    width = max((r.columns for r in rows if r.path == "norm"), default=0) or getattr(
-        getattr(model, "config", None), "hidden_size", 0
-    )
+    width = width or getattr(getattr(model, "config", None), "hidden_size", 0)
     return Plan(
         rows,
         structure.unused,
+        structure.negligible,
+        sum(1 for _ in model.parameters()) - len(rows) - len(structure.unused),
         S,
         tokens,
         C,

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntkengine.errors import NonFinite
 from ntkengine.gram.strategies import choose, contract
 from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
+from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.factors import ParameterFactors
 from ntkengine.tangents.probe import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES, Sweep
@@ -28,7 +30,7 @@ class Sums:
     Attributes:
         total: the Gram, in sweep order.
         parts: Grams by group name, when asked for.
-        traces: trace over the symmetric square by module.
+        traces: trace over the square by module.
         outputs: (S, C) float64 in sweep order.
         done: by parameter: (strategy, tokens, flops, seconds) as executed.
         pass_seconds: time outside the contractions.
@@ -54,6 +56,7 @@ def sum_gram(
     tick: Callable[[float, str], None] = lambda _flops, _stage: None,
     pass_flops: float = 0.0,
     keep_bytes: int = KEEP_BYTES,
+    roots: Mapping[str, Tensor] | None = None,
 ) -> Sums:
     """Return the Gram of all samples in the frame.
 
@@ -68,6 +71,7 @@ def sum_gram(
         tick: called with flops done and the segment's name.
         pass_flops: flops of the passes, spread over the microbatches for `tick`.
         keep_bytes: activations the sweep may keep rather than recompute.
+        roots: by parameter, the square root of a diagonal preconditioner, in the parameter's shape.
 
     Raises:
         NonFinite: naming the parameter and the example.
@@ -82,7 +86,7 @@ def sum_gram(
         while found:
             factors = found.pop()
             began = time.perf_counter()
-            _add(factors, sums, frame, group, sweep, samples)
+            _add(factors, sums, frame, group, sweep, samples, roots)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             strategy, tokens, flops, _ = sums.done[factors.name]
@@ -101,8 +105,11 @@ def _add(
     group: Callable[[str], str] | None,
     sweep: Sweep,
     samples: Samples,
+    roots: Mapping[str, Tensor] | None,
 ) -> None:
-    strategy, flops = choose(factors.kind, factors.shape, factors.tokens, samples.total, frame)
+    unsigned = frame.transform in SIGNS and factors.name in sweep.structure.negligible
+    kind = "zero" if unsigned else factors.kind
+    strategy, flops = choose(kind, factors.shape, factors.tokens, samples.total, frame)
     sums.done[factors.name] = strategy, factors.tokens, flops, 0.0
     target = sums.total
     if group is not None:
@@ -111,18 +118,21 @@ def _add(
             sums.parts[part] = Accumulator(frame, sweep.device)
         target = sums.parts[part]
     before = target.trace()
-    contract(factors, strategy, target)
-    after = target.trace() if frame.symmetric else float(target.K.sum())
+    root = None if roots is None else roots[factors.name].reshape(matrix_shape(roots[factors.name]))
+    if root is not None and sweep.structure.transposed[factors.name]:
+        root = root.T
+    contract(factors, strategy, target, root)
+    after = target.trace() if frame.square else float(target.K.sum())
     if not np.isfinite(after):
         raise NonFinite(_where(factors.name, target, frame, samples))
-    if frame.symmetric:
+    if frame.square:
         module = module_of(factors.name)
         sums.traces[module] = sums.traces.get(module, 0.0) + after - before
 
 
 def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> str:
     bad = (~torch.isfinite(target.K)).any(0)
-    square = bad[: bad.shape[1]].diagonal() if frame.symmetric else bad.any(1)
+    square = bad[: bad.shape[1]].diagonal() if frame.square else bad.any(1)
     rows = (square if bool(square.any()) else bad.any(1)).nonzero()
     position = frame.rows[0] + int(rows[0]) // frame.width if len(rows) else frame.rows[0]
     chunk = next(c for c in samples.chunks if c.start <= position < c.start + c.n)

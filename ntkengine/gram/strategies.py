@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.tangents.factors import Dense, Lookup, Outer, ParameterFactors
 
 TILE_PARAMETERS = 65_536  # longest inner product in the model's own precision
@@ -46,32 +47,38 @@ def choose(kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: 
         return "explicit", product
     materialise = 2.0 * samples * frame.outputs * tokens * R * I + product
     ghost = frame.pairs * tokens**2 * 2.0 * (I + R * outputs)
-    if kind == "outer" and ghost < materialise:
+    if kind == "outer" and frame.transform == "sgd" and ghost < materialise:
         return "ghost", ghost
     return "materialise", materialise
 
 
-def contract(factors: ParameterFactors, strategy: str, total: Accumulator) -> None:
+def contract(factors: ParameterFactors, strategy: str, total: Accumulator, root: Tensor | None = None) -> None:
     """Add one parameter's inner products to the Gram.
 
     Args:
         factors: all samples' gradient of the parameter.
         strategy: from `choose`.
         total: where to add.
+        root: (R, I), what gradients are multiplied by first: the square root of a diagonal preconditioner.
     """
     if strategy == "zero":
         return
     if strategy == "ghost":
         _ghost(factors, total)
     elif strategy == "lookup":
-        _lookup(factors, total)
+        _lookup(factors, total, root)
     else:
-        for phi in feature_tiles(factors, total.frame):
-            total.add_features(phi)
+        for phi, other in feature_tiles(factors, total.frame, root):
+            total.add_features(phi, other)
 
 
-def feature_tiles(factors: ParameterFactors, frame: Frame) -> Iterator[Tensor]:
-    """Yield tangent features (S, C, p), tiles of whole rows of the parameter, in a buffer that is reused."""
+def feature_tiles(
+    factors: ParameterFactors, frame: Frame, root: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield tangent features (S, C, p), tiles of whole rows of the parameter, in a buffer that is reused.
+
+    With them the columns' features, where those are not the rows'.
+    """
     R, I = factors.shape  # noqa: E741
     like = _like(factors)
     S = sum(factors.sizes)
@@ -81,6 +88,7 @@ def feature_tiles(factors: ParameterFactors, frame: Frame) -> Iterator[Tensor]:
     if all(isinstance(u, Dense) for uses in factors.chunks for u in uses) and I == 1:
         rows = R
     buffer = torch.empty(S * C * rows * I, dtype=like.dtype, device=like.device)
+    floor = _floor(factors, like) if frame.transform in SIGNS else None
     for start in range(0, R, rows):
         stop = min(start + rows, R)
         phi = buffer[: S * C * (stop - start) * I].view(S, C, stop - start, I)
@@ -92,7 +100,23 @@ def feature_tiles(factors: ParameterFactors, frame: Frame) -> Iterator[Tensor]:
             if not uses:
                 out.zero_()
             at += n
-        yield phi.view(S, C, -1)
+        if root is not None:
+            phi.mul_(root[start:stop])
+        signs = None if floor is None else signed(phi, floor).view(S, C, -1)
+        if frame.transform == "sign" and signs is not None:
+            yield signs, None
+        else:
+            yield phi.view(S, C, -1), signs
+
+
+def _floor(factors: ParameterFactors, like: Tensor) -> Tensor:
+    """Return (S, C or 1, 1, 1): below it an entry of an explicit gradient is rounding and has no sign."""
+    floors = []
+    for uses, n in zip(factors.chunks, factors.sizes, strict=True):
+        dense = uses[0].g if len(uses) == 1 and isinstance(uses[0], Dense) else torch.zeros(n, 1, 1, 1).to(like)
+        floors.append((ZERO.get(like.dtype, 1e-3) * dense.abs().amax((2, 3), keepdim=True)).expand(n, -1, 1, 1))
+    width = max(f.shape[1] for f in floors)
+    return torch.cat([f.expand(-1, width, 1, 1) for f in floors])
 
 
 def _ghost(factors: ParameterFactors, total: Accumulator) -> None:
@@ -118,10 +142,15 @@ def _ghost(factors: ParameterFactors, total: Accumulator) -> None:
             total.K[layer, start - total.r0 : stop - total.r0, :q] += K
 
 
-def _lookup(factors: ParameterFactors, total: Accumulator) -> None:
+def _lookup(factors: ParameterFactors, total: Accumulator, root: Tensor | None = None) -> None:
     """Sum each sample's rows by token, then take inner products only between samples that share a token."""
     frame = total.frame
     rows, samples, tokens = _summed_rows(factors)  # (M, C, I), sorted by token
+    if root is not None:
+        rows = rows * root[tokens][:, None]
+    columns = signed(rows) if frame.transform in SIGNS else rows
+    if frame.transform == "sign":
+        rows = columns
     _, C, I = rows.shape  # noqa: E741
     _, counts = torch.unique_consecutive(tokens, return_counts=True)
     starts = counts.cumsum(0) - counts
@@ -130,13 +159,16 @@ def _lookup(factors: ParameterFactors, total: Accumulator) -> None:
         per_batch = max(1, _PAIR_BYTES // (8 * (count * frame.width) ** 2))
         for part in first.split(per_batch):
             index = part[:, None] + torch.arange(count, device=part.device)
-            x, s = rows[index], samples[index]  # (G, count, C, I), (G, count)
+            x, z, s = rows[index], columns[index], samples[index]  # (G, count, C, I) twice, (G, count)
             if frame.contraction == "full":
-                x = x.reshape(len(part), count * C, I)
+                x, z = (y.reshape(len(part), count * C, I) for y in (x, z))
                 s = (s[:, :, None] * C + torch.arange(C, device=s.device)).reshape(len(part), -1)
             for layer in range(frame.layers):
-                y = x[:, :, layer] if frame.contraction == "per-output" else x.reshape(len(part), s.shape[1], -1)
-                values = y @ y.transpose(1, 2)
+                left, right = (
+                    y[:, :, layer] if frame.contraction == "per-output" else y.reshape(len(part), s.shape[1], -1)
+                    for y in (x, z)
+                )
+                values = left @ right.transpose(1, 2)
                 i, j = s[:, :, None].expand_as(values), s[:, None, :].expand_as(values)
                 total.add_entries(layer, i.reshape(-1), j.reshape(-1), values.reshape(-1))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.gram.tiles import CONTRACTIONS, Frame
+from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
 from ntkengine.inputs.batches import Samples, check_inputs
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
@@ -27,6 +28,8 @@ class Task:
         samples: the samples of all groups.
         readout: f.
         contraction: how outputs enter.
+        transform: the inner product's name.
+        roots: by selected parameter, the square root of a diagonal preconditioner; None without one.
         two: whether rows and columns are different inputs.
     """
 
@@ -35,6 +38,8 @@ class Task:
     samples: Samples
     readout: Readout
     contraction: str
+    transform: str
+    roots: dict[str, Tensor] | None
     two: bool
 
     @classmethod
@@ -47,6 +52,7 @@ class Task:
         readout: str | ReadoutFunction,
         params: str | Iterable[str],
         contraction: str,
+        transform: str | Preconditioner,
         precision: str,
     ) -> Task:
         """Return the task of a call's arguments.
@@ -62,7 +68,9 @@ class Task:
         running = in_precision(model, precision)
         by_name = dict(running.named_parameters())
         samples = Samples(groups)
-        return cls(running, {n: by_name[n] for n in names}, samples, chosen, contraction, inputs2 is not None)
+        selected = {n: by_name[n] for n in names}
+        roots = transform.roots(selected) if isinstance(transform, Preconditioner) else None
+        return cls(running, selected, samples, chosen, contraction, name_of(transform), roots, two=inputs2 is not None)
 
     @property
     def device(self) -> torch.device:
@@ -73,8 +81,8 @@ class Task:
         """Return the wanted rows and columns, once C is known."""
         first = self.samples.span(0)
         if self.two:
-            return Frame(first, self.samples.span(1), outputs, self.contraction)
-        return Frame((0, self.samples.total), first, outputs, self.contraction)
+            return Frame(first, self.samples.span(1), outputs, self.contraction, self.transform)
+        return Frame((0, self.samples.total), first, outputs, self.contraction, self.transform)
 
 
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
@@ -94,21 +102,20 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
 
 
 def refuse(
-    transform: str, precision: str, backend: str, comm: Any, contraction: str, inputs2: Any, eval_inputs: Any
+    transform: Any, precision: str, backend: str, comm: Any, contraction: str, inputs2: Any, eval_inputs: Any
 ) -> None:
     """Refuse arguments that are wrong (InputError) or not built yet (NotImplementedError, says what to use instead)."""
     _one_of("contraction", contraction, CONTRACTIONS)
     _one_of("precision", precision, ("exact", "high", "fast"))
     _one_of("backend", backend, ("auto", "torch", "triton"))
-    if isinstance(transform, str):
-        _one_of("transform", transform, ("sgd", "sign", "asymmetric-sign"))
+    if not isinstance(transform, Preconditioner):
+        _one_of("transform", transform, TRANSFORMS)
     if inputs2 is not None and eval_inputs is not None:
         msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
         raise InputError(msg)
     later = [
         (precision == "fast", "precision='fast' is not built yet; use precision='high'"),
         (backend == "triton", "backend='triton' is not built yet; use backend='torch'"),
-        (transform != "sgd", f"transform={transform!r} is not built yet; use transform='sgd'"),
         (comm is not None, "comm: runs over several processes are not built yet; leave comm=None"),
     ]
     for hit, msg in later:
@@ -117,7 +124,7 @@ def refuse(
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         msg = f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}"
         raise InputError(msg)
 

@@ -31,17 +31,24 @@ class Frame:
         columns: [start, stop) on the sample axis.
         outputs: C.
         contraction: one of `CONTRACTIONS`.
+        transform: the inner product between gradients (`gram.transforms`).
     """
 
     rows: tuple[int, int]
     columns: tuple[int, int]
     outputs: int
     contraction: str
+    transform: str = "sgd"
+
+    @property
+    def square(self) -> bool:
+        """Whether the columns are also the first rows."""
+        return self.rows[0] == self.columns[0]
 
     @property
     def symmetric(self) -> bool:
-        """Whether the columns are also the first rows."""
-        return self.rows[0] == self.columns[0]
+        """Whether that square is its own transpose, so that one triangle is enough."""
+        return self.square and self.transform != "asymmetric-sign"
 
     @property
     def width(self) -> int:
@@ -95,27 +102,29 @@ class Accumulator:
         self.c0, self.c1 = frame.columns[0] * w, frame.columns[1] * w
         self.K = torch.zeros(frame.layers, self.r1 - self.r0, self.c1 - self.c0, dtype=torch.float64, device=device)
 
-    def add_features(self, phi: Tensor) -> None:
+    def add_features(self, phi: Tensor, other: Tensor | None = None) -> None:
         """Add the inner products of a tile of tangent features.
 
         Args:
             phi: (S, C, p) contiguous, all samples in sweep order. Runs of `RUN` terms are summed in phi's own
                 precision, everything beyond in float64.
+            other: the columns' features where they are not the rows'.
         """
         S, C, _ = phi.shape
+        other = phi if other is None else other
         if self.frame.contraction == "per-output":
             for c in range(C):
-                self._add_products(c, phi[:, c])
+                self._add_products(c, phi[:, c], other[:, c])
         elif self.frame.contraction == "full":
-            self._add_products(0, phi.view(S * C, -1))
+            self._add_products(0, phi.view(S * C, -1), other.view(S * C, -1))
         else:
-            self._add_products(0, phi.view(S, -1))
+            self._add_products(0, phi.view(S, -1), other.view(S, -1))
 
-    def _add_products(self, layer: int, x: Tensor) -> None:
+    def _add_products(self, layer: int, x: Tensor, y: Tensor) -> None:
         whole = x.shape[1] // RUN * RUN
         for start, stop, last in self.frame.panels():
             K = self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0]
-            left, right = x[start:stop], x[self.c0 : last]
+            left, right = x[start:stop], y[self.c0 : last]
             if whole:
                 K += torch.bmm(_runs(left[:, :whole]), _runs(right[:, :whole]).transpose(1, 2)).sum(
                     0, dtype=torch.float64
@@ -132,8 +141,8 @@ class Accumulator:
         self.K[layer].view(-1).index_add_(0, flat, values.to(torch.float64))
 
     def trace(self) -> float:
-        """Return the sum over the diagonal of the symmetric square; NaN when there is none."""
-        if not self.frame.symmetric:
+        """Return the sum over the diagonal of the square; NaN when there is none."""
+        if not self.frame.square:
             return float("nan")
         n = self.c1 - self.c0
         return float(self.K[:, :n].diagonal(dim1=1, dim2=2).sum())

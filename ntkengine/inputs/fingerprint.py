@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import re
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _PIECE = 1 << 24
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # Fields that change no value; use_cache is switched off while a kernel is computed.
 _NOT_VALUES = frozenset(
     {"_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "use_cache", "architectures"}
@@ -44,6 +48,34 @@ def fingerprint_array(array: Any) -> str:
     """Return a sha256 over dtype, shape and bytes of an array."""
     array = np.ascontiguousarray(array)
     return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+def fingerprint_function(function: Any) -> str:
+    """Return a sha256 over what a callable does: its code, constants, defaults and what it closes over.
+
+    Functions it calls by a global name are known by that name alone.
+    """
+    return hashlib.sha256(_ADDRESS.sub("", repr(_parts(function))).encode()).hexdigest()
+
+
+def _parts(value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        return _parts(value.func), [_parts(v) for v in value.args], {k: _parts(v) for k, v in value.keywords.items()}
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, [_parts(c) for c in value.co_consts]
+    if isinstance(value, types.MethodType):
+        return _parts(value.__func__), _parts(value.__self__)
+    if isinstance(value, types.FunctionType):
+        cells = [_parts(cell.cell_contents) for cell in value.__closure__ or ()]
+        return _parts(value.__code__), [_parts(v) for v in value.__defaults__ or ()], value.__kwdefaults__, cells
+    if isinstance(value, Tensor):
+        return fingerprint_inputs({"": value})
+    if isinstance(value, nn.Module):
+        return fingerprint_model(value)
+    if callable(value) and not isinstance(value, type):  # an object: its class's code and its state
+        state = sorted((k, _parts(v)) for k, v in getattr(value, "__dict__", {}).items())
+        return type(value).__qualname__, _parts(type(value).__call__), state
+    return value
 
 
 def _plain(value: Tensor) -> list[Tensor]:

@@ -15,39 +15,50 @@ def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str
 
     Args:
         model: any module.
-        params: `"trainable"` (requires_grad), `"all"`, a glob over parameter names, or a list of names and globs.
-            Any alias of a shared parameter selects it.
+        params: `"trainable"` (requires_grad), `"all"`, a glob over parameter names, or a list of these; an entry of
+            the list that begins with `!` leaves out what it matches. Any alias of a shared parameter stands for it.
 
     Raises:
-        InputError: a pattern that matches nothing, or a selected parameter that is not floating point.
+        InputError: a pattern that matches nothing, nothing left, or a selected parameter that is not floating point.
     """
     first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
     aliases = [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
-    if params == "all":
-        chosen = set(first.values())
-    elif params == "trainable":
-        chosen = {name for name, p in model.named_parameters() if p.requires_grad}
-        if not chosen:
-            msg = "params 'trainable': no parameter of the model has requires_grad; use 'all', a glob, or names"
-            raise InputError(msg)
-    else:
-        chosen = set()
-        for pattern in [params] if isinstance(params, str) else list(params):
-            matched = {name for alias, name in aliases if fnmatchcase(alias, pattern)}
+    chosen: set[str] = set()
+    out: set[str] = set()
+    patterns = [params] if isinstance(params, str) else list(params)
+    for pattern in patterns:
+        if pattern == "all":
+            chosen |= set(first.values())
+        elif pattern == "trainable":
+            trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+            if not trainable:
+                msg = "params 'trainable': no parameter of the model has requires_grad; use 'all', a glob, or names"
+                raise InputError(msg)
+            chosen |= trainable
+        else:
+            wanted = pattern.removeprefix("!")
+            matched = {name for alias, name in aliases if fnmatchcase(alias, wanted)}
             if not matched:
                 examples = ", ".join(name for name, _ in aliases[:3])
                 msg = f"params {pattern!r}: matches no parameter; names look like {examples}, …"
                 raise InputError(msg)
-            chosen |= matched
-        if not chosen:
-            msg = "params: expected 'trainable', 'all', a glob, or names, got an empty list"
-            raise InputError(msg)
+            (out if pattern.startswith("!") else chosen).update(matched)
+    chosen -= out
+    if not chosen:
+        got = "leaves nothing" if out else "got an empty list"
+        msg = f"params: expected 'trainable', 'all', a glob, or names, {got}"
+        raise InputError(msg)
     selected = {name: p for name, p in model.named_parameters() if name in chosen}
     for name, p in selected.items():
         if not p.is_floating_point():
             msg = f"params: {name} is {p.dtype}; only floating-point parameters have gradients, exclude it"
             raise InputError(msg)
     return selected
+
+
+def leave_out(name: str) -> str:
+    """Return how to leave a parameter out, for messages."""
+    return f"leave it out with params=['all', '!{name}']"
 
 
 def module_of(parameter_name: str) -> str:

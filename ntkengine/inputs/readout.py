@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.language import SequenceLoss
 
 ReadoutFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -22,10 +23,12 @@ class Readout:
     Attributes:
         name: what a file calls it.
         function: (model_outputs, inputs) -> (N, C); row n depends on example n alone.
+        given: the callable as the caller gave it; None for a named readout.
     """
 
     name: str
     function: ReadoutFunction
+    given: Any = None
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return f, (N, C), after checking its shape against the batch."""
@@ -43,7 +46,8 @@ def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) 
 
     Args:
         readout: `"logits"`, `"margin"` (logit₁ − logit₀), `"loss"` (per-example cross-entropy, or ½ squared error with
-            one logit; labels in `inputs["labels"]`), or a callable (model_outputs, inputs) -> (N, C).
+            one logit; for a language model the mean over the example's tokens, `SequenceLoss`; labels in
+            `inputs["labels"]`), or a callable (model_outputs, inputs) -> (N, C), such as `LabelWords`.
         contraction: the Gram's contraction.
 
     Raises:
@@ -52,9 +56,8 @@ def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) 
     if isinstance(readout, Readout):
         chosen = readout
     elif callable(readout):
-        chosen = Readout(
-            f"{readout.__module__}.{getattr(readout, '__qualname__', type(readout).__qualname__)}", readout
-        )
+        own = f"{readout.__module__}.{getattr(readout, '__qualname__', type(readout).__qualname__)}"
+        chosen = Readout(repr(readout) if is_dataclass(readout) else own, readout, readout)
     elif readout in NAMED_READOUTS:
         chosen = Readout(readout, NAMED_READOUTS[readout])
     else:
@@ -62,7 +65,7 @@ def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) 
         raise InputError(msg)
     if contraction != "sum-of-outputs":
         return chosen
-    return Readout(chosen.name, lambda outputs, inputs: chosen(outputs, inputs).sum(1, keepdim=True))
+    return Readout(chosen.name, lambda outputs, inputs: chosen(outputs, inputs).sum(1, keepdim=True), chosen.given)
 
 
 def encode_targets(labels: Any, readout: str, num_classes: int) -> np.ndarray:
@@ -115,7 +118,7 @@ def _class_logits(outputs: Any, _inputs: Mapping[str, Tensor]) -> Tensor:
     if logits.ndim != 2:
         msg = (
             f"readout 'logits': expected (N, C) class logits, got {tuple(logits.shape)}; "
-            "for a language model give a callable that picks positions and words"
+            "for a language model use LabelWords, or a callable that picks positions and words"
         )
         raise InputError(msg)
     return logits
@@ -130,6 +133,8 @@ def _margin(outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _loss(outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    if logits_of(outputs).ndim == 3:
+        return SequenceLoss()(outputs, inputs)
     logits = _class_logits(outputs, inputs)
     if "labels" not in inputs:
         msg = "readout 'loss': inputs have no 'labels'"

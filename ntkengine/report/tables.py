@@ -92,8 +92,16 @@ def plan_table(plan: Any) -> Table:
         f"passes {plan.pass_flops / 1e9:,.1f} of {plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
         f"MiB above the model; about {plan.seconds:.1f} s at {plan.rate / 1e9:,.0f} GFLOP/s"
     )
+    if plan.frozen:
+        note += f"; {plan.frozen} parameters frozen"
     if plan.unused:
         note += f"; f does not depend on {len(plan.unused)} selected parameters ({plan.unused[0]}, …)"
+    if plan.negligible:
+        zero = f"{len(plan.negligible)} have a gradient of zero but for rounding ({plan.negligible[0]}, …)"
+        note += f"; {zero}"
+    slow = [row.parameter for row in plan.parameters if "explicit-block" in row.path]
+    if slow:
+        note += f"; {len(slow)} need plain autograd, one example at a time ({slow[0]}, …): slower"
     return Table("Plan", ("parameter", "uses", "size", "gradient", "strategy", "GFLOP", "MiB of factors"), rows, note)
 
 

@@ -95,6 +95,22 @@ class CutPass:
     outs: list[Tensor]
     sealed: bool = True
 
+    def disjoint(self) -> bool:
+        """Whether no operation belongs to two segments, as a skip connection around the blocks would."""
+        owner: dict[Any, int] = {}
+        for segment, out in enumerate(self.outs):
+            ahead = [out.grad_fn]
+            while ahead:
+                node = ahead.pop()
+                if node is None or hasattr(node, "variable"):  # a parameter may be used anywhere
+                    continue
+                if node not in owner:
+                    owner[node] = segment
+                    ahead += [parent for parent, _ in node.next_functions]
+                elif owner[node] != segment:
+                    return False
+        return True
+
 
 def cut_forward(
     model: nn.Module,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.blocks import CutPass, Stack, cut_forward, find_stack
@@ -34,6 +35,7 @@ from ntkengine.tangents.verify import (
     close,
     factors_of,
     reference_gradients,
+    rounding,
 )
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class Structure:
         paths: by segment.
         shapes: by parameter: (R, I) of its gradient's matrix.
         unused: selected parameters that f does not depend on (their gradient is zero).
+        negligible: those whose gradient is zero but for rounding on every probed sample.
+        transposed: by parameter: whether its gradient's matrix is the parameter's transpose.
         one_by_one: microbatches must hold one sample.
         trim: padding columns may be cut.
         outputs: C.
@@ -82,6 +86,8 @@ class Structure:
     paths: dict[int, list[Path]] = field(default_factory=lambda: defaultdict(list))
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    negligible: list[str] = field(default_factory=list)
+    transposed: dict[str, bool] = field(default_factory=dict)
     one_by_one: bool = False
     trim: bool = True
     outputs: int = 0
@@ -124,7 +130,8 @@ def probe(
         if late is None:
             return structure
         if late in rows:
-            msg = f"{structure.unused[0]}: whether f depends on it could not be settled; exclude it from params"
+            name = structure.unused[0]
+            msg = f"{name}: whether f depends on it could not be settled; {leave_out(name)}"
             raise CheckFailed(msg)
         rows.append(late)
 
@@ -220,7 +227,7 @@ def _assign(
     singles = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(n)]
     with wanting_gradients(selected.values()):
         references = [cut_forward(model, one, stack, readout) for one in singles]
-    if not all(r.sealed for r in references):
+    if not all(r.sealed and r.disjoint() for r in references):
         return None
     f = torch.cat([r.outs[-1].detach() for r in references])
     batch, agrees = _record(model, modules, inputs, stack, readout, f)
@@ -272,6 +279,7 @@ def _verified(
     )
     generator = torch.Generator().manual_seed(seed)
     used: set[str] = set()
+    felt: set[str] = set()
     for segment in range(len(batch.cut.outs)):
         out = batch.cut.outs[segment]
         v = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
@@ -287,6 +295,8 @@ def _verified(
         pulled = batch.pull(segment, v)
         for name, true in truth.items():
             used.add(name)
+            if max(true.norms) > rounding(true.like.dtype) * scale:
+                felt.add(name)
             here = [(m, local) for m, local in owners[name] if m in batch.calls[segment]]
             choice = None if structure.one_by_one else agreeing(model, name, here, [pulled], [n], true, scale)
             if choice is None:
@@ -301,14 +311,15 @@ def _verified(
             structure.paths[segment].append(path)
             _settle_shape(structure, path, selected[name])
     structure.unused = [name for name in selected if name not in used]
+    structure.negligible = [name for name in selected if name in used - felt]
     return structure
 
 
 def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:
-    shape = matrix_shape(p)
-    shape = shape[::-1] if path.kind == "outer-transposed" else shape
-    if structure.shapes.setdefault(path.parameter, shape) != shape:
-        msg = f"{path.parameter}: is used both transposed and not; exclude it from params"
+    shape, transposed = matrix_shape(p), path.kind == "outer-transposed"
+    structure.shapes[path.parameter] = shape[::-1] if transposed else shape
+    if structure.transposed.setdefault(path.parameter, transposed) != transposed:
+        msg = f"{path.parameter}: is used both transposed and not; {leave_out(path.parameter)}"
         raise CheckFailed(msg)
 
 

@@ -272,7 +272,8 @@ class Sweep:
                         kind, self.model.get_submodule(m), m, local, pulled.get(m, ()), chunk.n
                     )
                 except PathFailed as error:
-                    msg = f"{path.parameter}: {error}, unlike on the probed samples"
+                    owner = type(self.model.get_submodule(m)).__name__
+                    msg = f"{path.parameter} (of {owner}): {error}, unlike on the probed samples"
                     raise CheckFailed(msg) from error
         for path, g in zip(own, stacked[len(calls) :], strict=True):
             if g is not None:
