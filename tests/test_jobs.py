@@ -189,6 +189,7 @@ def test_what_is_refused_leaves_no_file(folder):
         ({"gram": {"readout": "nothing"}}, "readout: expected one of"),
         ({"gram": {"params": "*.none"}}, "matches no parameter"),
         ({"gram": {"contraction": "none"}}, "contraction: expected one of"),
+        ({"gram": {"transform": "none"}}, "transform: expected one of"),
         ({"data": {"label": ""}, "head": {"fit": True}}, "head.fit: expected labels"),
         ({"out": folder / "none" / "k.h5"}, "folder .*none does not exist"),
         ({"model": {"num_labels": 3}}, "readout 'margin': expected 2 classes, got 3"),
@@ -197,8 +198,8 @@ def test_what_is_refused_leaves_no_file(folder):
     for change, message in changes:
         with pytest.raises(InputError, match=message):
             jobs.run_gram(read_job(folder / "job.toml", change))
-    with pytest.raises(NotImplementedError, match="use transform='sgd'"):
-        jobs.run_gram(read_job(folder / "job.toml", {"gram": {"transform": "sign"}}))
+    with pytest.raises(NotImplementedError, match="use precision='high'"):
+        jobs.run_gram(read_job(folder / "job.toml", {"gram": {"precision": "fast"}}))
     assert sorted(p.name for p in folder.iterdir()) == before
 
 

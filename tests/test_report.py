@@ -108,7 +108,7 @@ def test_plan_table_folds_layers():
     plan = SimpleNamespace(
         parameters=[row("e.0.q.weight"), row("e.1.q.weight"), row("e.2.q.weight", "ghost"), row("head.weight")],
         samples=5, tokens=50, outputs=2, microbatches=1, pass_flops=2e9, flops=6e9, peak_bytes=2.0**21, seconds=3.0,
-        rate=2e9, unused=["pooler.bias"],
+        rate=2e9, unused=["pooler.bias"], negligible=["key.bias"], frozen=["e.weight", "f.weight"],
     )  # fmt: skip
     shown = tables.plan_table(plan)
     assert [r[:2] + r[4:6] for r in shown.rows] == [
@@ -117,6 +117,8 @@ def test_plan_table_folds_layers():
         ("head.weight", "1", "tile", "1.00"),
     ]
     assert "pooler.bias" in shown.note
+    assert "key.bias" in shown.note
+    assert "2 parameters not selected (e.weight, …)" in shown.note
 
 
 def test_print_table_is_plain_and_whole_without_a_terminal():

@@ -69,7 +69,7 @@ class Plan:
         parameters: a row for every selected parameter that f depends on.
         unused: selected parameters that f does not depend on: their gradient is zero.
         negligible: those whose gradient is zero but for rounding, on the probed samples; they have no sign.
-        frozen: number of the model's parameters that are not selected.
+        frozen: the model's parameters that are not selected.
         samples: samples in all groups.
         tokens: tokens in all samples, padding cut.
         outputs: C.
@@ -85,7 +85,7 @@ class Plan:
     parameters: list[PlanRow]
     unused: list[str]
     negligible: list[str]
-    frozen: int
+    frozen: list[str]
     samples: int
     tokens: int
     outputs: int
@@ -124,7 +124,7 @@ class Plan:
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Plan:
         """Return the plan `to_dict` described."""
-        given = {"negligible": [], "frozen": 0, **found}  # older files lack these
+        given = {"negligible": [], "frozen": [], **found}  # older files lack these
         given = {k: v for k, v in given.items() if k not in {"flops", "peak_bytes", "seconds"}}
         return cls(**{**given, "parameters": [PlanRow(**row) for row in found["parameters"]]})
 
@@ -171,6 +171,7 @@ def make_plan(
         width = max(width, shape[1]) if "norm" in kinds else width
         rows.append(PlanRow(module_of(name), name, segment, shown, strategy, *shape, T, flops, float(held * size)))
     rows.sort(key=lambda row: row.parameter)
+    ledger = {row.parameter for row in rows} | set(structure.unused)
     modules = len({row.module for row in rows}) if per_module else 0
     entries = (frame.rows[1] - frame.rows[0]) * (frame.columns[1] - frame.columns[0]) * frame.width**2 * frame.layers
     linear = sum(_matrix(m) for m in model.modules() if not isinstance(m, nn.Embedding))
@@ -179,7 +180,7 @@ def make_plan(
         rows,
         structure.unused,
         structure.negligible,
-        sum(1 for _ in model.parameters()) - len(rows) - len(structure.unused),
+        [name for name, _ in model.named_parameters() if name not in ledger],
         S,
         tokens,
         C,

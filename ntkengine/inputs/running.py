@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkengine.errors import InputError
+
+_INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
+
 
 def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """Return the model's output on a batch, labels kept back (the readout, not the model, looks at them)."""
@@ -23,7 +27,11 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     """Run a model as the kernel needs it, and restore everything after.
 
     Eval mode, weights frozen, no KV cache, no TF32; mixture-of-experts layers by their plain loop, the only one that
-    takes every dtype and rounds in it.
+    takes every dtype and rounds in it; 4-bit layers of bitsandbytes without their CPU kernel for inference, which has
+    no derivative.
+
+    Raises:
+        InputError: such a layer's weights are already laid out for that kernel.
     """
     training = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
@@ -31,13 +39,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     configs |= {id(c): c for owner in list(configs.values()) if (c := getattr(owner, "text_config", None)) is not None}
     plain = {"use_cache": False, "_experts_implementation_internal": "eager"}
     settings = [(c, k, getattr(c, k)) for c in configs.values() for k in plain if getattr(c, k, None)]
+    settings += [(m, _INFERENCE, True) for m in model.modules() if getattr(m, _INFERENCE, False)]
+    _check_differentiable(model)
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         model.eval()
         for p, _ in grads:
             p.requires_grad_(False)
-        for config, key, _ in settings:
-            setattr(config, key, plain[key])
+        for owner, key, _ in settings:
+            setattr(owner, key, plain.get(key, False))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         with torch.enable_grad():
             yield
@@ -46,9 +56,19 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = was
         for p, wanted in grads:
             p.requires_grad_(wanted)
-        for config, key, was in settings:
-            setattr(config, key, was)
+        for owner, key, was in settings:
+            setattr(owner, key, was)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            msg = (
+                f"model: {name} ({type(module).__name__}) ran in eval mode, which packed its 4-bit weights for a kernel "
+                "that has no derivative; load the model again and compute its Gram first"
+            )
+            raise InputError(msg)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def plan_table(plan: Any) -> Table:
         f"MiB above the model; about {plan.seconds:.1f} s at {plan.rate / 1e9:,.0f} GFLOP/s"
     )
     if plan.frozen:
-        note += f"; {plan.frozen} parameters frozen"
+        note += f"; {len(plan.frozen)} parameters not selected ({plan.frozen[0]}, …)"
     if plan.unused:
         note += f"; f does not depend on {len(plan.unused)} selected parameters ({plan.unused[0]}, …)"
     if plan.negligible:
