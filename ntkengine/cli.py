@@ -250,11 +250,24 @@ def report(
 
 @app.command()
 @answered
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine offers: versions, threads, memory, devices."""
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Measure how far this model depends on batch and padding.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine offers; with --model, how far that model's outputs depend on batch and padding."""
     from ntkengine.doctor import examine
-    from ntkengine.report.tables import Table
+    from ntkengine.report.tables import Table, invariance_table
 
+    if model is not None:
+        from ntkengine.inputs.models import load_model
+        from ntkengine.invariance import advice, batch_invariance
+
+        measured = batch_invariance(load_model(model))
+        if as_json:
+            _json({"invariance": [row.to_dict() for row in measured], "advice": advice(measured)})
+            return
+        _print(invariance_table(measured, advice(measured)))
+        return
     rows = examine()
     if as_json:
         _json({row["name"]: {"found": row["found"] or None, "note": row["note"]} for row in rows})

@@ -229,6 +229,28 @@ def test_doctor(run):
     assert "Doctor" in run("doctor")[1]
 
 
+def test_doctor_measures_batch_invariance(run, model_folder):
+    code, out, err = run("doctor", "--model", model_folder, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    exact, *others = told["invariance"]
+    assert exact["precision"] == "float64"
+    assert max(exact["batch"], exact["right"]) < 1e-12
+    assert exact["left"] > 1e-3  # BERT counts positions from the first column
+    assert "pad on the right" in told["advice"][0]
+    for row in others:
+        assert 0 < row["rounding"] < {"float32": 1e-4, "bfloat16": 0.5}[row["precision"]]
+        assert row["batch"] < 20 * row["rounding"]
+    assert {row["attention"] for row in others} == {"sdpa", "math"}
+    code, out, err = run("doctor", "--model", model_folder)
+    assert (code, err) == (0, "")
+    assert "bfloat16" in out
+    assert "pad on the right" in out
+    code, out, err = run("doctor", "--model", "/none")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: /none: no such model directory")
+
+
 def test_gram_from_flags_then_read(run, model_folder, data, tmp_path):
     write, rows = data
     train, held = write("train.tsv", rows), write("dev.tsv", rows[:5])

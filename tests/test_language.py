@@ -211,3 +211,12 @@ def test_a_function_is_known_by_what_it_does():
     assert fingerprint_function(heads[0]) != fingerprint_function(heads[1])
     first, second = (functools.partial(zoo.words_at_last, torch.tensor([i])) for i in (1, 2))
     assert fingerprint_function(first) != fingerprint_function(second)
+
+
+@pytest.mark.parametrize(("name", "warned"), [("gpt2", True), ("llama", False)])
+def test_left_padding_that_moves_positions_is_told(name, warned, caplog):
+    model = causal(name)
+    inputs = prompts(model, "left")
+    inputs.pop("position_ids")
+    compute_gram(model, inputs, params="all", readout=ntk.LabelWords((7, 50)))
+    assert ("counts positions from the first column" in caplog.text) is warned

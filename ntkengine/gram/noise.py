@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.probe import Structure
+
+log = logging.getLogger(__name__)
+
+_USUAL = 1e-5  # relative error that float32 passes stay below in most models
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,15 @@ def estimate_noise(
     norm = max(_extrapolate(layer, sizes, w) for layer in error)
     floor = 2.0**-53 * float(np.linalg.norm(K))
     scale = float(np.linalg.norm(exact))
-    return Noise(max(norm, floor), float(np.linalg.norm(error)) / scale if scale else 0.0, len(picked[0][1]))
+    noise = Noise(max(norm, floor), float(np.linalg.norm(error)) / scale if scale else 0.0, len(picked[0][1]))
+    if noise.relative > _USUAL:
+        log.warning(
+            "this Gram is known to a relative %.0e only: the model rounds more than most (`ntkengine doctor --model` "
+            "measures it); for more, run inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH) or with "
+            "precision='exact'",
+            noise.relative,
+        )
+    return noise
 
 
 def _extrapolate(error: np.ndarray, sizes: tuple[int, int], width: int) -> float:

@@ -72,7 +72,7 @@ def load_model(
     if Path(source).exists() or source.startswith((".", "/", "~")):
         _check_directory(Path(source).expanduser(), allow_pickle)
         source = str(Path(source).expanduser())
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         model, missing = _load(source, num_labels, dtype, task, trust_remote_code, allow_pickle)
         tokenizer = _tokenizer(source, trust_remote_code)
@@ -227,7 +227,7 @@ def _peft_config(fields: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep loading reports, progress bars and warnings of the libraries off the user's screen; restore after."""
     from transformers.utils import logging as hf
 

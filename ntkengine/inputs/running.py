@@ -65,8 +65,8 @@ def _check_differentiable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
             msg = (
-                f"model: {name} ({type(module).__name__}) ran in eval mode, which packed its 4-bit weights for a kernel "
-                "that has no derivative; load the model again and compute its Gram first"
+                f"model: {name} ({type(module).__name__}) ran in eval mode, which packed its 4-bit weights for a "
+                "kernel that has no derivative; load the model again and compute its Gram first"
             )
             raise InputError(msg)
 

@@ -32,6 +32,15 @@ class Table:
     note: str = ""
 
 
+def invariance_table(rows: Sequence[Any], advice: Sequence[str]) -> Table:
+    """Return how far f and its gradient depend on batch and padding (`batch_invariance`), one row a way of running."""
+    cells = [
+        (r.precision, r.attention, *(f"{value:.1e}" for value in (r.batch, r.right, r.left, r.rounding))) for r in rows
+    ]
+    columns = ("precision", "attention", "in a batch", "padded right", "padded left", "rounding")
+    return Table("Relative change of f and its gradient, against the text alone", columns, cells, "; ".join(advice))
+
+
 def gram_table(gram: Any) -> Table:
     """Return the facts of a Gram: what it is of, how it was computed, how far to trust it."""
     meta, shape = gram.meta, tuple(gram.shape)

@@ -28,6 +28,7 @@ from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.blocks import CutPass, Stack, cut_forward, find_stack
 from ntkengine.tangents.capture import matrix_shape
+from ntkengine.tangents.padding import trim_holds, warn_of_left_padding
 from ntkengine.tangents.verify import (
     Owners,
     Recording,
@@ -118,7 +119,8 @@ def probe(
     Cost: about ten forward and backward passes of three samples, one segment's gradients at a time.
     """
     parameter = next(iter(selected.values()))
-    trim = _trim_holds(model, samples, readout, parameter)
+    trim = trim_holds(model, samples, readout, parameter)
+    warn_of_left_padding(model, samples, readout, parameter)
     group = int(np.argmax(samples.sizes))
     order = samples.order[group]
     rows = [(group, int(order[i])) for i in sorted({0, len(order) // 2, len(order) - 1})]
@@ -321,21 +323,3 @@ def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:
     if structure.transposed.setdefault(path.parameter, transposed) != transposed:
         msg = f"{path.parameter}: is used both transposed and not; {leave_out(path.parameter)}"
         raise CheckFailed(msg)
-
-
-def _trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
-    """Whether cutting padding columns leaves f unchanged, on the shortest sample."""
-    if not any(samples.trim):
-        return False
-    with torch.no_grad():
-        f = []
-        for trim in (True, False):
-            one = Samples(samples.groups, microbatch=1, trim=trim)
-            inputs = one.inputs(one.chunks[0], parameter.device, parameter.dtype)
-            try:
-                f.append(readout(call_model(model, inputs), inputs))
-            except (RuntimeError, IndexError, ValueError):
-                if not trim:
-                    raise
-                return False  # the model wants this length
-    return close(f[0], f[1])
