@@ -24,6 +24,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
 _BUDGET = 1 << 27  # gradient entries held at once
+_TILE = 1 << 16  # entries in float64 that stay in cache
 
 
 class Check:
@@ -63,7 +64,11 @@ class Check:
         self.parts: dict[str, Tensor] = {}
         for name, G in self._gradients():
             self.parts[name] = self._products(G, G)
-            self._transform(name, G)
+            if self.frame.transform in SIGNS or self.roots is not None:
+                self._transform(name, G)
+            else:
+                for sum_of_products in (self.total, self.left, self.right):
+                    sum_of_products += self.parts[name]
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (parameter, gradients (m, C, p)) by plain autograd, a few parameters at a time."""
@@ -101,9 +106,8 @@ class Check:
             else:
                 H = sign
                 self.slack += 2 * self._products(size, unsure.to(G))
-        else:
-            root = None if self.roots is None else self.roots[name].reshape(-1)
-            G = H = G if root is None else G * root
+        elif self.roots is not None:
+            G = H = G * self.roots[name].reshape(-1)
         self.total += self._products(G, H)
         self.left += self._products(G, G)
         self.right += self._products(H, H)
@@ -114,8 +118,9 @@ class Check:
         out = torch.zeros(
             self.frame.layers, m * self.frame.width, m * self.frame.width, dtype=torch.float64, device=G.device
         )
-        for start in range(0, p, 1 << 20):
-            x, y = (z[:, :, start : start + (1 << 20)].to(torch.float64) for z in (G, H))
+        for start in range(0, p, _TILE):
+            x = G[:, :, start : start + _TILE].to(torch.float64)
+            y = x if H is G else H[:, :, start : start + _TILE].to(torch.float64)
             if self.frame.contraction == "per-output":
                 x, y = x.transpose(0, 1), y.transpose(0, 1)
             else:

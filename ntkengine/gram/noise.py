@@ -47,7 +47,7 @@ def estimate_noise(
     *,
     one_by_one: bool,
     trim: bool,
-    rows: int = 16,
+    rows: int | None = None,
     seed: int = 0,
     roots: Mapping[str, Tensor] | None = None,
 ) -> Noise:
@@ -67,7 +67,7 @@ def estimate_noise(
         sums: the job's finished sums.
         one_by_one: recompute sample by sample.
         trim: cut padding. A Gram that is itself float64 is recomputed in another layout: sample by sample, uncut.
-        rows: samples to recompute, m.
+        rows: samples to recompute, m; default an eighth of the job's, between 8 and 16.
         seed: of the draw.
         roots: of the preconditioner, in float64.
 
@@ -75,6 +75,7 @@ def estimate_noise(
     """
     rng = np.random.default_rng(seed)
     w = frame.width
+    rows = rows or min(16, max(8, samples.total // 8))
     picked: list[tuple[int, np.ndarray]] = []
     for g, n in enumerate(samples.sizes):
         start, stop = samples.span(g)

@@ -74,7 +74,7 @@ class Frame:
     def panels(self, size: int | None = None) -> list[tuple[int, int, int]]:
         """Return (row start, row stop, last column) panels on the Gram's own axis, right of the diagonal left out."""
         first, stop, end = (x * self.width for x in (*self.rows, self.columns[1]))
-        size = size or max(64, -(-(stop - first) // 8))  # thinner panels lose more speed than the triangle saves
+        size = size or max(32, -(-(stop - first) // 8))  # thinner panels lose more speed than the triangle saves
         starts = range(first, stop, size)
         return [(s, t, min(t, end) if self.symmetric else end) for s in starts for t in (min(s + size, stop),)]
 
