@@ -393,7 +393,6 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"precision": "fast"}, "use precision='high'"),
         ({"backend": "triton"}, "use backend='torch'"),
         ({"comm": object()}, "comm=None"),
         ({"memory_gib": 1e-6}, "needs about .* GiB"),
@@ -442,3 +441,26 @@ def test_a_memory_limit_keeps_no_activations(monkeypatch):
     free, bounded = (compute_gram(model, inputs, params="all", precision="exact", memory_gib=m) for m in (None, 1.0))
     assert budgets == [engine.KEEP_BYTES, 0]
     assert max(relative_error(bounded.values, free.values)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("contraction", ["trace", "full", "per-output"])
+def test_fast_is_as_far_off_as_it_says(kind, contraction):
+    model = tiny_model(kind)
+    inputs = tiny_inputs(model, [3, 9, 12, 5, 7, 1, 8, 10, 2, 6, 4, 11] * 2, 12)
+    exact = compute_gram(model, inputs, params="all", contraction=contraction, precision="exact")
+    fast = compute_gram(model, inputs, params="all", contraction=contraction, precision="fast")
+    error = np.asarray(fast.values) - np.asarray(exact.values)
+    true = max(np.linalg.norm(layer, 2) for layer in (error if error.ndim == 3 else error[None]))
+    assert 0.3 * true < fast.noise < 3 * true
+    assert 1e-4 < max(relative_error(fast.values, exact.values)) < 5e-2
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_fast_under_transforms_and_adapters():
+    model = with_lora(tiny_model("bert"), ["query", "value"], away_from_start=True)
+    inputs = tiny_inputs(model, LENGTHS, 12)
+    for transform in ("sgd", "sign", "asymmetric-sign"):
+        exact = compute_gram(model, inputs, transform=transform, precision="exact")
+        fast = compute_gram(model, inputs, transform=transform, precision="fast")
+        assert max(relative_error(fast.values, exact.values)) < 5e-2

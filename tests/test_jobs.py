@@ -198,8 +198,8 @@ def test_what_is_refused_leaves_no_file(folder):
     for change, message in changes:
         with pytest.raises(InputError, match=message):
             jobs.run_gram(read_job(folder / "job.toml", change))
-    with pytest.raises(NotImplementedError, match="use precision='high'"):
-        jobs.run_gram(read_job(folder / "job.toml", {"gram": {"precision": "fast"}}))
+    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+        jobs.run_gram(read_job(folder / "job.toml", {"gram": {"backend": "triton"}}))
     assert sorted(p.name for p in folder.iterdir()) == before
 
 

@@ -146,12 +146,13 @@ class Check:
             got = torch.zeros_like(truth) if part is None else part.finish()
             self._compare(name, got, truth, whole)
 
-    def entries(self, sums: Sums, samples: Samples) -> None:
+    def entries(self, sums: Sums, samples: Samples, dtype: torch.dtype) -> None:
         """Compare the finished Gram's entries between drawn samples with plain autograd.
 
         Args:
             sums: finished sums of the whole job.
             samples: its samples.
+            dtype: what it ran in.
 
         Raises:
             CheckFailed: naming the examples.
@@ -171,13 +172,14 @@ class Check:
         truth, slack = (x[:, local(rows)][:, :, local(columns)] for x in (self.total, self.slack))
         left, right = (x.diagonal(dim1=1, dim2=2).sqrt() for x in (self.left, self.right))
         got = truth + (got - truth).sign() * ((got - truth).abs() - slack).clamp_min(0)  # NaN stays NaN
-        self._judge("the Gram matrix", got, truth, left[:, local(rows)], right[:, local(columns)], rows, columns)
+        sides = left[:, local(rows)], right[:, local(columns)]
+        self._judge("the Gram matrix", got, truth, *sides, rows, columns, TOLERANCE.get(dtype, 5e-2))
 
     def _compare(self, name: str, got: Tensor, truth: Tensor, total: Tensor) -> None:
         floor = FLOOR.get(self.dtype, 1e-2) * total.diagonal(dim1=1, dim2=2).sqrt()
         scale = truth.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() + floor
         every = list(range(len(self.drawn)))
-        self._judge(name, got, truth, scale, scale, every, every)
+        self._judge(name, got, truth, scale, scale, every, every, TOLERANCE[self.dtype])
 
     def _judge(
         self,
@@ -188,12 +190,13 @@ class Check:
         right: Tensor,
         rows: Sequence[int],
         columns: Sequence[int],
+        tolerance: float,
     ) -> None:
         tiny = torch.finfo(torch.float64).tiny
         error = (got - truth).abs() / (left[:, :, None] * right[:, None, :] + tiny)
         worst = int(error.nan_to_num(nan=float("inf")).argmax())
         value = float(error.view(-1)[worst])
-        if value <= TOLERANCE.get(self.dtype, 5e-2):
+        if value <= tolerance:
             return
         i, j = worst // error.shape[2] % error.shape[1] // self.frame.width, worst % error.shape[2] // self.frame.width
         (gi, ri), (gj, rj) = self.drawn[rows[i]], self.drawn[columns[j]]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ntkengine import store
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
-from ntkengine.gram.noise import Noise, estimate_noise
+from ntkengine.gram.noise import USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan, make_plan
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums, sum_gram
@@ -78,6 +78,7 @@ def compute_gram(
             `Preconditioner` (`gram.transforms`).
         per_module: keep each module's own Gram as well; they sum to K.
         precision: `"high"`: float32 passes and tile products, float64 across tiles. `"exact"`: float64 throughout.
+            `"fast"`: bfloat16 passes and products, float64 across tiles; `noise` then says what that costs.
         backend: `"auto"` or `"torch"`.
         memory_gib: refuse a job whose plan needs more than this above the loaded model.
         out: HDF5 file to write; it appears only when complete.
@@ -145,10 +146,14 @@ def compute_gram(
             truth.sweep()
         # The plan does not count kept activations, so a bounded job recomputes them.
         keep_bytes = KEEP_BYTES if memory_gib is None else 0
-        sums = _sweep(task, structure, samples, frame, plan, per_module, progress, keep_bytes)
+        swept = task.fast(running) if precision == "fast" else task
+        sums = _sweep(swept, structure.on(swept.model), samples, frame, plan, per_module, progress, keep_bytes)
         if truth is not None:
-            truth.entries(sums, samples)
-        noise = _noise(task, structure, samples, frame, sums, seed, double) if check and double is not None else None
+            truth.entries(sums, samples, swept.dtype)
+        expected = float("inf") if precision == "fast" else USUAL
+        noise = None
+        if check and double is not None:
+            noise = _noise(task, structure, samples, frame, sums, seed, double, expected)
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     plan.rate = plan.flops / max(1e-9, sums.pass_seconds + sum(row.seconds or 0.0 for row in plan.parameters))
@@ -284,7 +289,14 @@ def _negligible(task: Task, structure: Structure, double: nn.Module, seed: int) 
 
 
 def _noise(
-    task: Task, structure: Structure, samples: Samples, frame: Frame, sums: Sums, seed: int, model: nn.Module
+    task: Task,
+    structure: Structure,
+    samples: Samples,
+    frame: Frame,
+    sums: Sums,
+    seed: int,
+    model: nn.Module,
+    expected: float,
 ) -> Noise:
     by_name = dict(model.named_parameters())
     selected = {name: by_name[name] for name in task.selected}
@@ -302,6 +314,7 @@ def _noise(
         trim=structure.trim and not same,
         seed=seed,
         roots=roots,
+        expected=expected,
     )
 
 

@@ -18,7 +18,7 @@ from ntkengine.tangents.probe import Structure
 
 log = logging.getLogger(__name__)
 
-_USUAL = 1e-5  # relative error that float32 passes stay below in most models
+USUAL = 1e-5  # relative error that float32 passes stay below in most models
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def estimate_noise(
     rows: int | None = None,
     seed: int = 0,
     roots: Mapping[str, Tensor] | None = None,
+    expected: float = USUAL,
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
@@ -70,6 +71,7 @@ def estimate_noise(
         rows: samples to recompute, m; default an eighth of the job's, between 8 and 16.
         seed: of the draw.
         roots: of the preconditioner, in float64.
+        expected: relative error above which a warning is logged.
 
     Cost: a float64 sweep of m samples.
     """
@@ -101,7 +103,7 @@ def estimate_noise(
     floor = 2.0**-53 * float(np.linalg.norm(K))
     scale = float(np.linalg.norm(exact))
     noise = Noise(max(norm, floor), float(np.linalg.norm(error)) / scale if scale else 0.0, len(picked[0][1]))
-    if noise.relative > _USUAL:
+    if noise.relative > expected:
         log.warning(
             "this Gram is known to a relative %.0e only: the model rounds more than most (`ntkengine doctor --model` "
             "measures it); for more, run inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH) or with "

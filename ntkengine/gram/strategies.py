@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator, Frame, product
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.tangents.factors import Dense, Lookup, Outer, ParameterFactors
 
@@ -133,11 +133,12 @@ def _ghost(factors: ParameterFactors, total: Accumulator) -> None:
         d = d_SCTR.transpose(1, 2).reshape(1, S, T, C * R)
     a = a_STI.repeat_interleave(w, 0) if w > 1 else a_STI
     rows = max(1, _PAIR_BYTES // (8 * T * T * max(1, total.c1 - total.c0)))
+    sums = torch.promote_types(a.dtype, torch.float32)
     for layer in range(frame.layers):
         for start, stop, last in frame.panels(rows):
             r, q = stop - start, last - total.c0
-            values = a[start:stop].reshape(r * T, -1) @ a[total.c0 : last].reshape(q * T, -1).T
-            values.mul_(d[layer, start:stop].reshape(r * T, -1) @ d[layer, total.c0 : last].reshape(q * T, -1).T)
+            values = product(a[start:stop].reshape(r * T, -1), a[total.c0 : last].reshape(q * T, -1)).to(sums)
+            values.mul_(product(d[layer, start:stop].reshape(r * T, -1), d[layer, total.c0 : last].reshape(q * T, -1)))
             K = values.view(r, T, q, T).sum(3).sum(1, dtype=torch.float64)
             total.K[layer, start - total.r0 : stop - total.r0, :q] += K
 
@@ -185,6 +186,7 @@ def _summed_rows(factors: ParameterFactors) -> tuple[Tensor, Tensor, Tensor]:
             pairs = torch.stack([use.ids.reshape(-1), sample.reshape(-1)])
             keys, inverse = torch.unique(pairs, dim=1, return_inverse=True)
             values = use.d.transpose(1, 2).reshape(-1, use.d.shape[1], use.d.shape[3])
+            values = values.to(torch.promote_types(values.dtype, torch.float32))
             summed = torch.zeros(keys.shape[1], *values.shape[1:], dtype=values.dtype, device=values.device)
             found.append((summed.index_add_(0, inverse, values), keys[1], keys[0]))
         at += n

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
 from ntkengine.inputs.batches import Samples, check_inputs
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
+from ntkengine.inputs.running import evaluation
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Task:
     """What to run on what.
 
     Attributes:
-        model: the model, or a copy of it in another precision.
+        model: the model, or a copy of it in another precision; the one that is probed and checked.
         selected: its selected parameters by name.
         samples: the samples of all groups.
         readout: f.
@@ -65,7 +67,7 @@ class Task:
             check_inputs(group)
         chosen = resolve_readout(readout, contraction)
         names = list(select_parameters(model, params))
-        running = in_precision(model, precision)
+        running = in_precision(model, "exact" if precision == "exact" else "high")
         by_name = dict(running.named_parameters())
         samples = Samples(groups)
         selected = {n: by_name[n] for n in names}
@@ -73,9 +75,22 @@ class Task:
         return cls(running, selected, samples, chosen, contraction, name_of(transform), roots, two=inputs2 is not None)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the model runs in."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(iter(self.model.parameters())).device
+
+    def fast(self, running: ExitStack) -> Task:
+        """Return the task with the model, and what belongs to it, in bfloat16."""
+        model = in_precision(self.model, "fast")
+        running.enter_context(evaluation(model))
+        by_name = dict(model.named_parameters())
+        roots = None if self.roots is None else {n: r.to(torch.bfloat16) for n, r in self.roots.items()}
+        return replace(self, model=model, selected={n: by_name[n] for n in self.selected}, roots=roots)
 
     def frame(self, outputs: int) -> Frame:
         """Return the wanted rows and columns, once C is known."""
@@ -88,11 +103,11 @@ class Task:
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
     """Return the model itself when all its floating parameters have the wanted dtype, else a converted copy.
 
-    `"exact"` wants float64, `"high"` float32 (or float64, when that is what the model is in).
+    `"exact"` wants float64, `"high"` float32 (or float64, when that is what the model is in), `"fast"` bfloat16.
     """
-    wanted = torch.float64 if precision == "exact" else torch.float32
+    wanted = {"exact": torch.float64, "high": torch.float32, "fast": torch.bfloat16}[precision]
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if dtypes == {wanted} or dtypes == {torch.float64}:
+    if dtypes == {wanted} or dtypes == {torch.float64} and precision != "fast":
         return model
     # A tokenizer carried along need not be copied; a state left from the last call (not a leaf) cannot be.
     keep = getattr(model, "ntk_tokenizer", None)
@@ -114,7 +129,6 @@ def refuse(
         msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
         raise InputError(msg)
     later = [
-        (precision == "fast", "precision='fast' is not built yet; use precision='high'"),
         (backend == "triton", "backend='triton' is not built yet; use backend='torch'"),
         (comm is not None, "comm: runs over several processes are not built yet; leave comm=None"),
     ]

@@ -171,7 +171,7 @@ def _kept_tokens(d: Tensor) -> Tensor | None:
 
     Every sample keeps T' = the largest count of nonzero rows; spare places point at zero rows, which add nothing.
     """
-    nonzero = (d != 0).any(3).any(1)  # (n, T)
+    nonzero = d.any(3).any(1)  # (n, T); any: not zero
     longest = int(nonzero.sum(1).max())
     if longest > 0.8 * d.shape[2]:  # not worth a copy: zero rows add nothing
         return None
