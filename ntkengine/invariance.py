@@ -14,20 +14,14 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.inputs.running import call_model, evaluation
 
-TEXTS = (
-    "A warm film.",
-    "The plot goes nowhere and takes two hours to get there.",
-    "Not once does the camera look away, and neither could I; the last scene alone is worth the ticket.",
-    "It was meant to be a comedy, I am told, although nobody in the row in front of me, behind me or beside me seemed "
-    "to have been told, and the popcorn was stale.",
-)
+LENGTHS = (5, 14, 27, 40)  # tokens of the examples
 _EXACT = 1e-5  # relative; above it float64 shows more than rounding, even where a model computes positions in float32
 _PADDING = 16
 
 
 @dataclass(frozen=True)
 class Invariance:
-    """Relative differences of f and of its gradient at the embeddings, the larger; the worst of the texts.
+    """Relative differences of f and of its gradient at the embeddings, the larger; the worst of the examples.
 
     Attributes:
         precision: dtype the model ran in.
@@ -50,20 +44,18 @@ class Invariance:
         return asdict(self)
 
 
-def batch_invariance(model: nn.Module, texts: tuple[str, ...] = TEXTS) -> list[Invariance]:
+def batch_invariance(model: nn.Module, seed: int = 0) -> list[Invariance]:
     """Return the differences in float64, float32 and bfloat16, with the model's attention and with plain attention.
 
     Args:
-        model: a classifier from `load_model`, with its tokenizer.
-        texts: examples of different lengths.
+        model: a classifier from `load_model`.
+        seed: of the examples, random tokens of different lengths.
 
     Raises:
-        InputError: no tokenizer, or no input embeddings to look at.
+        InputError: no input embeddings to look at.
     Cost: about 80 forward and backward passes of one example, and a float64 copy of the model.
     """
-    from ntkengine.inputs.examples import tokenize
-
-    inputs = tokenize(list(texts), model)
+    inputs = _examples(model, seed)
     own = str(getattr(getattr(model, "config", None), "_attn_implementation", "own"))
     rows = []
     truth: list[Probe] = []
@@ -100,6 +92,17 @@ def advice(rows: list[Invariance]) -> list[str]:
     if not found:
         found.append("what differs is rounding: batches, padding and microbatches may be chosen freely")
     return found
+
+
+def _examples(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    config: Any = getattr(model, "config", None)
+    words, pad = int(getattr(config, "vocab_size", 0) or 0), getattr(config, "pad_token_id", None) or 0
+    if not words:
+        msg = f"doctor: expected a model of token ids, {type(model).__name__} has no vocab_size"
+        raise InputError(msg)
+    ids = torch.randint(words // 2, words, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    return {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
 
 
 Probe = tuple[Tensor, Tensor]  # f (C,) and its gradient at the embeddings (T, d) of one example

@@ -72,11 +72,6 @@ def test_bad_arguments(saved, arguments, message):
         load_model(saved, **arguments)
 
 
-def test_stream_is_not_built_yet(saved):
-    with pytest.raises(NotImplementedError, match="stream=False"):
-        load_model(saved, stream=True)
-
-
 def test_directories_that_are_no_models(tmp_path, saved):
     with pytest.raises(InputError, match="no such model directory"):
         load_model(tmp_path / "nowhere")

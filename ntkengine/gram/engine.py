@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from ntkengine import store
+from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
 from ntkengine.gram.noise import USUAL, Noise, estimate_noise
@@ -31,6 +33,8 @@ from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.probe import Structure, probe
 from ntkengine.tangents.sweep import KEEP_BYTES
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[float, float, str], None]
 
@@ -150,10 +154,9 @@ def compute_gram(
         sums = _sweep(swept, structure.on(swept.model), samples, frame, plan, per_module, progress, keep_bytes)
         if truth is not None:
             truth.entries(sums, samples, swept.dtype)
-        expected = float("inf") if precision == "fast" else USUAL
         noise = None
         if check and double is not None:
-            noise = _noise(task, structure, samples, frame, sums, seed, double, expected)
+            noise = _noise(task, structure, samples, frame, sums, seed, double, precision)
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     plan.rate = plan.flops / max(1e-9, sums.pass_seconds + sum(row.seconds or 0.0 for row in plan.parameters))
@@ -169,6 +172,7 @@ def compute_gram(
         "negligible_parameters": structure.negligible,
         "module_trace": sums.traces,
         "noise_relative": None if noise is None else noise.relative,
+        "outputs_error": None if noise is None else noise.outputs,
         "checked": check,
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,
@@ -296,26 +300,34 @@ def _noise(
     sums: Sums,
     seed: int,
     model: nn.Module,
-    expected: float,
-) -> Noise:
+    precision: str,
+) -> Noise | None:
+    expected, limit = {"exact": (USUAL, 1e-5), "high": (USUAL, 1e-2), "fast": (float("inf"), 0.5)}[precision]
     by_name = dict(model.named_parameters())
     selected = {name: by_name[name] for name in task.selected}
     same = model is task.model
     roots = None if task.roots is None else {name: root.double() for name, root in task.roots.items()}
-    return estimate_noise(
-        model,
-        selected,
-        structure.on(model),
-        samples,
-        task.readout,
-        frame,
-        sums,
-        one_by_one=structure.one_by_one or same,
-        trim=structure.trim and not same,
-        seed=seed,
-        roots=roots,
-        expected=expected,
-    )
+    try:
+        return estimate_noise(
+            model,
+            selected,
+            structure.on(model),
+            samples,
+            task.readout,
+            frame,
+            sums,
+            one_by_one=structure.one_by_one or same,
+            trim=structure.trim and not same,
+            seed=seed,
+            roots=roots,
+            expected=expected,
+            limit=limit,
+        )
+    except (NonFinite, RuntimeError, TypeError, ValueError) as error:
+        if same or isinstance(error, CheckFailed | InputError | torch.OutOfMemoryError):
+            raise
+        log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
+        return None
 
 
 def _assemble(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkengine.errors import CheckFailed
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
@@ -29,11 +30,13 @@ class Noise:
         norm: estimate of ‖K̃ − K‖₂. Unit: gradient².
         relative: ‖E‖_F / ‖K‖_F over the recomputed entries.
         rows: samples recomputed.
+        outputs: largest error of f over them.
     """
 
     norm: float
     relative: float
     rows: int
+    outputs: float
 
 
 def estimate_noise(
@@ -51,6 +54,7 @@ def estimate_noise(
     seed: int = 0,
     roots: Mapping[str, Tensor] | None = None,
     expected: float = USUAL,
+    limit: float = 1e-2,
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
@@ -72,6 +76,10 @@ def estimate_noise(
         seed: of the draw.
         roots: of the preconditioner, in float64.
         expected: relative error above which a warning is logged.
+        limit: relative error that is no rounding any more.
+
+    Raises:
+        CheckFailed: an error above the limit.
 
     Cost: a float64 sweep of m samples.
     """
@@ -87,7 +95,11 @@ def estimate_noise(
     few = Samples(groups, microbatch=1 if one_by_one else None, trim=trim)
     spans = [few.span(i) for i in range(len(groups))]
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
-    exact = sum_gram(model, selected, structure, few, readout, small, roots=roots).total.finish().cpu().numpy()
+    again = sum_gram(model, selected, structure, few, readout, small, roots=roots)
+    exact = again.total.finish().cpu().numpy()
+    f = np.concatenate([sums.outputs[samples.span(g)[0] + samples.unsort(g)[r]] for g, r in picked])
+    true = np.concatenate([again.outputs[slice(*few.span(i))][few.unsort(i)] for i in range(len(picked))])
+    off = np.abs(f - true)
 
     def places(i: int, start: int) -> np.ndarray:
         g, r = picked[i]
@@ -102,7 +114,16 @@ def estimate_noise(
     norm = max(_extrapolate(layer, sizes, w) for layer in error)
     floor = 2.0**-53 * float(np.linalg.norm(K))
     scale = float(np.linalg.norm(exact))
-    noise = Noise(max(norm, floor), float(np.linalg.norm(error)) / scale if scale else 0.0, len(picked[0][1]))
+    relative = float(np.linalg.norm(error)) / scale if scale else 0.0
+    noise = Noise(max(norm, floor), relative, len(picked[0][1]), float(off.max()))
+    worst = max(relative, float(off.max() / (np.abs(true).max() or 1.0)))
+    if worst > limit:
+        msg = (
+            f"recomputed in float64, in other batches, the Gram or f differs by a relative {worst:.0e}, which is no "
+            "rounding: the model's outputs depend on the batch (`ntkengine doctor --model`), or its float32 is "
+            "unusable (precision='exact' tells)"
+        )
+        raise CheckFailed(msg)
     if noise.relative > expected:
         log.warning(
             "this Gram is known to a relative %.0e only: the model rounds more than most (`ntkengine doctor --model` "

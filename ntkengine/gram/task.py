@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from ntkengine.inputs.batches import Samples, check_inputs
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.streaming import converted
 
 
 @dataclass
@@ -113,7 +113,7 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
     keep = getattr(model, "ntk_tokenizer", None)
     memo: dict[int, Any] = {} if keep is None else {id(keep): keep}
     left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
-    return copy.deepcopy(model, memo | {id(v): v.detach() for v in left}).to(wanted)
+    return converted(model, wanted, memo | {id(v): v.detach() for v in left})
 
 
 def refuse(

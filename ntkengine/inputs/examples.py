@@ -133,7 +133,9 @@ def tokenize(
     """
     if not isinstance(examples, Examples):
         examples = _examples_of(examples)
-    tokenizer = tokenizer or getattr(model, "ntk_tokenizer", None) or _tokenizer_of(model)
+    if tokenizer is None:
+        known = model is not None and hasattr(model, "ntk_tokenizer")
+        tokenizer = getattr(model, "ntk_tokenizer", None) if known else _tokenizer_of(model)
     if tokenizer is None:
         msg = "tokenize: the model carries no tokenizer; pass tokenizer="
         raise InputError(msg)
@@ -169,6 +171,13 @@ def tokenize(
         tokenizer.padding_side = side
     inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
     _check_vocabulary(inputs["input_ids"], model)
+    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
+    words = {int(i) for i in inputs["input_ids"].unique()} - (special - {unknown})
+    if unknown is not None and words == {unknown}:
+        msg = (
+            f"tokenize: the tokenizer ({type(tokenizer).__name__}) knows no word of these texts: all are unknown tokens"
+        )
+        raise InputError(msg)
     if examples.labels is not None:
         inputs["labels"] = torch.from_numpy(np.asarray(examples.labels, dtype=np.int64))
     return inputs

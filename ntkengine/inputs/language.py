@@ -162,13 +162,19 @@ def _losses(outputs: Any, inputs: Mapping[str, Tensor], shift: bool | None) -> t
             msg = f"readout: whether {kind} predicts the next token is unknown; say shift=True or shift=False"
             raise InputError(msg)
         shift = "CausalLM" in kind
-    logits = logits[:, logits.shape[1] - labels.shape[1] :] if logits.shape[1] > labels.shape[1] else logits
+    ids = inputs.get("input_ids")
+    if logits.shape[1] > labels.shape[1] and ids is not None and ids.shape == labels.shape:
+        logits = logits[:, logits.shape[1] - labels.shape[1] :]  # virtual tokens of prompt tuning come first
     if logits.shape[1] != labels.shape[1]:
         msg = f"readout: expected labels of {logits.shape[1]} positions like the logits, got {labels.shape[1]}"
         raise InputError(msg)
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     scored = labels != _IGNORED
+    if labels.is_floating_point() or bool(((labels < 0) & scored).any()) or bool((labels >= logits.shape[2]).any()):
+        msg = f"readout: expected labels of whole numbers in 0..{logits.shape[2] - 1}, or {_IGNORED} where not scored"
+        raise InputError(msg)
+    labels = labels.long()
     if not bool(scored.any(1).all()):
         row = int((~scored.any(1)).nonzero()[0])
         msg = f"readout: no token of example {row} of a microbatch is scored (all labels −100)"

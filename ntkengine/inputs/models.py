@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.streaming import converted, entry_of, load_streamed
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ _TASKS = {
     "masked-lm": "AutoModelForMaskedLM",
     "encoder": "AutoModel",
 }
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "*.vocab", "tekken.json")
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,16 +54,14 @@ def load_model(
         task: `"sequence-classification"`, `"causal-lm"`, `"masked-lm"` or `"encoder"`.
         trust_remote_code: run code that comes with the model.
         allow_pickle: load weights in pickle form, which can run any code.
-        stream: must be False.
+        stream: leave large weights in their safetensors files and bring each one only while its module runs: for
+            models larger than memory. Needs a model directory.
         seed: of a new head and a new adapter; the caller's random state is left alone.
 
     Raises:
         InputError: no such model, no weights, pickled weights, missing or non-finite weights, an adapter that fits
             nothing, an unknown name.
     """
-    if stream:
-        msg = "stream=True is not built yet; use stream=False with a model that fits in memory"
-        raise NotImplementedError(msg)
     if num_labels < 1:
         msg = f"num_labels: expected at least 1, got {num_labels}"
         raise InputError(msg)
@@ -74,7 +74,7 @@ def load_model(
         source = str(Path(source).expanduser())
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        model, missing = _load(source, num_labels, dtype, task, trust_remote_code, allow_pickle)
+        model, missing = _load(source, num_labels, dtype, task, trust_remote_code, allow_pickle, stream)
         tokenizer = _tokenizer(source, trust_remote_code)
         if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -86,7 +86,7 @@ def load_model(
             model = _adapt(model, peft)
     for name, value in (("ntk_tokenizer", tokenizer), ("ntk_source", source), ("ntk_head_new", bool(missing))):
         setattr(model, name, value)
-    return model.to(where).eval()
+    return (converted(model, _DTYPES[dtype], {id(tokenizer): tokenizer}, where) if stream else model.to(where)).eval()
 
 
 def _one_of(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ def _check_directory(path: Path, allow_pickle: bool) -> None:
 
 
 def _load(
-    source: str, num_labels: int, dtype: str, task: str, trust_remote_code: bool, allow_pickle: bool
+    source: str, num_labels: int, dtype: str, task: str, trust_remote_code: bool, allow_pickle: bool, stream: bool
 ) -> tuple[nn.Module, list[str]]:
     """Return the model and the head parameters its weights did not hold."""
     import transformers
@@ -137,6 +137,11 @@ def _load(
     if not allow_pickle:
         options["use_safetensors"] = True
     auto = getattr(transformers, _TASKS[task])
+    if stream:
+        if not any(Path(source).glob("*.safetensors")):
+            msg = f"{source}: stream=True needs a model directory with safetensors files"
+            raise InputError(msg)
+        return load_streamed(Path(source), auto, _DTYPES[dtype], trust_remote_code, options)
     try:
         model, info = auto.from_pretrained(
             source,
@@ -170,6 +175,10 @@ def _load(
 def _tokenizer(source: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    folder = Path(source)
+    # Of a folder without one, some libraries make a tokenizer that knows no word.
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+        return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a model without a tokenizer is fine: inputs may be tensors already
@@ -179,7 +188,8 @@ def _tokenizer(source: str, trust_remote_code: bool) -> Any:
 
 def _check_finite(model: nn.Module, source: str) -> None:
     for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # A streamed weight shows when it is used: what it touches is not finite either.
+        if entry_of(tensor) is None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             msg = f"{source}: weights are not finite: {name} holds NaN or infinity"
             raise InputError(msg)
 

@@ -21,12 +21,15 @@ def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str
     Raises:
         InputError: a pattern that matches nothing, nothing left, or a selected parameter that is not floating point.
     """
+    entries = [params] if isinstance(params, str) or not isinstance(params, Iterable) else list(params)
+    if not all(isinstance(entry, str) for entry in entries):
+        msg = f"params: expected 'trainable', 'all', a glob, or a list of names, got {params!r}"
+        raise InputError(msg)
     first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
     aliases = [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
     chosen: set[str] = set()
     out: set[str] = set()
-    patterns = [params] if isinstance(params, str) else list(params)
-    for pattern in patterns:
+    for pattern in entries:
         if pattern == "all":
             chosen |= set(first.values())
         elif pattern == "trainable":
@@ -48,7 +51,7 @@ def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str
         got = "leaves nothing" if out else "got an empty list"
         msg = f"params: expected 'trainable', 'all', a glob, or names, {got}"
         raise InputError(msg)
-    selected = {name: p for name, p in model.named_parameters() if name in chosen}
+    selected = {name: p for name, p in model.named_parameters() if name in chosen and p.numel()}
     for name, p in selected.items():
         if not p.is_floating_point():
             msg = f"params: {name} is {p.dtype}; only floating-point parameters have gradients, exclude it"

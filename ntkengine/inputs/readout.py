@@ -140,8 +140,20 @@ def _loss(outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         msg = "readout 'loss': inputs have no 'labels'"
         raise InputError(msg)
     labels = inputs["labels"]
-    if logits.shape[1] == 1:
+    if logits.shape[1] == 1 and labels.numel() == len(logits):
         return 0.5 * (logits - labels.to(logits.dtype).reshape(-1, 1)) ** 2
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        msg = (
+            f"readout 'loss': expected labels (N,) of whole numbers, one class each, got {tuple(labels.shape)} of "
+            f"{labels.dtype}; for another loss give a callable"
+        )
+        raise InputError(msg)
+    labels = labels.long()
+    if bool((labels < 0).any()) or bool((labels >= logits.shape[1]).any()):
+        msg = (
+            f"readout 'loss': expected labels in 0..{logits.shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}"
+        )
+        raise InputError(msg)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")[:, None]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 
+_SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
 
 
@@ -39,10 +40,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     configs |= {id(c): c for owner in list(configs.values()) if (c := getattr(owner, "text_config", None)) is not None}
     plain = {"use_cache": False, "_experts_implementation_internal": "eager"}
     settings = [(c, k, getattr(c, k)) for c in configs.values() for k in plain if getattr(c, k, None)]
-    settings += [(m, _INFERENCE, True) for m in model.modules() if getattr(m, _INFERENCE, False)]
+    settings += [(m, _INFERENCE, was) for m in model.modules() if (was := getattr(m, _INFERENCE, False))]
     _check_differentiable(model)
+    settings += [(m, "sparse", True) for m in model.modules() if getattr(m, "sparse", False) is True]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    fast = torch.backends.mha.get_fastpath_enabled()
+    before = plain_state(model)
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel() <= _SMALL]
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # nested tensors, which have no rows to record
         model.eval()
         for p, _ in grads:
             p.requires_grad_(False)
@@ -59,6 +65,28 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         for owner, key, was in settings:
             setattr(owner, key, was)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.mha.set_fastpath_enabled(fast)
+        restore(model, before)
+        for buffer, version, value in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def plain_state(model: nn.Module) -> list[dict[str, Any]]:
+    """Return every module's attributes that are plain values: what a forward pass may leave changed behind."""
+    return [
+        {k: v for k, v in vars(m).items() if v is None or isinstance(v, bool | int | float | str | torch.dtype)}
+        for m in model.modules()
+    ]
+
+
+def restore(model: nn.Module, state: list[dict[str, Any]]) -> None:
+    """Set the modules' plain attributes back to what `plain_state` found."""
+    for module, values in zip(model.modules(), state, strict=True):
+        for key, value in values.items():
+            if vars(module).get(key) != value:
+                setattr(module, key, value)
 
 
 def _check_differentiable(model: nn.Module) -> None:

@@ -70,7 +70,10 @@ def first_tensor(output: Any) -> Any:
 
 def replace_first(output: Any, value: Tensor) -> Any:
     """Return the output with other hidden states."""
-    return type(output)([value, *output[1:]]) if isinstance(output, tuple | list) else value
+    if not isinstance(output, tuple | list):
+        return value
+    changed = [value, *output[1:]]
+    return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)  # named tuples take entries
 
 
 class Reached(Exception):  # noqa: N818

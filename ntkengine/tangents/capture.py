@@ -17,7 +17,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
+from ntkengine.inputs.streaming import entry_of
 from ntkengine.tangents.factors import Dense, Lookup, Outer, Use
+
+# Relative error of a sum over samples that rounding explains.
+_SUM = {torch.float64: 1e-7, torch.float32: 1e-4}
 
 
 class PathFailed(Exception):  # noqa: N818
@@ -76,6 +80,8 @@ class Recorder:
 
     def _hook(self, name: str) -> Any:
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled():  # no gradient comes back this way
+                return None
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 self.calls[name].append(Call(args, kwargs, None, torch.Size(), ()))  # no path but the enclosing block's
                 return None
@@ -205,9 +211,28 @@ def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
     """Return (n, C, R, I): one VJP for each sample, vmapped."""
     n, C = d.shape[:2]
     weight = module.get_parameter(parameter)
+    if entry_of(weight) is not None:
+        msg = "its weight stays in a file"
+        raise PathFailed(msg)
     leaves, spec = tree_flatten((call.args, call.kwargs))
     values = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
     mapped = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == n for x in values]
+    # An argument may have n rows by chance (a table of positions): then the samples do not sum to the whole.
+    choices = [mapped, *([m and i != j for i, m in enumerate(mapped)] for j, m in enumerate(mapped) if m)]
+    for k, choice in enumerate(choices):
+        try:
+            return _mapped(module, parameter, weight, values, spec, choice, d)
+        except PathFailed:
+            if k == len(choices) - 1:
+                raise
+    raise AssertionError
+
+
+@torch.no_grad()
+def _mapped(
+    module: nn.Module, parameter: str, weight: Tensor, values: list[Any], spec: Any, mapped: list[bool], d: Tensor
+) -> Tensor:
+    n, C = d.shape[:2]
     rows = [x for x, m in zip(values, mapped, strict=True) if m]
     if not rows:
         msg = f"no argument has a leading axis of {n} samples"
@@ -225,9 +250,16 @@ def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
 
     try:
         g = torch.func.vmap(per_sample)(d, *rows)
+        whole = torch.func.vjp(
+            lambda p: torch.func.functional_call(module, {parameter: p}, *tree_unflatten(values, spec)), weight.detach()
+        )[1](d[:, 0])[0]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         msg = f"its VJP cannot be vmapped ({(str(error).splitlines() or [''])[0]})"
         raise PathFailed(msg) from error
+    off = float((g[:, 0].sum(0) - whole).norm())
+    if not off <= _SUM.get(d.dtype, 5e-2) * float(torch.linalg.vector_norm(g[:, 0].flatten(1), dim=1).sum()):
+        msg = f"the VJPs of its samples do not sum to that of the batch of {n}"
+        raise PathFailed(msg)
     return g.reshape(n, C, *matrix_shape(weight))
 
 

@@ -27,16 +27,18 @@ from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.blocks import CutPass, Stack, cut_forward, find_stack
-from ntkengine.tangents.capture import matrix_shape
-from ntkengine.tangents.padding import trim_holds, warn_of_left_padding
+from ntkengine.tangents.capture import Call, matrix_shape
+from ntkengine.tangents.trial import check_repeats, trim_holds, warn_of_left_padding
 from ntkengine.tangents.verify import (
     Owners,
     Recording,
     agreeing,
+    calls_of,
     close,
     factors_of,
     reference_gradients,
     rounding,
+    uses_in_graph,
 )
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class Structure:
     outputs: int = 0
     expand: bool = True
     tokens: dict[str, int] = field(default_factory=dict)
+    per_call: dict[str, int] = field(default_factory=dict)
 
     def on(self, model: nn.Module) -> Structure:
         """Return the same structure for a copy of the model."""
@@ -119,6 +122,7 @@ def probe(
     Cost: about ten forward and backward passes of three samples, one segment's gradients at a time.
     """
     parameter = next(iter(selected.values()))
+    check_repeats(model, samples, readout, parameter)
     trim = trim_holds(model, samples, readout, parameter)
     warn_of_left_padding(model, samples, readout, parameter)
     group = int(np.argmax(samples.sizes))
@@ -232,10 +236,10 @@ def _assign(
     if not all(r.sealed and r.disjoint() for r in references):
         return None
     f = torch.cat([r.outs[-1].detach() for r in references])
-    batch, agrees = _record(model, modules, inputs, stack, readout, f)
-    if stack.blocks and any(out.shape[0] != n for out in batch.cut.outs):
-        return None
     with wanting_gradients(selected.values()):
+        batch, agrees = _record(model, modules, inputs, stack, readout, f)
+        if stack.blocks and any(out.shape[0] != n for out in batch.cut.outs):
+            return None
         return _verified(
             model, selected, owners, modules, stack, readout, rows, seed, singles, references, batch, agrees
         )
@@ -295,17 +299,26 @@ def _verified(
             msg = f"{name}: the gradient is not finite for example {row}"
             raise NonFinite(msg)
         pulled = batch.pull(segment, v)
+        met = uses_in_graph(out, selected)
         for name, true in truth.items():
             used.add(name)
             if max(true.norms) > rounding(true.like.dtype) * scale:
                 felt.add(name)
             here = [(m, local) for m, local in owners[name] if m in batch.calls[segment]]
-            choice = None if structure.one_by_one else agreeing(model, name, here, [pulled], [n], true, scale)
+            choice = None
+            if not structure.one_by_one:
+                choice = agreeing(model, name, here, [pulled], [n], true, scale)
+                if choice and not _all_seen(structure, path := Path(name, segment, choice), met, batch.calls[segment]):
+                    here, choice = [], None  # used elsewhere too, though not felt on these samples
             if choice is None:
                 structure.one_by_one = True
                 alone = alone or [Recording(model, modules, one, stack, readout, expand=False) for one in singles]
                 each = [r.pull(segment, v[i : i + 1]) for i, r in enumerate(alone)]
                 choice = agreeing(model, name, here, each, [1] * n, true, scale)
+                path = Path(name, segment, choice or ())
+                for r in alone:
+                    if not _all_seen(structure, path, uses_in_graph(r.cut.outs[segment], selected), r.calls[segment]):
+                        choice = None
             if segment == stack.head and choice and not structure.one_by_one:
                 # Real cotangents here, random ones below: only the head shows which tokens f looks at.
                 structure.tokens[name] = factors_of(model, name, choice, pulled, n, true.like).tokens
@@ -315,6 +328,15 @@ def _verified(
     structure.unused = [name for name in selected if name not in used]
     structure.negligible = [name for name in selected if name in used - felt]
     return structure
+
+
+def _all_seen(structure: Structure, path: Path, met: Mapping[str, int], calls: Mapping[str, list[Call]]) -> bool:
+    """Whether a graph uses a parameter nowhere but in its modules' recorded calls; a leaf may use it several times."""
+    made = calls_of(path.owners, calls)
+    if "leaf" in path.kind:
+        each = -(-met[path.parameter] // max(made, 1))
+        structure.per_call[path.parameter] = max(structure.per_call.get(path.parameter, 1), each)
+    return not path.owners or met[path.parameter] <= made * structure.per_call.get(path.parameter, 1)
 
 
 def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:

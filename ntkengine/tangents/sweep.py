@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Chunk, Samples
+from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
 from ntkengine.tangents.probe import Path, Structure
-from ntkengine.tangents.verify import Recording, agreement
+from ntkengine.tangents.verify import Recording, agreement, calls_of, uses_in_graph
 
 KEEP_BYTES = 1 << 30
 
@@ -120,9 +121,11 @@ class Sweep:
         leaf: list[Tensor] = []
 
         def before(index: int) -> Any:
-            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                saved[index] = args, kwargs
-                self._norms[i][index - 1] = _norm(self.stack.take(args, kwargs))
+            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                hidden = self.stack.take(args, kwargs).detach()  # no graph through the blocks
+                saved[index] = args, kwargs = self.stack.put(args, kwargs, hidden)
+                self._norms[i][index - 1] = _norm(hidden)
+                return args, kwargs
 
             return hook
 
@@ -225,6 +228,20 @@ class Sweep:
             msg = f"{name}: run again on the same input its output has norm {again:.6g} instead of {once:.6g}"
             raise CheckFailed(msg)
 
+    def _all_seen(self, out: Tensor, paths: list[Path], recorded: Mapping[str, list[Call]]) -> None:
+        """Refuse a parameter that this microbatch uses outside its modules' recorded calls."""
+        met = uses_in_graph(out, {path.parameter: self.selected[path.parameter] for path in paths if path.owners})
+        for path in paths:
+            if not path.owners:
+                continue
+            calls = calls_of(path.owners, recorded)
+            if met[path.parameter] > calls * self.structure.per_call.get(path.parameter, 1):
+                msg = (
+                    f"{path.parameter}: used {met[path.parameter]} times, but only {calls} times through its module, "
+                    f"unlike on the probed samples; {leave_out(path.parameter)}"
+                )
+                raise CheckFailed(msg)
+
     def _recorder(self, paths: list[Path], n: int) -> Recorder:
         return Recorder(self._modules(paths), n, expand=self.structure.expand)
 
@@ -232,7 +249,8 @@ class Sweep:
         return {m: self.model.get_submodule(m) for path in paths for m, _, _ in path.owners}
 
     def _wanted(self, paths: list[Path]) -> AbstractContextManager[None]:
-        return wanting_gradients([self.selected[path.parameter] for path in paths if not path.owners])
+        # All of them, so that the graph tells how often each is used; only those without owners are differentiated.
+        return wanting_gradients([self.selected[path.parameter] for path in paths])
 
     def _pull(
         self,
@@ -246,6 +264,7 @@ class Sweep:
     ) -> dict[str, list[Use]]:
         """Backward once per output; keep the leaf's cotangent, return the parameters' factors."""
         calls = [(m, call) for m, found in recorded.items() for call in found if call.edge is not None]
+        self._all_seen(out, paths, recorded)
         own = [path for path in paths if not path.owners]
         targets: list[Any] = [*leaf, *(call.edge for _, call in calls), *(self.selected[p.parameter] for p in own)]
         self._cotangents[i] = None

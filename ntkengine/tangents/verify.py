@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.blocks import CutPass, Stack, cut_forward
-from ntkengine.tangents.capture import PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
+from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
 from ntkengine.tangents.factors import ParameterFactors, merge
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,30 @@ class Recording:
                 if g is not None:
                     pulled[m].append(Pulled(c, g[None]))
         return pulled
+
+
+def uses_in_graph(out: Tensor, parameters: Mapping[str, nn.Parameter]) -> Counter[str]:
+    """Return how often each parameter enters the computation of `out`: edges to it in the autograd graph."""
+    names = {id(p): name for name, p in parameters.items()}
+    found: Counter[str] = Counter()
+    seen: set[Any] = set()
+    ahead: list[Any] = [out.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for parent, _ in node.next_functions:
+            name = names.get(id(getattr(parent, "variable", None)))
+            if name is not None:
+                found[name] += 1
+            ahead.append(parent)
+    return found
+
+
+def calls_of(owners: Owners, calls: Mapping[str, Sequence[Call]]) -> int:
+    """Return how many recorded calls the owners' modules made."""
+    return sum(len(calls.get(m, ())) for m in {m for m, _, _ in owners})
 
 
 @dataclass

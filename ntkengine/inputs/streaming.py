@@ -1,0 +1,289 @@
+"""Weights that stay in their safetensors file: each large one is in memory only while its module needs it.
+
+A streamed parameter is a placeholder of the right shape and no memory that reads as NaN: no one can use it by accident.
+Before its module runs, the weight is read from the file, in the placeholder's dtype; after, it is let go, and autograd
+keeps a note instead of the weight, which brings it back when the backward pass asks. Plain autograd, hooks, copies and
+conversions therefore see an ordinary model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+
+STREAMED = 1 << 18  # entries; smaller parameters and vectors are loaded
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_AHEAD = 256 << 20  # bytes the operating system is asked to read ahead, either way
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a safetensors file."""
+
+    path: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows [start, stop) of the tensor in the file's dtype; what lies around it is read ahead."""
+        rows = self.shape[0] if self.shape else 1
+        stop = rows if stop is None else stop
+        row = self.nbytes // rows
+        raw = bytearray((stop - start) * row)
+        view = memoryview(raw)
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(raw):
+                got = os.preadv(fd, [view[done:]], self.offset + start * row + done)
+                if not got:
+                    msg = f"{self.path}: ends before its header says"
+                    raise InputError(msg)
+                done += got
+            if hasattr(os, "posix_fadvise") and stop - start == rows:
+                low = max(0, self.offset - _AHEAD)
+                os.posix_fadvise(fd, low, self.offset + self.nbytes + _AHEAD - low, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
+        return torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:])
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """Return the tensors of a folder's safetensors files, by name.
+
+    Raises:
+        InputError: a file that is not safetensors, or a dtype that is not a plain float.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if not 0 < length < path.stat().st_size:
+                    raise ValueError("no header")
+                header = json.loads(file.read(length))
+        except (OSError, ValueError) as error:
+            msg = f"{path}: is not a safetensors file ({error})"
+            raise InputError(msg) from error
+        for name, about in header.items():
+            if name == "__metadata__":
+                continue
+            if about["dtype"] not in _DTYPES:
+                msg = f"{path}: {name} has dtype {about['dtype']}; stream=True reads {', '.join(_DTYPES)}"
+                raise InputError(msg)
+            start, stop = about["data_offsets"]
+            offset = 8 + length + start
+            found[name] = Entry(str(path), _DTYPES[about["dtype"]], tuple(about["shape"]), offset, stop - start)
+    return found
+
+
+def placeholder(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str, entry: Entry) -> nn.Parameter:
+    """Return a parameter of that shape that takes no memory and reads as NaN; its weight is `entry`."""
+    p = nn.Parameter(torch.full((), float("nan"), dtype=dtype, device=device).expand(*shape), requires_grad=True)
+    p.ntk_entry = entry  # type: ignore[attr-defined]
+    return p
+
+
+def entry_of(parameter: Any) -> Entry | None:
+    """Return the file entry of a streamed parameter, None for any other."""
+    return getattr(parameter, "ntk_entry", None)
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether any parameter stays in its file."""
+    return any(entry_of(p) is not None for p in model.parameters())
+
+
+def load_streamed(
+    folder: Path, auto: Any, dtype: torch.dtype, trust_remote_code: bool, options: dict[str, Any]
+) -> tuple[nn.Module, list[str]]:
+    """Return a model whose large weights stay in the folder's files, and the head parameters these do not hold.
+
+    Args:
+        folder: a model directory with safetensors files.
+        auto: a transformers Auto class.
+        dtype: what weights are brought in.
+        trust_remote_code: run code that comes with the model.
+        options: for its configuration, such as `num_labels`.
+
+    Raises:
+        InputError: a body parameter that no file holds under its name and shape.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    with init_empty_weights(include_buffers=False):
+        model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
+    model.tie_weights()
+    found, prefix = entries(folder), f"{model.base_model_prefix}."
+    places: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]] = {}
+    for owner, module in model.named_modules():
+        for local, p in module._parameters.items():
+            if p is not None:
+                name = f"{owner}.{local}" if owner else local
+                places.setdefault(id(p), (p, []))[1].append((name, module, local))
+    missing = []
+    for p, uses in places.values():
+        names = [n for name, _, _ in uses for n in (name, name.removeprefix(prefix), prefix + name)]
+        entry = next((found[n] for n in names if n in found), None)
+        if entry is None and uses[0][0].startswith(prefix):
+            msg = f"{folder}: stream=True: no file holds {uses[0][0]} under that name; load it without stream"
+            raise InputError(msg)
+        if entry is not None and entry.shape != tuple(p.shape):
+            got = f"{entry.shape} in {entry.path}"
+            msg = f"{folder}: {uses[0][0]}: expected shape {tuple(p.shape)}, got {got}"
+            raise InputError(msg)
+        if entry is None:
+            value = nn.Parameter(torch.empty(p.shape, dtype=dtype))
+            missing.append(uses[0][0])
+        elif p.ndim > 1 and p.numel() >= STREAMED:
+            value = placeholder(p.shape, dtype, "cpu", entry)
+        else:
+            value = nn.Parameter(entry.read().to(dtype))
+        for _, module, local in uses:
+            module._parameters[local] = value
+    for module in {name.rpartition(".")[0] for name in missing}:
+        head = model.get_submodule(module)
+        for flag in (head, *head.parameters(recurse=False)):
+            flag._is_hf_initialized = False
+        model._init_weights(head)
+    attach(model)
+    return model, sorted(missing)
+
+
+def brings(hook: Any) -> bool:
+    """Whether a module's hook is one that brings its weights."""
+    return isinstance(getattr(hook, "__self__", None), _Bring)
+
+
+def attach(model: nn.Module) -> None:
+    """Make every module with streamed parameters bring them when it runs."""
+    for module in model.modules():
+        if any(entry_of(p) is not None for p in module._parameters.values()):
+            bring = _Bring()
+            module.register_forward_pre_hook(bring.before)
+            module.register_forward_hook(bring.after, always_call=True)
+
+
+def converted(
+    model: nn.Module, dtype: torch.dtype, memo: dict[int, Any], device: torch.device | None = None
+) -> nn.Module:
+    """Return a copy of the model in another dtype; streamed parameters stay in their file.
+
+    Args:
+        model: the model.
+        dtype: for its floating parameters and buffers.
+        memo: what is to be shared instead of copied, as for `copy.deepcopy`.
+        device: where to; default where it is.
+    """
+    streamed = [(p, entry) for p in model.parameters() if (entry := entry_of(p)) is not None]
+    for p, entry in streamed:
+        memo[id(p)] = placeholder(p.shape, dtype, device or p.device, entry).requires_grad_(p.requires_grad)
+    other = copy.deepcopy(model, memo)
+    imaginary = torch.complex128 if dtype == torch.float64 else torch.complex64
+
+    def moved(x: Tensor) -> Tensor:
+        if entry_of(x) is not None:
+            return x
+        wanted = dtype if x.is_floating_point() else imaginary if x.is_complex() else x.dtype
+        return x.to(device or x.device, wanted)
+
+    other._apply(moved)
+    for module in other.modules():
+        for name, value in vars(module).items():  # plain attributes: `.to` does not know them
+            if isinstance(value, Tensor):
+                setattr(module, name, moved(value))
+    return other
+
+
+class _Bring:
+    """Brings a module's weights while its forward runs, one call at a time."""
+
+    def __init__(self) -> None:
+        self.open: list[Any] = []
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Bring:
+        return _Bring()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        live: dict[int, Callable[[], Tensor]] = {}
+        for name, p in module._parameters.items():
+            entry = entry_of(p)
+            if p is None or entry is None:
+                continue
+            rows = args[0] if args and type(module).forward is nn.Embedding.forward and not p.requires_grad else None
+            weight = _rows(p, entry, rows) if isinstance(rows, Tensor) else _load(p, entry)
+            live[weight.untyped_storage().data_ptr()] = _loader(p, entry)
+            # An instance attribute hides the parameter from the module's forward, and only there.
+            module.__dict__[name] = _Streamed.apply(p, weight) if p.requires_grad else weight
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: _pack(x, live), _unpack)
+        hooks.__enter__()
+        self.open.append(hooks)
+
+    def after(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if self.open:
+            self.open.pop().__exit__(None, None, None)
+        for name, p in module._parameters.items():
+            if entry_of(p) is not None:
+                module.__dict__.pop(name, None)
+
+
+class _Streamed(torch.autograd.Function):
+    """The weight of a placeholder; its gradient goes to the placeholder."""
+
+    @staticmethod
+    def forward(_ctx: Any, _placeholder: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Any) -> Any:  # noqa: D102
+        return grads[0], None
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What autograd keeps instead of a weight: how to load it, and which view of it was saved."""
+
+    load: Callable[[], Tensor]
+    size: torch.Size
+    stride: Any
+    offset: Any
+
+
+def _pack(x: Tensor, live: dict[int, Callable[[], Tensor]]) -> Any:
+    load = live.get(x.untyped_storage().data_ptr()) if x.layout is torch.strided else None
+    return x if load is None else _Note(load, x.shape, x.stride(), x.storage_offset())
+
+
+def _unpack(kept: Any) -> Tensor:
+    return kept.load().as_strided(kept.size, kept.stride, kept.offset) if isinstance(kept, _Note) else kept
+
+
+def _load(p: Tensor, entry: Entry) -> Tensor:
+    return entry.read().to(p.device, p.dtype)
+
+
+def _loader(p: Tensor, entry: Entry) -> Callable[[], Tensor]:
+    device, dtype = p.device, p.dtype
+    return lambda: entry.read().to(device, dtype)
+
+
+def _rows(p: Tensor, entry: Entry, ids: Tensor) -> Tensor:
+    """Return an embedding table of which only the rows asked for are filled in, and only they take memory."""
+    table = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    for row in torch.unique(ids).tolist():
+        table[row] = entry.read(row, row + 1)[0].to(p.device, p.dtype)
+    return table

@@ -1,0 +1,112 @@
+"""First contact: whether the model runs on these inputs, repeats itself, and leaves padding alone."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from ntkengine.errors import CheckFailed, InputError
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.readout import Readout
+from ntkengine.inputs.running import call_model, plain_state, restore
+from ntkengine.tangents.verify import close
+
+log = logging.getLogger(__name__)
+
+# Relative change of f that rounding explains when the width changes; more, and padding is looked at.
+_CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
+
+
+def check_repeats(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
+    """Run one sample twice.
+
+    Raises:
+        InputError: the model or the readout cannot be run on it.
+        CheckFailed: the second output is another: the model draws random numbers, or keeps a state.
+    """
+    if torch.is_inference_mode_enabled():
+        msg = "compute_gram: gradients cannot be taken inside torch.inference_mode()"
+        raise InputError(msg)
+    one = Samples(samples.groups, microbatch=1, trim=False)
+    chunk = one.chunks[0]
+    inputs = one.inputs(chunk, parameter.device, parameter.dtype)
+    try:
+        with torch.no_grad():
+            f, again = (readout(call_model(model, inputs), inputs) for _ in range(2))
+    except (InputError, CheckFailed, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])}: {reason}"
+        raise InputError(msg) from error
+    if not f.is_floating_point() or not f.shape[1]:
+        msg = f"readout {readout.name!r}: expected (N, C) real numbers with C ≥ 1, got {tuple(f.shape)} of {f.dtype}"
+        raise InputError(msg)
+    if bool(torch.isfinite(f).all()) and not close(again, f):
+        msg = (
+            f"model: {type(model).__name__} gives another output on the same input, by {float((again - f).norm()):.1e}:"
+            " it draws random numbers or keeps a state, and so has no tangent kernel"
+        )
+        raise CheckFailed(msg)
+
+
+def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
+    """Return whether cutting padding columns leaves f, and the model's settings, unchanged: each group's shortest."""
+    if not any(samples.trim):
+        return False
+    for group in samples.groups:
+        before, f = plain_state(model), []
+        for trim in (False, True):  # a model may change its attention for good when it meets a short input
+            one = Samples([group], microbatch=1, trim=trim)
+            inputs = one.inputs(one.chunks[0], parameter.device, parameter.dtype)
+            try:
+                with torch.no_grad():
+                    f.append(readout(call_model(model, inputs), inputs))
+            except (RuntimeError, IndexError, ValueError):
+                if not trim:
+                    raise
+                return False  # the model wants this length
+        if plain_state(model) != before:
+            restore(model, before)
+            return False
+        if f[0].shape != f[1].shape:
+            return False
+        off = float((f[0] - f[1]).norm())
+        if not off <= _CUT.get(f[0].dtype, 1e-2) * max(float(f[0].norm()), float(f[0].abs().max())):
+            return False
+    return True
+
+
+def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
+    """Log a warning when padding on the left changes f, on the most padded sample.
+
+    A model that counts positions from the first column gives an example other outputs, and so another kernel, in a
+    wider batch. Nothing is wrong with the Gram of these very tensors, but hardly anyone wants it.
+    """
+    for group in samples.groups:
+        mask = group.get("attention_mask")
+        if mask is None or mask.ndim != 2 or "position_ids" in group:
+            continue
+        before = (mask != 0).int().argmax(1)
+        row = int(before.argmax())
+        cut = int(before[row])
+        if not cut:
+            continue
+        one = {k: v[row : row + 1].to(parameter.device) for k, v in group.items()}
+        one = {k: v.to(parameter.dtype) if v.is_floating_point() else v for k, v in one.items()}
+        bare = {k: v[:, cut:] if v.shape[1:] == mask.shape[1:] else v for k, v in one.items()}
+        with torch.no_grad():
+            try:
+                f, alone = (readout(call_model(model, x), x) for x in (one, bare))
+            except (RuntimeError, IndexError, ValueError):
+                continue  # the model wants this length
+        if f.shape == alone.shape and not close(f, alone):
+            log.warning(
+                "inputs: the model counts positions from the first column, so padding on the left changes f (example "
+                "%d: by %.1e); pad on the right, or pass position_ids",
+                row,
+                float((f - alone).abs().max()),
+            )
+            return

@@ -1,0 +1,124 @@
+"""Weights that stay in their file: the same Gram, and no weight in memory but the one at work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+import ntkengine as ntk
+from ntkengine.errors import InputError, NonFinite
+from ntkengine.inputs import streaming
+from ntkengine.inputs.fingerprint import fingerprint_model
+from tests import zoo
+from tests.brute import relative_error, tiny_inputs, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(streaming, "STREAMED", 256)
+
+
+@pytest.fixture(params=["bert", "llama", "gpt2"])
+def folder(request, tmp_path):
+    model = tiny_model(request.param)
+    model.save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+LORA = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
+
+
+@pytest.mark.parametrize("precision", ["high", "exact", "fast"])
+def test_streamed_equals_loaded(folder, precision):
+    loaded, streamed = (ntk.load_model(folder, num_labels=3, stream=s) for s in (False, True))
+    assert sum(streaming.entry_of(p) is not None for p in streamed.parameters()) > 10
+    inputs = tiny_inputs(loaded, zoo.LENGTHS, 12)
+    grams = [ntk.compute_gram(m, inputs, params="all", precision=precision) for m in (loaded, streamed)]
+    tolerance = {"exact": 1e-13, "high": 1e-6, "fast": 2e-2}[precision]
+    assert max(relative_error(grams[1].values, grams[0].values)) < tolerance
+    assert np.allclose(grams[1].outputs, grams[0].outputs, atol=1e-2 if precision == "fast" else 1e-5)
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+
+
+def test_streamed_lora(folder):
+    peft = {"peft_type": "LORA", "r": 2, "target_modules": LORA[folder.name], "init_lora_weights": False}
+    grams = []
+    for stream in (False, True):
+        model = ntk.load_model(folder, num_labels=3, peft=peft, stream=stream)
+        grams.append(ntk.compute_gram(model, tiny_inputs(model, zoo.LENGTHS, 12), precision="exact"))
+    assert max(relative_error(grams[1].values, grams[0].values)) < 1e-13
+
+
+def test_a_weight_is_in_memory_only_while_it_works(folder):
+    model = ntk.load_model(folder, num_labels=3, stream=True)
+    inputs = tiny_inputs(model, zoo.LENGTHS, 12)
+    f = model(**inputs).logits
+    assert torch.isfinite(f).all()
+    for name, p in model.named_parameters():
+        if streaming.entry_of(p) is not None:
+            assert p.untyped_storage().nbytes() == p.element_size()
+            assert torch.isnan(p).all(), name
+            owner, _, local = name.rpartition(".")
+            assert local not in model.get_submodule(owner).__dict__
+    held = []
+
+    def look(x):
+        held.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda x: x):
+        model(**inputs)
+    big = {tuple(p.shape) for p in model.parameters() if streaming.entry_of(p) is not None}
+    assert not any(tuple(x.shape) in big or tuple(x.T.shape) in big for x in held if x.ndim == 2)
+
+
+def test_a_new_head_is_drawn_as_without_streaming(tmp_path):
+    tf.BertModel(tiny_model("bert").config).save_pretrained(tmp_path / "body")
+    models = [ntk.load_model(tmp_path / "body", num_labels=5, stream=s, seed=3) for s in (False, True)]
+    assert all(m.ntk_head_new for m in models)
+    states = [dict(m.named_parameters()) for m in models]
+    assert torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
+
+
+def test_what_cannot_be_streamed_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="stream=True needs a model directory with safetensors files"):
+        ntk.load_model("some/hub-id", stream=True)
+    (other := tmp_path / "other").mkdir()
+    tiny_model("llama").save_pretrained(other)
+    (other / "config.json").write_text((folder / "config.json").read_text())
+    if folder.name != "llama":
+        with pytest.raises(InputError, match="no file holds .* load it without stream"):
+            ntk.load_model(other, num_labels=3, stream=True)
+
+
+class Peeks(torch.nn.Module):
+    """Reads a weight without calling its module."""
+
+    def __init__(self, model, owner):
+        super().__init__()
+        self.model, self.owner = model, owner
+
+    def forward(self, ids):
+        return self.model(input_ids=ids).logits + self.model.get_submodule(self.owner).weight.sum()
+
+
+def test_a_weight_used_outside_its_module_is_not_silently_wrong(folder):
+    model = ntk.load_model(folder, num_labels=3, stream=True)
+    big = next(n for n, p in model.named_parameters() if streaming.entry_of(p) is not None and n.count(".") > 3)
+    ids = tiny_inputs(model, [12] * 5, 12)["input_ids"]
+    with pytest.raises(NonFinite):
+        ntk.compute_gram(Peeks(model, big.removesuffix(".weight")), {"ids": ids}, params=["all", f"!model.{big}"])
+
+
+def test_a_short_file_is_refused(folder):
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+
+    def run():
+        model = ntk.load_model(folder, num_labels=3, stream=True)
+        ntk.compute_gram(model, tiny_inputs(model, zoo.LENGTHS, 12))
+
+    with pytest.raises(InputError, match="ends before its header says"):
+        run()
