@@ -31,6 +31,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.streaming import is_streamed
 from ntkengine.tangents.probe import Structure, probe
 from ntkengine.tangents.sweep import KEEP_BYTES
 
@@ -148,8 +149,8 @@ def compute_gram(
         if check:
             truth = Check(task, samples, frame, structure, seed)
             truth.sweep()
-        # The plan does not count kept activations, so a bounded job recomputes them.
-        keep_bytes = KEEP_BYTES if memory_gib is None else 0
+        # The plan does not count kept activations, so a bounded job recomputes them; a streamed model has no room.
+        keep_bytes = KEEP_BYTES if memory_gib is None and not is_streamed(task.model) else 0
         swept = task.fast(running) if precision == "fast" else task
         sums = _sweep(swept, structure.on(swept.model), samples, frame, plan, per_module, progress, keep_bytes)
         if truth is not None:

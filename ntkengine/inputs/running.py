@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.streaming import RESIDENT
 
 _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
@@ -67,6 +68,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.mha.set_fastpath_enabled(fast)
         restore(model, before)
+        RESIDENT.shrink(0)
         for buffer, version, value in buffers:
             if buffer._version != version:
                 with torch.no_grad():

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +212,42 @@ def converted(
     return other
 
 
+class Resident:
+    """The weights brought last, up to a number of bytes: one block's, so that its microbatches read it once.
+
+    Attributes:
+        limit: bytes; a larger weight is not kept.
+    """
+
+    def __init__(self, limit: int = 512 << 20) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[tuple[Entry, torch.dtype, torch.device], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def bring(self, entry: Entry, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a weight, from its file if need be."""
+        key = entry, dtype, device
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        size = math.prod(entry.shape) * dtype.itemsize
+        self.shrink(self.limit - size)
+        weight = entry.read().to(device, dtype)
+        if size <= self.limit:
+            self._kept[key] = weight
+            self._bytes += size
+        return weight
+
+    def shrink(self, limit: int) -> None:
+        """Let go of the weights unused for longest until at most `limit` bytes are held."""
+        while self._kept and self._bytes > max(limit, 0):
+            _, old = self._kept.popitem(last=False)
+            self._bytes -= old.numel() * old.element_size()
+
+
+RESIDENT = Resident()
+
+
 class _Bring:
     """Brings a module's weights while its forward runs, one call at a time."""
 
@@ -225,8 +264,8 @@ class _Bring:
             if p is None or entry is None:
                 continue
             rows = args[0] if args and type(module).forward is nn.Embedding.forward and not p.requires_grad else None
-            weight = _rows(p, entry, rows) if isinstance(rows, Tensor) else _load(p, entry)
-            live[weight.untyped_storage().data_ptr()] = _loader(p, entry)
+            weight = _rows(p, entry, rows) if isinstance(rows, Tensor) else RESIDENT.bring(entry, p.dtype, p.device)
+            live[weight.untyped_storage().data_ptr()] = partial(RESIDENT.bring, entry, p.dtype, p.device)
             # An instance attribute hides the parameter from the module's forward, and only there.
             module.__dict__[name] = _Streamed.apply(p, weight) if p.requires_grad else weight
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: _pack(x, live), _unpack)
@@ -270,15 +309,6 @@ def _pack(x: Tensor, live: dict[int, Callable[[], Tensor]]) -> Any:
 
 def _unpack(kept: Any) -> Tensor:
     return kept.load().as_strided(kept.size, kept.stride, kept.offset) if isinstance(kept, _Note) else kept
-
-
-def _load(p: Tensor, entry: Entry) -> Tensor:
-    return entry.read().to(p.device, p.dtype)
-
-
-def _loader(p: Tensor, entry: Entry) -> Callable[[], Tensor]:
-    device, dtype = p.device, p.dtype
-    return lambda: entry.read().to(device, dtype)
 
 
 def _rows(p: Tensor, entry: Entry, ids: Tensor) -> Tensor:

@@ -91,28 +91,10 @@ class CutPass:
     Attributes:
         leaves: detached inputs of the segments; None for the first.
         outs: the segments' outputs; the last is f, (n, C).
-        sealed: whether every boundary was crossed by the hidden states alone.
     """
 
     leaves: list[Tensor | None]
     outs: list[Tensor]
-    sealed: bool = True
-
-    def disjoint(self) -> bool:
-        """Whether no operation belongs to two segments, as a skip connection around the blocks would."""
-        owner: dict[Any, int] = {}
-        for segment, out in enumerate(self.outs):
-            ahead = [out.grad_fn]
-            while ahead:
-                node = ahead.pop()
-                if node is None or hasattr(node, "variable"):  # a parameter may be used anywhere
-                    continue
-                if node not in owner:
-                    owner[node] = segment
-                    ahead += [parent for parent, _ in node.next_functions]
-                elif owner[node] != segment:
-                    return False
-        return True
 
 
 def cut_forward(
@@ -143,11 +125,7 @@ def cut_forward(
 
     def before(segment: int) -> Any:
         def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = stack.take(args, kwargs)
-            others = tree_flatten(stack.put(args, kwargs, None))[0]
-            if any(t.requires_grad if isinstance(t, Tensor) else _holds_tensors(t) for t in others):
-                result.sealed = False
-            return stack.put(args, kwargs, cut(hidden, segment))
+            return stack.put(args, kwargs, cut(stack.take(args, kwargs), segment))
 
         return hook
 
@@ -223,14 +201,14 @@ def _chain(
     return spots[0] if same and first.shape[0] == n == calls[-1][3].shape[0] else None
 
 
-def _holds_tensors(value: Any, depth: int = 4) -> bool:
+def holds_tensors(value: Any, depth: int = 4) -> bool:
     """Whether an argument is an object with tensors inside, such as a cache of keys: a replay could change it."""
     if isinstance(value, Tensor):
         return True
     if depth == 0 or isinstance(value, nn.Module | type):
         return False
     inside = value if isinstance(value, list | tuple) else getattr(value, "__dict__", {}).values()
-    return any(_holds_tensors(x, depth - 1) for x in inside)
+    return any(holds_tensors(x, depth - 1) for x in inside)
 
 
 def _size(module: nn.Module) -> int:

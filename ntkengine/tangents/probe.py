@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,23 +26,23 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
-from ntkengine.tangents.blocks import CutPass, Stack, cut_forward, find_stack
-from ntkengine.tangents.capture import Call, matrix_shape
+from ntkengine.tangents.blocks import Stack, find_stack
+from ntkengine.tangents.capture import Call, Pulled, matrix_shape
+from ntkengine.tangents.rehearsal import Rehearsal, Scene, close, rounding
 from ntkengine.tangents.trial import check_repeats, trim_holds, warn_of_left_padding
 from ntkengine.tangents.verify import (
     Owners,
-    Recording,
+    Truth,
     agreeing,
     calls_of,
-    close,
     factors_of,
     reference_gradients,
-    rounding,
     uses_in_graph,
 )
 
 log = logging.getLogger(__name__)
 
+GRADIENTS = 1 << 26  # gradient entries the probe and the check hold at once
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 
 
@@ -232,102 +232,124 @@ def _assign(
     modules = {m: model.get_submodule(m) for places in owners.values() for m, _ in places}
     singles = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(n)]
     with wanting_gradients(selected.values()):
-        references = [cut_forward(model, one, stack, readout) for one in singles]
-    if not all(r.sealed and r.disjoint() for r in references):
-        return None
-    f = torch.cat([r.outs[-1].detach() for r in references])
-    with wanting_gradients(selected.values()):
-        batch, agrees = _record(model, modules, inputs, stack, readout, f)
-        if stack.blocks and any(out.shape[0] != n for out in batch.cut.outs):
+        alone = [Rehearsal(model, modules, one, stack, readout, expand=False) for one in singles]
+        if not all(r.apart for r in alone):
             return None
-        return _verified(
-            model, selected, owners, modules, stack, readout, rows, seed, singles, references, batch, agrees
-        )
+        batch, agrees = _batch(model, modules, inputs, stack, readout, torch.cat([r.f for r in alone]))
+        if stack.blocks and not batch.whole:
+            return None
+        structure = Structure(stack, outputs=int(batch.f.shape[1]), expand=batch.expand, one_by_one=not agrees)
+        verifier = _Verifier(model, selected, owners, structure, batch, alone, rows, seed)
+        for segment in range(stack.head + 1):
+            if not verifier.segment(segment):
+                return None
+    structure.unused = [name for name in selected if name not in verifier.used]
+    structure.negligible = [name for name in selected if name in verifier.used - verifier.felt]
+    return structure
 
 
-def _record(
+def _batch(
     model: nn.Module,
     modules: dict[str, nn.Module],
     inputs: Mapping[str, Tensor],
     stack: Stack,
     readout: Readout,
     f: Tensor,
-) -> tuple[Recording, bool]:
-    """Return a recording of the batch and whether its f is that of the samples one by one."""
+) -> tuple[Rehearsal, bool]:
+    """Return all samples in one batch, and whether its f is that of the samples one by one."""
     try:
-        batch = Recording(model, modules, inputs, stack, readout, expand=True)
-        if close(batch.cut.outs[-1].detach(), f):
+        batch = Rehearsal(model, modules, inputs, stack, readout, expand=True)
+        if close(batch.f, f):
             return batch, True
     except (RuntimeError, IndexError, ValueError) as error:
         log.debug("rows cannot be given to every sample: %s", error)
-    batch = Recording(model, modules, inputs, stack, readout, expand=False)
-    return batch, close(batch.cut.outs[-1].detach(), f)
+    batch = Rehearsal(model, modules, inputs, stack, readout, expand=False)
+    return batch, close(batch.f, f)
 
 
-def _verified(
-    model: nn.Module,
-    selected: Mapping[str, nn.Parameter],
-    owners: dict[str, list[tuple[str, str]]],
-    modules: dict[str, nn.Module],
-    stack: Stack,
-    readout: Readout,
-    rows: list[str],
-    seed: int,
-    singles: list[dict[str, Tensor]],
-    references: list[CutPass],
-    batch: Recording,
-    agrees: bool,
-) -> Structure | None:
-    n = batch.n
-    alone: list[Recording] = []  # recorded on demand
-    structure = Structure(
-        stack, outputs=int(references[0].outs[-1].shape[1]), expand=batch.expand, one_by_one=not agrees
-    )
-    generator = torch.Generator().manual_seed(seed)
-    used: set[str] = set()
-    felt: set[str] = set()
-    for segment in range(len(batch.cut.outs)):
-        out = batch.cut.outs[segment]
-        v = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
-        truth = reference_gradients(model, references, segment, selected, v)
-        if truth is None:
-            return None
-        scale = max((norm for t in truth.values() for norm in t.norms), default=0.0)
+@dataclass
+class _Verifier:
+    """Chooses a path for every parameter, segment by segment."""
+
+    model: nn.Module
+    selected: Mapping[str, nn.Parameter]
+    owners: dict[str, list[tuple[str, str]]]
+    structure: Structure
+    batch: Rehearsal
+    alone: list[Rehearsal]
+    rows: list[str]
+    seed: int
+    used: set[str] = field(default_factory=set)
+    felt: set[str] = field(default_factory=set)
+
+    def segment(self, segment: int) -> bool:
+        """Settle one segment; False when it cannot be run again by itself."""
+        found = [r.scene(segment) for r in self.alone]
+        whole = self.batch.scene(segment)
+        scenes = [scene for scene in found if scene is not None]
+        if whole is None or len(scenes) < len(found):
+            return False
+        generator = torch.Generator().manual_seed(self.seed + segment)
+        v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float64).to(whole.out)
+        met = [uses_in_graph(scene.out, self.selected) for scene in scenes]
+        here = {name: p for name, p in self.selected.items() if any(m[name] for m in met)}
+        parts = list(groups(here, GRADIENTS // len(scenes)))
+        norms: dict[str, list[float]] = {}
+        truths: list[dict[str, Truth]] = []
+        for names in parts:
+            truths = [reference_gradients(self.model, scenes, {name: here[name] for name in names}, v)]
+            norms |= {name: truth.norms for name, truth in truths[0].items()}
+        scale = max((norm for found in norms.values() for norm in found), default=0.0)
         if not math.isfinite(scale):
-            name = next(name for name, t in truth.items() if not all(map(math.isfinite, t.norms)))
-            row = rows[next(i for i, norm in enumerate(truth[name].norms) if not math.isfinite(norm))]
+            name = next(name for name, found in norms.items() if not all(map(math.isfinite, found)))
+            row = self.rows[next(i for i, norm in enumerate(norms[name]) if not math.isfinite(norm))]
             msg = f"{name}: the gradient is not finite for example {row}"
             raise NonFinite(msg)
-        pulled = batch.pull(segment, v)
-        met = uses_in_graph(out, selected)
-        for name, true in truth.items():
-            used.add(name)
-            if max(true.norms) > rounding(true.like.dtype) * scale:
-                felt.add(name)
-            here = [(m, local) for m, local in owners[name] if m in batch.calls[segment]]
-            choice = None
-            if not structure.one_by_one:
-                choice = agreeing(model, name, here, [pulled], [n], true, scale)
-                if choice and not _all_seen(structure, path := Path(name, segment, choice), met, batch.calls[segment]):
-                    here, choice = [], None  # used elsewhere too, though not felt on these samples
-            if choice is None:
-                structure.one_by_one = True
-                alone = alone or [Recording(model, modules, one, stack, readout, expand=False) for one in singles]
-                each = [r.pull(segment, v[i : i + 1]) for i, r in enumerate(alone)]
-                choice = agreeing(model, name, here, each, [1] * n, true, scale)
-                path = Path(name, segment, choice or ())
-                for r in alone:
-                    if not _all_seen(structure, path, uses_in_graph(r.cut.outs[segment], selected), r.calls[segment]):
-                        choice = None
-            if segment == stack.head and choice and not structure.one_by_one:
-                # Real cotangents here, random ones below: only the head shows which tokens f looks at.
-                structure.tokens[name] = factors_of(model, name, choice, pulled, n, true.like).tokens
+        pulled = whole.pull(v)
+        counts = uses_in_graph(whole.out, self.selected)
+        for names in parts:
+            truth = truths.pop() if len(parts) == 1 else None
+            truth = truth or reference_gradients(self.model, scenes, {name: here[name] for name in names}, v)
+            for name, true in truth.items():
+                self._settle(segment, name, true, scale, v, whole, pulled, counts, scenes, met)
+        return True
+
+    def _settle(
+        self,
+        segment: int,
+        name: str,
+        true: Truth,
+        scale: float,
+        v: Tensor,
+        whole: Scene,
+        pulled: dict[str, list[Pulled]],
+        counts: Mapping[str, int],
+        scenes: list[Scene],
+        met: Sequence[Mapping[str, int]],
+    ) -> None:
+        structure, n = self.structure, self.batch.n
+        self.used.add(name)
+        if max(true.norms) > rounding(true.like.dtype) * scale:
+            self.felt.add(name)
+        places = [(m, local) for m, local in self.owners[name] if m in whole.calls]
+        choice = None
+        if not structure.one_by_one:
+            choice = agreeing(self.model, name, places, [pulled], [n], true, scale)
+            if choice and not _all_seen(structure, Path(name, segment, choice), counts, whole.calls):
+                places, choice = [], None  # used elsewhere too, though not felt on these samples
+        if choice is None:
+            structure.one_by_one = True
+            each = [scene.pull(v[i : i + 1]) for i, scene in enumerate(scenes)]
+            choice = agreeing(self.model, name, places, each, [1] * n, true, scale)
             path = Path(name, segment, choice or ())
-            structure.paths[segment].append(path)
-            _settle_shape(structure, path, selected[name])
-    structure.unused = [name for name in selected if name not in used]
-    structure.negligible = [name for name in selected if name in used - felt]
-    return structure
+            if not all(_all_seen(structure, path, m, s.calls) for m, s in zip(met, scenes, strict=True)):
+                choice = None
+        if segment == structure.stack.head and choice and not structure.one_by_one:
+            # Real cotangents here, random ones below: only the head shows which tokens f looks at.
+            structure.tokens[name] = factors_of(self.model, name, choice, pulled, n, true.like).tokens
+        path = Path(name, segment, choice or ())
+        structure.paths[segment].append(path)
+        _settle_shape(structure, path, self.selected[name])
 
 
 def _all_seen(structure: Structure, path: Path, met: Mapping[str, int], calls: Mapping[str, list[Call]]) -> bool:
@@ -337,6 +359,20 @@ def _all_seen(structure: Structure, path: Path, met: Mapping[str, int], calls: M
         each = -(-met[path.parameter] // max(made, 1))
         structure.per_call[path.parameter] = max(structure.per_call.get(path.parameter, 1), each)
     return not path.owners or met[path.parameter] <= made * structure.per_call.get(path.parameter, 1)
+
+
+def groups(parameters: Mapping[str, nn.Parameter], entries: int) -> Iterator[list[str]]:
+    """Yield lists of parameter names whose sizes sum to at most `entries` (at least one each)."""
+    names: list[str] = []
+    held = 0
+    for name, p in parameters.items():
+        if names and held + p.numel() > entries:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += p.numel()
+    if names:
+        yield names
 
 
 def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:

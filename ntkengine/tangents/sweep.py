@@ -27,7 +27,8 @@ from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
 from ntkengine.tangents.probe import Path, Structure
-from ntkengine.tangents.verify import Recording, agreement, calls_of, uses_in_graph
+from ntkengine.tangents.rehearsal import agreement
+from ntkengine.tangents.verify import Recording, calls_of, uses_in_graph
 
 KEEP_BYTES = 1 << 30
 

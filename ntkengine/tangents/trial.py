@@ -11,7 +11,7 @@ from ntkengine.errors import CheckFailed, InputError
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, plain_state, restore
-from ntkengine.tangents.verify import close
+from ntkengine.tangents.rehearsal import close
 
 log = logging.getLogger(__name__)
 

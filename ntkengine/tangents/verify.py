@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.readout import Readout
-from ntkengine.tangents.blocks import CutPass, Stack, cut_forward
+from ntkengine.tangents.blocks import Stack, cut_forward
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
 from ntkengine.tangents.factors import ParameterFactors, merge
+from ntkengine.tangents.rehearsal import Scene, agreement, rounding
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +56,6 @@ class Recording:
         self.cut.outs[segment] = _NOTHING
         self.calls[segment] = {}
 
-    def pull(self, segment: int, v: Tensor) -> dict[str, list[Pulled]]:
-        """Return each module's calls in a segment with the output gradient for cotangent v, C = 1."""
-        calls = [(m, c, c.edge) for m, cs in self.calls[segment].items() for c in cs if c.edge is not None]
-        out = self.cut.outs[segment]
-        pulled: dict[str, list[Pulled]] = defaultdict(list)
-        if calls and out.requires_grad:
-            grads = torch.autograd.grad(out, [edge for _, _, edge in calls], v, retain_graph=True, allow_unused=True)
-            for (m, c, _), g in zip(calls, grads, strict=True):
-                if g is not None:
-                    pulled[m].append(Pulled(c, g[None]))
-        return pulled
-
 
 def uses_in_graph(out: Tensor, parameters: Mapping[str, nn.Parameter]) -> Counter[str]:
     """Return how often each parameter enters the computation of `out`: edges to it in the autograd graph."""
@@ -102,36 +91,36 @@ class Truth:
 
 
 def reference_gradients(
-    model: nn.Module, references: list[CutPass], segment: int, selected: Mapping[str, nn.Parameter], v: Tensor
-) -> dict[str, Truth] | None:
+    model: nn.Module, scenes: Sequence[Scene], selected: Mapping[str, nn.Parameter], v: Tensor
+) -> dict[str, Truth]:
     """Return each used parameter's gradient of ⟨v, segment output⟩ by plain autograd, sample by sample.
 
-    None when the output also depends on another segment's input.
+    Args:
+        model: the model, for messages.
+        scenes: one segment with its graph, one for each sample.
+        selected: parameters by name.
+        v: (n, …) the cotangent.
 
     Raises:
         InputError: the model's own backward pass fails.
     """
-    names = list(selected)
     truth: dict[str, Truth] = {}
-    for i, reference in enumerate(references):
-        out, leaves = reference.outs[segment], [x for x in reference.leaves if x is not None]
-        if not out.requires_grad:
+    for i, scene in enumerate(scenes):
+        if not scene.out.requires_grad:
             continue
-        wanted = [*leaves, *selected.values()]
         try:
-            grads = torch.autograd.grad(out, wanted, v[i : i + 1], retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                scene.out, list(selected.values()), v[i : i + 1], retain_graph=True, allow_unused=True
+            )
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             msg = f"model: {type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}"
             raise InputError(msg) from error
-        for leaf, g in zip(leaves, grads, strict=False):
-            if g is not None and leaf is not reference.leaves[segment]:
-                return None
-        for name, g in zip(names, grads[len(leaves) :], strict=True):
+        for name, g in zip(selected, grads, strict=True):
             if g is not None:
                 if name not in truth:
-                    truth[name] = Truth(selected[name], [None] * len(references), [0.0] * len(references))
+                    truth[name] = Truth(selected[name], [None] * len(scenes), [0.0] * len(scenes))
                 truth[name].gradients[i], truth[name].norms[i] = g, float(g.norm())
     return truth
 
@@ -204,19 +193,3 @@ def factors_of(
     shape = matrix_shape(like)[::-1] if kinds[0][2] == "outer-transposed" else matrix_shape(like)
     uses = [u for m, local, k in kinds for u in uses_of(k, model.get_submodule(m), m, local, pulled.get(m, ()), n)]
     return ParameterFactors(name, shape, [n], [merge(uses)])
-
-
-def close(got: Tensor, truth: Tensor) -> bool:
-    """Whether two tensors of outputs agree but for rounding, and are finite."""
-    scale = float(truth.abs().max()) if truth.numel() else 0.0
-    return float((got - truth).norm()) <= agreement(truth.dtype) * float(truth.norm()) + rounding(truth.dtype) * scale
-
-
-def agreement(dtype: torch.dtype) -> float:
-    """Relative error two equal gradients may have: two different ones differ by O(1), rounding by far less."""
-    return {torch.float64: 1e-4, torch.float32: 1e-3}.get(dtype, 5e-2)
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Share of a segment's largest gradient below which another one is nothing but rounding."""
-    return 100 * torch.finfo(dtype).eps

@@ -1,0 +1,186 @@
+"""A few samples through the model, held one segment at a time: what the probe compares paths on.
+
+One forward pass keeps what enters each block and no graph; a segment is run again from there when its turn comes, so
+that no more than one segment's activations are ever alive. The head's graph, the last, is kept from the first pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ntkengine.inputs.readout import Readout
+from ntkengine.inputs.running import call_model
+from ntkengine.tangents.blocks import Reached, Stack, first_tensor, holds_tensors, replace_first
+from ntkengine.tangents.capture import Call, Pulled, Recorder
+
+_TAG = "ntkengine segment"
+
+
+@dataclass
+class Scene:
+    """One segment with its graph.
+
+    Attributes:
+        out: its output; of the head f, (n, C).
+        leaf: its detached input; None for the first segment.
+        calls: recorded calls by module.
+    """
+
+    out: Tensor
+    leaf: Tensor | None
+    calls: dict[str, list[Call]]
+
+    def pull(self, v: Tensor) -> dict[str, list[Pulled]]:
+        """Return each module's calls with the output gradient for cotangent v, C = 1."""
+        calls = [(m, c, c.edge) for m, cs in self.calls.items() for c in cs if c.edge is not None]
+        pulled: dict[str, list[Pulled]] = defaultdict(list)
+        if calls and self.out.requires_grad:
+            grads = torch.autograd.grad(
+                self.out, [edge for _, _, edge in calls], v, retain_graph=True, allow_unused=True
+            )
+            for (m, c, _), g in zip(calls, grads, strict=True):
+                if g is not None:
+                    pulled[m].append(Pulled(c, g[None]))
+        return pulled
+
+
+class Rehearsal:
+    """A forward pass of n samples, cut at every block boundary.
+
+    Args:
+        model: with gradients wanted for the selected parameters.
+        modules: to record, by name.
+        inputs: a microbatch.
+        stack: the model's blocks.
+        readout: f.
+        expand: as `Recorder`.
+
+    Attributes:
+        f: (n, C), detached.
+        apart: whether segments share nothing but the hidden states: no other argument carries a gradient or a state,
+            and no operation belongs to two of them, as a skip connection around the blocks would.
+        whole: whether every segment's output has one row for each sample.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        inputs: Mapping[str, Tensor],
+        stack: Stack,
+        readout: Readout,
+        *,
+        expand: bool,
+    ) -> None:
+        self.model, self.modules, self.inputs, self.stack, self.readout = model, dict(modules), inputs, stack, readout
+        self.n, self.expand = len(next(iter(inputs.values()))), expand
+        self.apart = self.whole = True
+        self._saved: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._after: dict[int, Tensor] = {}  # each segment's output, to compare a replay with
+        recorder = Recorder(self.modules, self.n, expand=expand)
+        leaf: Tensor | None = None
+
+        def leave(hidden: Tensor, segment: int) -> Tensor:
+            nonlocal leaf
+            self._note(hidden, segment)
+            recorder.calls.clear()
+            leaf = hidden.detach().requires_grad_(True)
+            return leaf
+
+        def before(segment: int) -> Any:
+            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                hidden = stack.take(args, kwargs)
+                others = tree_flatten(stack.put(args, kwargs, None))[0]
+                if any(t.requires_grad if isinstance(t, Tensor) else holds_tensors(t) for t in others):
+                    self.apart = False
+                args, kwargs = self._saved[segment] = stack.put(args, kwargs, leave(hidden, segment - 1))
+                return args, kwargs
+
+            return hook
+
+        def after_last(_m: nn.Module, _args: Any, output: Any) -> Any:
+            return replace_first(output, leave(first_tensor(output), stack.depth))
+
+        handles = [
+            block.register_forward_pre_hook(before(i + 1), with_kwargs=True) for i, block in enumerate(stack.blocks)
+        ]
+        if stack.blocks:
+            handles.append(stack.blocks[-1].register_forward_hook(after_last))
+        try:
+            with recorder:
+                out = readout(call_model(model, inputs), inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._note(out, stack.head)
+        self.f = out.detach()
+        self._last: Scene | None = Scene(out, leaf, dict(recorder.calls))
+
+    def _note(self, out: Tensor, segment: int) -> None:
+        self.whole &= out.shape[:1] == (self.n,)
+        self._after[segment] = out.detach()
+        ahead: list[Any] = [out.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is None or hasattr(node, "variable"):  # a parameter may be used anywhere
+                continue
+            tag = node.metadata.get(_TAG)
+            if tag is None:
+                node.metadata[_TAG] = segment
+                ahead += [parent for parent, _ in node.next_functions]
+            elif tag != segment:
+                self.apart = False
+
+    def scene(self, segment: int) -> Scene | None:
+        """Return a segment with its graph, run again from what entered it; None when that gives another output."""
+        if segment == self.stack.head and self._last is not None:
+            return self._last
+        recorder = Recorder(self.modules, self.n, expand=self.expand)
+        if segment == 0:
+            leaf, out = None, self._input(recorder)
+        else:
+            args, kwargs = self._saved[segment]
+            leaf = self.stack.take(args, kwargs).detach().requires_grad_(True)
+            args, kwargs = self.stack.put(args, kwargs, leaf)
+            with recorder:
+                out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
+        return Scene(out, leaf, dict(recorder.calls)) if close(out.detach(), self._after[segment]) else None
+
+    def _input(self, recorder: Recorder) -> Tensor:
+        """Run the model up to its first block."""
+
+        def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise Reached(self.stack.take(args, kwargs))
+
+        handle = self.stack.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with recorder:
+                call_model(self.model, self.inputs)
+        except Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise AssertionError
+
+
+def close(got: Tensor, truth: Tensor) -> bool:
+    """Whether two tensors of outputs agree but for rounding, and are finite."""
+    scale = float(truth.abs().max()) if truth.numel() else 0.0
+    return float((got - truth).norm()) <= agreement(truth.dtype) * float(truth.norm()) + rounding(truth.dtype) * scale
+
+
+def agreement(dtype: torch.dtype) -> float:
+    """Relative error two equal gradients may have: two different ones differ by O(1), rounding by far less."""
+    return {torch.float64: 1e-4, torch.float32: 1e-3}.get(dtype, 5e-2)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Share of a segment's largest gradient below which another one is nothing but rounding."""
+    return 100 * torch.finfo(dtype).eps
