@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,14 +16,16 @@ from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.running import call_model, wanting_gradients
-from ntkengine.tangents.probe import Structure
+from ntkengine.inputs.streaming import is_streamed
+from ntkengine.tangents.probe import GRADIENTS, Structure, groups
+from ntkengine.tangents.sweep import KEEP_BYTES
 
 # Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Share of the whole gradient below which one parameter's may be nothing but rounding.
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
-_BUDGET = 1 << 27  # gradient entries held at once
+_PASSES = 16  # through the model; where a budget would need more, only as many parameters, drawn, are compared
 _TILE = 1 << 16  # entries in float64 that stay in cache
 
 
@@ -36,8 +38,12 @@ class Check:
         frame: the job's frame.
         structure: from the probe.
         seed: of the draw.
+        gradients: gradient entries to hold at once.
 
-    Cost: for each drawn sample and output one ordinary backward pass, at most 2²⁷ gradient entries held at once.
+    Attributes:
+        compared: names of the parameters compared; all of them unless that would take too many passes.
+
+    Cost: for each drawn sample and output one ordinary backward pass for every `gradients` entries.
     """
 
     def __init__(
@@ -47,9 +53,11 @@ class Check:
         frame: Frame,
         structure: Structure,
         seed: int,
+        gradients: int = GRADIENTS,
     ) -> None:
         rng = np.random.default_rng(seed)
         self.frame, self.structure, self.roots = frame, structure, task.roots
+        self.keep_bytes = 0 if is_streamed(task.model) else KEEP_BYTES
         self.model, self.selected, self.readout = task.model, task.selected, task.readout
         self.drawn = [
             (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 2), replace=False)
@@ -62,7 +70,11 @@ class Check:
             4, frame.layers, rows, rows, dtype=torch.float64, device=self.device
         )
         self.parts: dict[str, Tensor] = {}
-        for name, G in self._gradients():
+        groups_ = list(groups(self.selected, gradients // (len(self.drawn) * frame.outputs)))
+        if len(groups_) > _PASSES:
+            groups_ = [groups_[i] for i in sorted(rng.choice(len(groups_), size=_PASSES, replace=False))]
+        self.compared = [name for names in groups_ for name in names]
+        for name, G in self._gradients(groups_):
             self.parts[name] = self._products(G, G)
             if self.frame.transform in SIGNS or self.roots is not None:
                 self._transform(name, G)
@@ -70,10 +82,10 @@ class Check:
                 for sum_of_products in (self.total, self.left, self.right):
                     sum_of_products += self.parts[name]
 
-    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+    def _gradients(self, parts: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
         """Yield (parameter, gradients (m, C, p)) by plain autograd, a few parameters at a time."""
         C, m = self.frame.outputs, len(self.inputs)
-        for names in _groups(self.selected, _BUDGET // (m * C)):
+        for names in parts:
             wanted = [self.selected[name] for name in names]
             rows: list[list[Tensor]] = [[] for _ in names]
             for one in self.inputs:
@@ -139,7 +151,16 @@ class Check:
         few = Samples(self.inputs, microbatch=1, trim=self.structure.trim)
         m = len(self.drawn)
         frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
-        sums = sum_gram(self.model, self.selected, self.structure, few, self.readout, frame, group=lambda name: name)
+        sums = sum_gram(
+            self.model,
+            self.selected,
+            self.structure,
+            few,
+            self.readout,
+            frame,
+            group=lambda name: name,
+            keep_bytes=self.keep_bytes,
+        )
         whole = sum(self.parts.values(), torch.zeros_like(self.total))
         for name, truth in self.parts.items():
             part = sums.parts.get(name)
@@ -157,6 +178,8 @@ class Check:
         Raises:
             CheckFailed: naming the examples.
         """
+        if len(self.compared) < len(self.selected):
+            return  # entries of the Gram sum over all parameters
         frame, w = self.frame, self.frame.width
         places = [samples.span(g)[0] + int(samples.unsort(g)[r]) for g, r in self.drawn]
         rows = [i for i, p in enumerate(places) if frame.rows[0] <= p < frame.rows[1]]
@@ -215,17 +238,3 @@ def _grad(f: Tensor, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:
     if not f.requires_grad:
         return [None] * len(wanted)
     return torch.autograd.grad(f, wanted, retain_graph=True, allow_unused=True)
-
-
-def _groups(selected: Mapping[str, nn.Parameter], budget: int) -> Iterator[list[str]]:
-    """Yield lists of parameter names whose sizes sum to at most the budget (at least one each)."""
-    names: list[str] = []
-    held = 0
-    for name, p in selected.items():
-        if names and held + p.numel() > budget:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += p.numel()
-    if names:
-        yield names

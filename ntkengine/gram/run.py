@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import NonFinite
+from ntkengine.gram.layout import Layout
 from ntkengine.gram.strategies import choose, contract
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.gram.transforms import SIGNS
@@ -56,6 +57,8 @@ def sum_gram(
     tick: Callable[[float, str], None] = lambda _flops, _stage: None,
     pass_flops: float = 0.0,
     keep_bytes: int = KEEP_BYTES,
+    layout: Layout | None = None,
+    factor_bytes: Mapping[str, float] | None = None,
     roots: Mapping[str, Tensor] | None = None,
 ) -> Sums:
     """Return the Gram of all samples in the frame.
@@ -71,6 +74,8 @@ def sum_gram(
         tick: called with flops done and the segment's name.
         pass_flops: flops of the passes, spread over the microbatches for `tick`.
         keep_bytes: activations the sweep may keep rather than recompute.
+        layout: where hidden states wait, and what is held at once.
+        factor_bytes: by parameter, for the layout's limit.
         roots: by parameter, the square root of a diagonal preconditioner, in the parameter's shape.
 
     Raises:
@@ -80,7 +85,19 @@ def sum_gram(
     device = next(iter(model.parameters())).device
     sums = Sums(Accumulator(frame, device))
     steps = len(samples.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
-    sweep = Sweep(model, selected, structure, samples, readout, lambda: tick(pass_flops / steps, "passes"), keep_bytes)
+    layout = layout or Layout()
+    sweep = Sweep(
+        model,
+        selected,
+        structure,
+        samples,
+        readout,
+        lambda: tick(pass_flops / steps, "passes"),
+        keep_bytes,
+        layout.hidden,
+        factor_bytes,
+        layout.factor_bytes,
+    )
     spent = 0.0
     for segment, found in sweep.segments():
         while found:

@@ -100,10 +100,11 @@ class Task:
         return Frame((0, self.samples.total), first, outputs, self.contraction, self.transform)
 
 
-def in_precision(model: nn.Module, precision: str) -> nn.Module:
+def in_precision(model: nn.Module, precision: str, *, lazy: bool = False) -> nn.Module:
     """Return the model itself when all its floating parameters have the wanted dtype, else a converted copy.
 
     `"exact"` wants float64, `"high"` float32 (or float64, when that is what the model is in), `"fast"` bfloat16.
+    A lazy copy converts each large weight only while its module runs.
     """
     wanted = {"exact": torch.float64, "high": torch.float32, "fast": torch.bfloat16}[precision]
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -113,7 +114,7 @@ def in_precision(model: nn.Module, precision: str) -> nn.Module:
     keep = getattr(model, "ntk_tokenizer", None)
     memo: dict[int, Any] = {} if keep is None else {id(keep): keep}
     left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
-    return converted(model, wanted, memo | {id(v): v.detach() for v in left})
+    return converted(model, wanted, memo | {id(v): v.detach() for v in left}, lazy=lazy)
 
 
 def refuse(

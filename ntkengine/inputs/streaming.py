@@ -14,6 +14,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,27 @@ class Entry:
         return torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:])
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A weight in memory, to be brought in another dtype: an `Entry` without a file."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return tuple(self.weight.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.weight.numel() * self.weight.element_size()
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return rows [start, stop) of it."""
+        return self.weight.detach()[start:stop]
+
+
 def entries(folder: Path) -> dict[str, Entry]:
     """Return the tensors of a folder's safetensors files, by name.
 
@@ -92,14 +114,16 @@ def entries(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def placeholder(shape: Iterable[int], dtype: torch.dtype, device: torch.device | str, entry: Entry) -> nn.Parameter:
+def placeholder(
+    shape: Iterable[int], dtype: torch.dtype, device: torch.device | str, entry: Entry | Held
+) -> nn.Parameter:
     """Return a parameter of that shape that takes no memory and reads as NaN; its weight is `entry`."""
     p = nn.Parameter(torch.full((), float("nan"), dtype=dtype, device=device).expand(*shape), requires_grad=True)
     p.ntk_entry = entry  # type: ignore[attr-defined]
     return p
 
 
-def entry_of(parameter: Any) -> Entry | None:
+def entry_of(parameter: Any) -> Entry | Held | None:
     """Return the file entry of a streamed parameter, None for any other."""
     return getattr(parameter, "ntk_entry", None)
 
@@ -175,14 +199,20 @@ def brings(hook: Any) -> bool:
 def attach(model: nn.Module) -> None:
     """Make every module with streamed parameters bring them when it runs."""
     for module in model.modules():
-        if any(entry_of(p) is not None for p in module._parameters.values()):
+        ready = any(brings(hook) for hook in module._forward_pre_hooks.values())
+        if not ready and any(entry_of(p) is not None for p in module._parameters.values()):
             bring = _Bring()
             module.register_forward_pre_hook(bring.before)
             module.register_forward_hook(bring.after, always_call=True)
 
 
 def converted(
-    model: nn.Module, dtype: torch.dtype, memo: dict[int, Any], device: torch.device | None = None
+    model: nn.Module,
+    dtype: torch.dtype,
+    memo: dict[int, Any],
+    device: torch.device | None = None,
+    *,
+    lazy: bool = False,
 ) -> nn.Module:
     """Return a copy of the model in another dtype; streamed parameters stay in their file.
 
@@ -191,8 +221,13 @@ def converted(
         dtype: for its floating parameters and buffers.
         memo: what is to be shared instead of copied, as for `copy.deepcopy`.
         device: where to; default where it is.
+        lazy: convert a large weight only while its module runs, so that the copy takes hardly any memory.
     """
     streamed = [(p, entry) for p in model.parameters() if (entry := entry_of(p)) is not None]
+    if lazy:
+        held = [p for p in model.parameters() if type(p) is nn.Parameter and entry_of(p) is None]
+        large = [p for p in held if p.ndim > 1 and p.numel() >= STREAMED and p.is_floating_point()]
+        streamed += [(p, Held(p)) for p in large]
     for p, entry in streamed:
         memo[id(p)] = placeholder(p.shape, dtype, device or p.device, entry).requires_grad_(p.requires_grad)
     other = copy.deepcopy(model, memo)
@@ -204,6 +239,7 @@ def converted(
         wanted = dtype if x.is_floating_point() else imaginary if x.is_complex() else x.dtype
         return x.to(device or x.device, wanted)
 
+    attach(other)
     other._apply(moved)
     for module in other.modules():
         for name, value in vars(module).items():  # plain attributes: `.to` does not know them
@@ -221,10 +257,10 @@ class Resident:
 
     def __init__(self, limit: int = 512 << 20) -> None:
         self.limit = limit
-        self._kept: OrderedDict[tuple[Entry, torch.dtype, torch.device], Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[Entry | Held, torch.dtype, torch.device], Tensor] = OrderedDict()
         self._bytes = 0
 
-    def bring(self, entry: Entry, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def bring(self, entry: Entry | Held, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a weight, from its file if need be."""
         key = entry, dtype, device
         if key in self._kept:
@@ -268,7 +304,7 @@ class _Bring:
             live[weight.untyped_storage().data_ptr()] = partial(RESIDENT.bring, entry, p.dtype, p.device)
             # An instance attribute hides the parameter from the module's forward, and only there.
             module.__dict__[name] = _Streamed.apply(p, weight) if p.requires_grad else weight
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: _pack(x, live), _unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: _pack(x, live), _unpack) if live else nullcontext()
         hooks.__enter__()
         self.open.append(hooks)
 
@@ -311,7 +347,7 @@ def _unpack(kept: Any) -> Tensor:
     return kept.load().as_strided(kept.size, kept.stride, kept.offset) if isinstance(kept, _Note) else kept
 
 
-def _rows(p: Tensor, entry: Entry, ids: Tensor) -> Tensor:
+def _rows(p: Tensor, entry: Entry | Held, ids: Tensor) -> Tensor:
     """Return an embedding table of which only the rows asked for are filled in, and only they take memory."""
     table = torch.empty(p.shape, dtype=p.dtype, device=p.device)
     for row in torch.unique(ids).tolist():

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
-from ntkengine.inputs.streaming import entry_of
+from ntkengine.inputs.streaming import RESIDENT, entry_of
 from ntkengine.tangents.factors import Dense, Lookup, Outer, Use
 
 # Relative error of a sum over samples that rounding explains.
@@ -210,10 +210,9 @@ _BUILDERS = {"outer": _outer, "outer-transposed": _outer, "lookup": _lookup, "su
 def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
     """Return (n, C, R, I): one VJP for each sample, vmapped."""
     n, C = d.shape[:2]
-    weight = module.get_parameter(parameter)
-    if entry_of(weight) is not None:
-        msg = "its weight stays in a file"
-        raise PathFailed(msg)
+    weight: Tensor = module.get_parameter(parameter)
+    if (entry := entry_of(weight)) is not None:
+        weight = RESIDENT.bring(entry, weight.dtype, weight.device)
     leaves, spec = tree_flatten((call.args, call.kwargs))
     values = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
     mapped = [isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == n for x in values]

@@ -97,6 +97,7 @@ class Structure:
     expand: bool = True
     tokens: dict[str, int] = field(default_factory=dict)
     per_call: dict[str, int] = field(default_factory=dict)
+    held: list[float] = field(default_factory=list)
 
     def on(self, model: nn.Module) -> Structure:
         """Return the same structure for a copy of the model."""
@@ -105,7 +106,12 @@ class Structure:
 
 
 def probe(
-    model: nn.Module, selected: Mapping[str, nn.Parameter], samples: Samples, readout: Readout, seed: int = 0
+    model: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    samples: Samples,
+    readout: Readout,
+    seed: int = 0,
+    gradients: int = GRADIENTS,
 ) -> Structure:
     """Return the model's structure and a verified path for every selected parameter.
 
@@ -115,6 +121,7 @@ def probe(
         samples: the job's; the shortest, middle and longest are probed, and any that uses a parameter these do not.
         readout: f.
         seed: of the random cotangents.
+        gradients: gradient entries to hold at once.
 
     Raises:
         CheckFailed: a parameter that even plain autograd of its segment does not reproduce.
@@ -130,7 +137,8 @@ def probe(
     rows = [(group, int(order[i])) for i in sorted({0, len(order) // 2, len(order) - 1})]
     owners = _owners(model, selected)
     while True:
-        structure = _structure(model, selected, owners, _pick(samples, rows, trim), readout, rows, parameter, seed)
+        few = _pick(samples, rows, trim)
+        structure = _structure(model, selected, owners, few, readout, rows, parameter, seed, gradients)
         structure.trim = trim
         late = _late_user(model, [selected[name] for name in structure.unused], samples, readout, parameter)
         if late is None:
@@ -151,11 +159,12 @@ def _structure(
     rows: list[tuple[int, int]],
     parameter: nn.Parameter,
     seed: int,
+    gradients: int,
 ) -> Structure:
     inputs = few.inputs(few.chunks[0], parameter.device, parameter.dtype)
     names = [f"{row}{' of the second inputs' if group else ''}" for group, row in (rows[i] for i in few.chunks[0].rows)]
     for stack in (find_stack(model, inputs, len(rows)), Stack()):
-        found = _assign(model, selected, owners, inputs, stack, readout, names, seed)
+        found = _assign(model, selected, owners, inputs, stack, readout, names, seed, gradients)
         if found is not None:
             return found
     msg = "the model's forward pass could not be reproduced as one segment"
@@ -226,6 +235,7 @@ def _assign(
     readout: Readout,
     rows: list[str],
     seed: int,
+    gradients: int,
 ) -> Structure | None:
     """Return verified paths, or None when segments are tied by more than the hidden states."""
     n = len(next(iter(inputs.values())))
@@ -238,8 +248,10 @@ def _assign(
         batch, agrees = _batch(model, modules, inputs, stack, readout, torch.cat([r.f for r in alone]))
         if stack.blocks and not batch.whole:
             return None
+        tokens = max((v.shape[0] * v.shape[1] for v in inputs.values() if v.ndim == 2), default=n)
         structure = Structure(stack, outputs=int(batch.f.shape[1]), expand=batch.expand, one_by_one=not agrees)
-        verifier = _Verifier(model, selected, owners, structure, batch, alone, rows, seed)
+        structure.held = [held / tokens for held in batch.held]
+        verifier = _Verifier(model, selected, owners, structure, batch, alone, rows, seed, gradients)
         for segment in range(stack.head + 1):
             if not verifier.segment(segment):
                 return None
@@ -258,12 +270,12 @@ def _batch(
 ) -> tuple[Rehearsal, bool]:
     """Return all samples in one batch, and whether its f is that of the samples one by one."""
     try:
-        batch = Rehearsal(model, modules, inputs, stack, readout, expand=True)
+        batch = Rehearsal(model, modules, inputs, stack, readout, expand=True, measure=True)
         if close(batch.f, f):
             return batch, True
     except (RuntimeError, IndexError, ValueError) as error:
         log.debug("rows cannot be given to every sample: %s", error)
-    batch = Rehearsal(model, modules, inputs, stack, readout, expand=False)
+    batch = Rehearsal(model, modules, inputs, stack, readout, expand=False, measure=True)
     return batch, close(batch.f, f)
 
 
@@ -279,6 +291,7 @@ class _Verifier:
     alone: list[Rehearsal]
     rows: list[str]
     seed: int
+    gradients: int
     used: set[str] = field(default_factory=set)
     felt: set[str] = field(default_factory=set)
 
@@ -293,7 +306,7 @@ class _Verifier:
         v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float64).to(whole.out)
         met = [uses_in_graph(scene.out, self.selected) for scene in scenes]
         here = {name: p for name, p in self.selected.items() if any(m[name] for m in met)}
-        parts = list(groups(here, GRADIENTS // len(scenes)))
+        parts = list(groups(here, self.gradients // len(scenes)))
         norms: dict[str, list[float]] = {}
         truths: list[dict[str, Truth]] = []
         for names in parts:

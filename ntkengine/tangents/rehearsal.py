@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +62,14 @@ class Rehearsal:
         stack: the model's blocks.
         readout: f.
         expand: as `Recorder`.
+        measure: count what the segments' graphs hold.
 
     Attributes:
         f: (n, C), detached.
         apart: whether segments share nothing but the hidden states: no other argument carries a gradient or a state,
             and no operation belongs to two of them, as a skip connection around the blocks would.
         whole: whether every segment's output has one row for each sample.
+        held: bytes of activations that a segment's graph holds, by segment.
     """
 
     def __init__(
@@ -78,17 +81,33 @@ class Rehearsal:
         readout: Readout,
         *,
         expand: bool,
+        measure: bool = False,
     ) -> None:
         self.model, self.modules, self.inputs, self.stack, self.readout = model, dict(modules), inputs, stack, readout
         self.n, self.expand = len(next(iter(inputs.values()))), expand
         self.apart = self.whole = True
+        self.held: list[int] = []
+        weights = {where for p in model.parameters() for where in storage(p)}
+        holding: dict[int, int] = {}
         self._saved: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._after: dict[int, Tensor] = {}  # each segment's output, to compare a replay with
         recorder = Recorder(self.modules, self.n, expand=expand)
         leaf: Tensor | None = None
 
+        def note(x: Tensor) -> Tensor:
+            holding.update(storage(x))
+            return x.detach()  # not x itself: an output saved by its own node would never be freed
+
+        def count() -> None:
+            for calls in recorder.calls.values():
+                for t in (t for call in calls for t, _ in call.versions):
+                    note(t)
+            self.held.append(sum(size for where, size in holding.items() if where not in weights))
+            holding.clear()
+
         def leave(hidden: Tensor, segment: int) -> Tensor:
             nonlocal leaf
+            count()
             self._note(hidden, segment)
             recorder.calls.clear()
             leaf = hidden.detach().requires_grad_(True)
@@ -114,8 +133,11 @@ class Rehearsal:
         if stack.blocks:
             handles.append(stack.blocks[-1].register_forward_hook(after_last))
         try:
-            with recorder:
+            # These hooks hide overwritten tensors from autograd: never where its gradients are the truth.
+            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x) if measure else nullcontext()
+            with recorder, hooks:
                 out = readout(call_model(model, inputs), inputs)
+            count()
         finally:
             for handle in handles:
                 handle.remove()
@@ -168,6 +190,14 @@ class Rehearsal:
         finally:
             handle.remove()
         raise AssertionError
+
+
+def storage(x: Tensor) -> dict[int, int]:
+    """Return {address: bytes} of a tensor's memory; nothing for one that has none of its own (sparse, quantised)."""
+    try:
+        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}
+    except (NotImplementedError, RuntimeError):
+        return {}
 
 
 def close(got: Tensor, truth: Tensor) -> bool:

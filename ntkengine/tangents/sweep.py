@@ -2,8 +2,9 @@
 
 Forward once under frozen weights, recording what enters each block; then from the head down re-run each block with
 gradients only with respect to activations, and read off the factors of its parameters.
-Cost: one forward, one recomputed forward, C activation-only backwards. Memory: hidden states N·T·d·L, cotangents
-N·C·T·d, and the factors of one segment. Microbatches whose activations fit a budget keep them instead, and are spared
+Cost: one forward, one recomputed forward, C activation-only backwards. Memory: hidden states N·T·d·L (or in a file),
+cotangents N·C·T·d, and the factors of one segment, or of part of one.
+Microbatches whose activations fit a budget keep them instead, and are spared
 the recomputed forward. Shape suffixes: n samples of a microbatch, C outputs, T tokens.
 """
 
@@ -26,8 +27,9 @@ from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
+from ntkengine.tangents.hidden import Hidden
 from ntkengine.tangents.probe import Path, Structure
-from ntkengine.tangents.rehearsal import agreement
+from ntkengine.tangents.rehearsal import agreement, storage
 from ntkengine.tangents.verify import Recording, calls_of, uses_in_graph
 
 KEEP_BYTES = 1 << 30
@@ -46,6 +48,9 @@ class Sweep:
         readout: f.
         tick: called after every microbatch of every segment.
         keep_bytes: activations to keep rather than recompute.
+        hidden: where hidden states wait (`hidden.PLACES`).
+        factor_bytes: by parameter, what its factors take; only needed with a limit.
+        limit: bytes of factors held at once: a block over it is run again for each group of its parameters.
 
     Attributes:
         outputs: (S, C) float64, f in sweep order; complete after the first segment was yielded.
@@ -60,6 +65,9 @@ class Sweep:
         readout: Readout,
         tick: Callable[[], None] = lambda: None,
         keep_bytes: int = KEEP_BYTES,
+        hidden: str = "device",
+        factor_bytes: Mapping[str, float] | None = None,
+        limit: float = float("inf"),
     ) -> None:
         self.model, self.selected, self.structure = model, selected, structure
         self.samples, self.readout, self.tick = samples, readout, tick
@@ -68,7 +76,9 @@ class Sweep:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.outputs = np.full((samples.total, structure.outputs), np.nan)
         self.lowest = min((s for s, paths in structure.paths.items() if paths), default=self.stack.head)
-        self._saved: list[dict[int, Saved]] = [{} for _ in samples.chunks]
+        self._saved: list[dict[int, Saved]] = [{} for _ in samples.chunks]  # arguments but the hidden states
+        self._hidden = Hidden(hidden)
+        self._factor_bytes, self._limit = factor_bytes or {}, limit
         self._norms: list[dict[int, Tensor]] = [{} for _ in samples.chunks]  # of each segment's output, forward
         self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
         self._kept: list[Recording | None] = [None for _ in samples.chunks]
@@ -82,26 +92,43 @@ class Sweep:
             for path in paths:
                 remaining[path.parameter] += 1
         for segment in range(self.stack.head, self.lowest - 1, -1):
-            paths = self.structure.paths.get(segment, [])
-            for i, chunk in enumerate(self.samples.chunks):
-                for name, uses in self._run(segment, i, chunk, paths).items():
-                    if name not in factors:
-                        sizes = [c.n for c in self.samples.chunks]
-                        factors[name] = ParameterFactors(name, self.structure.shapes[name], sizes, [[] for _ in sizes])
-                    factors[name].chunks[i] = merge([*factors[name].chunks[i], *uses])
-                self.tick()
-            done = []
-            for path in paths:
-                remaining[path.parameter] -= 1
-                if remaining[path.parameter] == 0:
-                    done.append(factors.pop(path.parameter))
-            yield self.stack.segment_name(segment), done
-            del done
+            groups = self._groups(segment)
+            for k, paths in enumerate(groups):
+                for i, chunk in enumerate(self.samples.chunks):
+                    for name, uses in self._run(segment, i, chunk, paths, last=k == len(groups) - 1).items():
+                        if name not in factors:
+                            sizes, shape = [c.n for c in self.samples.chunks], self.structure.shapes[name]
+                            factors[name] = ParameterFactors(name, shape, sizes, [[] for _ in sizes])
+                        factors[name].chunks[i] = merge([*factors[name].chunks[i], *uses])
+                    self.tick()
+                done = []
+                for path in paths:
+                    remaining[path.parameter] -= 1
+                    if remaining[path.parameter] == 0:
+                        done.append(factors.pop(path.parameter))
+                yield self.stack.segment_name(segment), done
+                del done
         if factors:
             msg = f"{next(iter(factors))}: its gradient was collected but never summed"
             raise CheckFailed(msg)
 
-    def _run(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+    def _groups(self, segment: int) -> list[list[Path]]:
+        """Return the segment's paths in groups whose factors fit the limit, each at least one path."""
+        paths = self.structure.paths.get(segment, [])
+        if segment == self.stack.head or self._limit == float("inf"):
+            return [paths]
+        groups: list[list[Path]] = [[]]
+        held = 0.0
+        for path in paths:
+            size = self._factor_bytes.get(path.parameter, 0.0)
+            if groups[-1] and held + size > self._limit:
+                groups.append([])
+                held = 0.0
+            groups[-1].append(path)
+            held += size
+        return groups
+
+    def _run(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
         if segment == self.stack.head:
             keep = self._keep_bytes > 0 and self.lowest < segment
             return self._head_kept(i, chunk, paths) if keep else self._head(i, chunk, paths)
@@ -113,7 +140,7 @@ class Sweep:
             kept.drop(segment)
             with self._wanted(paths):
                 return self._pull(i, out, self._cotangents[i], wanted, calls, paths, chunk)
-        return self._block(segment, i, chunk, paths) if segment else self._input(i, chunk, paths)
+        return self._block(segment, i, chunk, paths, last=last) if segment else self._input(i, chunk, paths, last=last)
 
     def _head(self, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
         """Forward the whole model, save what enters each block that will be replayed, and take the head's factors."""
@@ -124,7 +151,9 @@ class Sweep:
         def before(index: int) -> Any:
             def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 hidden = self.stack.take(args, kwargs).detach()  # no graph through the blocks
-                saved[index] = args, kwargs = self.stack.put(args, kwargs, hidden)
+                saved[index] = self.stack.put(args, kwargs, None)
+                self._hidden.put(i, index, hidden)
+                args, kwargs = self.stack.put(args, kwargs, hidden)
                 self._norms[i][index - 1] = _norm(hidden)
                 return args, kwargs
 
@@ -158,7 +187,7 @@ class Sweep:
         held: dict[int, int] = {}
 
         def note(x: Tensor) -> Tensor:
-            held.update(_storage(x))
+            held.update(storage(x))
             return x.detach()  # not x itself: an output saved by its own node would never be freed
 
         with self._wanted(every), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
@@ -168,7 +197,7 @@ class Sweep:
         for calls in kept.calls:
             for t in (t for found in calls.values() for call in found for t, _ in call.versions):
                 note(t)
-        weights = {where for p in self.model.parameters() for where in _storage(p)}
+        weights = {where for p in self.model.parameters() for where in storage(p)}
         self._keep_bytes -= sum(size for where, size in held.items() if where not in weights)
         head = self.stack.head
         f, calls, leaf = kept.cut.outs[head], kept.calls[head], kept.cut.leaves[head]
@@ -188,19 +217,19 @@ class Sweep:
         self.outputs[chunk.start : chunk.start + chunk.n] = values
         return torch.eye(f.shape[1], dtype=f.dtype, device=f.device).expand(chunk.n, -1, -1)
 
-    def _block(self, segment: int, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+    def _block(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
         """Replay one block from its recorded input."""
-        args, kwargs = self._saved[i].pop(segment)
-        leaf = self.stack.take(args, kwargs).detach().requires_grad_(True)
+        args, kwargs = self._saved[i].pop(segment) if last else self._saved[i][segment]
+        leaf = self._hidden.take(i, segment, keep=not last).detach().requires_grad_(True)
         args, kwargs = self.stack.put(args, kwargs, leaf)
         with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
             out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
             recorder.stop()
-            self._same(out, i, segment)
-            wanted = [leaf] if segment > self.lowest else []
-            return self._pull(i, out, self._cotangents[i], wanted, recorder.calls, paths, chunk)
+            self._same(out, i, segment, last=last)
+            wanted = [leaf] if segment > self.lowest and last else []
+            return self._pull(i, out, self._cotangents[i], wanted, recorder.calls, paths, chunk, last=last)
 
-    def _input(self, i: int, chunk: Chunk, paths: list[Path]) -> dict[str, list[Use]]:
+    def _input(self, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
         """Re-run the model up to its first block."""
 
         def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -214,16 +243,17 @@ class Sweep:
                     call_model(self.model, inputs)
                 except Reached as reached:
                     recorder.stop()
-                    self._same(reached.hidden, i, 0)
-                    return self._pull(i, reached.hidden, self._cotangents[i], [], recorder.calls, paths, chunk)
+                    self._same(reached.hidden, i, 0, last=last)
+                    cotangent = self._cotangents[i]
+                    return self._pull(i, reached.hidden, cotangent, [], recorder.calls, paths, chunk, last=last)
         finally:
             handle.remove()
         msg = "the first block was not reached"
         raise CheckFailed(msg)
 
-    def _same(self, out: Tensor, i: int, segment: int) -> None:
+    def _same(self, out: Tensor, i: int, segment: int, *, last: bool) -> None:
         """Refuse a replay that gives another output than the forward pass did: the block keeps a state."""
-        once, again = float(self._norms[i].pop(segment)), float(_norm(out))
+        once, again = float(self._norms[i].pop(segment) if last else self._norms[i][segment]), float(_norm(out))
         if not abs(again - once) <= agreement(out.dtype) * once:
             name = self.stack.segment_name(segment)
             msg = f"{name}: run again on the same input its output has norm {again:.6g} instead of {once:.6g}"
@@ -262,13 +292,16 @@ class Sweep:
         recorded: Mapping[str, list[Call]],
         paths: list[Path],
         chunk: Chunk,
+        *,
+        last: bool = True,
     ) -> dict[str, list[Use]]:
         """Backward once per output; keep the leaf's cotangent, return the parameters' factors."""
         calls = [(m, call) for m, found in recorded.items() for call in found if call.edge is not None]
         self._all_seen(out, paths, recorded)
         own = [path for path in paths if not path.owners]
         targets: list[Any] = [*leaf, *(call.edge for _, call in calls), *(self.selected[p.parameter] for p in own)]
-        self._cotangents[i] = None
+        if last:
+            self._cotangents[i] = None
         if not targets or not out.requires_grad or cotangent is None:
             return {}
         C = cotangent.shape[1]
@@ -299,14 +332,6 @@ class Sweep:
             if g is not None:
                 uses[path.parameter].append(Dense(g.reshape(1, C, *matrix_shape(self.selected[path.parameter]))))
         return uses
-
-
-def _storage(x: Tensor) -> dict[int, int]:
-    """Return {address: bytes} of a tensor's memory; nothing for one that has none of its own (sparse, quantised)."""
-    try:
-        return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}
-    except (NotImplementedError, RuntimeError):
-        return {}
 
 
 def _norm(hidden: Tensor) -> Tensor:

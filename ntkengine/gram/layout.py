@@ -1,0 +1,131 @@
+"""How a job is laid out in memory: what waits where, what is held at once, in how many tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ntkengine.errors import InputError
+
+MICROBATCH_TOKENS = 2048
+_LEAST_TOKENS = 128
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A job's layout.
+
+    Attributes:
+        hidden: where hidden states wait: "device", "host" or "disk".
+        factor_bytes: factors held at once; a block over it is run again for each group of its parameters.
+        microbatch_tokens: tokens of a microbatch.
+        tile: samples swept at once; 0: all of them.
+        resident_bytes: streamed weights kept in memory.
+        gradients: entries of whole gradients that the probe and the check hold at once.
+    """
+
+    hidden: str = "device"
+    factor_bytes: float = float("inf")
+    microbatch_tokens: int = MICROBATCH_TOKENS
+    tile: int = 0
+    resident_bytes: int = 512 << 20
+    gradients: int = 1 << 26
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job takes, in bytes above the loaded model.
+
+    Attributes:
+        samples: S.
+        gram: the accumulators.
+        hidden: hidden states of all samples and blocks.
+        cotangents: cotangents of all samples.
+        factors: by segment, by parameter, factors of all samples.
+        feature_tile: the tile of tangent features, for all samples.
+        activations: one token's activations in the largest segment, graph and backward.
+        weights: streamed weights in use at once; 0 for a loaded model.
+        entry: bytes of a gradient entry.
+    """
+
+    samples: int
+    gram: float
+    hidden: float
+    cotangents: float
+    factors: list[dict[str, float]]
+    feature_tile: float
+    activations: float
+    weights: float
+    entry: int
+
+    def peak(self, layout: Layout) -> float:
+        """Return the bytes a layout needs."""
+        share = min(1.0, 2 * layout.tile / self.samples) if layout.tile else 1.0
+        blocks = [share * self._group(part, layout.factor_bytes / share) for part in self.factors]
+        working = max(self.activations * layout.microbatch_tokens, share * self.feature_tile)
+        kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
+        resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
+        sweep = kept + max(blocks, default=0.0) + working
+        checks = 2.0 * layout.gradients * self.entry if self.weights else 0.0
+        return self.gram + resident + max(sweep, checks)
+
+    @staticmethod
+    def _group(part: dict[str, float], limit: float) -> float:
+        """Return the largest group of a block's factors under a limit."""
+        largest = held = 0.0
+        for size in part.values():
+            held = size if held and held + size > limit else held + size
+            largest = max(largest, held)
+        return largest
+
+
+def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:
+    """Return the fastest layout within a budget: smaller microbatches, spilled hidden states, split blocks, tiles.
+
+    Args:
+        needs: the job's.
+        memory_gib: the budget; None: no bound.
+        spill: where hidden states go when they do not fit: "host" or "disk".
+
+    Raises:
+        InputError: nothing fits; says the least budget that would.
+    """
+    if memory_gib is None:
+        return Layout()
+    budget = memory_gib * GIB
+    base = Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 8 / needs.entry)))
+    least = float("inf")
+    for layout in _layouts(base, needs):
+        for hidden in ("device", spill):
+            candidate = replace(layout, hidden=hidden)
+            peak = needs.peak(candidate)
+            if peak <= budget:
+                return candidate
+            least = min(least, peak)
+    msg = (
+        f"memory_gib={memory_gib}: this job needs at least {least / GIB:.3g} GiB above the model; give that, or fewer "
+        "examples"
+    )
+    raise InputError(msg)
+
+
+def _layouts(base: Layout, needs: Needs) -> list[Layout]:
+    """Return layouts from the fastest to the smallest."""
+    found = []
+    tokens = base.microbatch_tokens
+    while tokens >= _LEAST_TOKENS:
+        found.append(replace(base, microbatch_tokens=tokens))
+        tokens //= 2
+    small = found[-1]
+    largest = max((max(part.values()) for part in needs.factors if part), default=0.0)
+    whole = max((sum(part.values()) for part in needs.factors), default=0.0)
+    limit = whole / 2
+    while limit > largest:
+        found += [replace(layout, factor_bytes=limit) for layout in (found[1], small)]
+        limit /= 2
+    found.append(replace(small, factor_bytes=largest))
+    tile = needs.samples // 2
+    while tile >= 1:
+        found.append(replace(small, factor_bytes=largest * tile * 2 / needs.samples, tile=tile))
+        tile //= 2
+    return found
