@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,20 @@ from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
+from ntkengine.gram.layout import Layout, bounds, fit
 from ntkengine.gram.noise import USUAL, Noise, estimate_noise
-from ntkengine.gram.plan import Plan, make_plan
+from ntkengine.gram.plan import Plan, make_plan, needs_of
 from ntkengine.gram.result import Gram
-from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.run import Sums
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
 from ntkengine.gram.tiles import Frame, unsorted
+from ntkengine.gram.tiling import sum_tiled
 from ntkengine.gram.transforms import SIGNS, Preconditioner
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
-from ntkengine.inputs.streaming import is_streamed
+from ntkengine.inputs.streaming import RESIDENT, is_streamed
 from ntkengine.tangents.probe import Structure, probe
 from ntkengine.tangents.sweep import KEEP_BYTES
 
@@ -85,7 +88,9 @@ def compute_gram(
         precision: `"high"`: float32 passes and tile products, float64 across tiles. `"exact"`: float64 throughout.
             `"fast"`: bfloat16 passes and products, float64 across tiles; `noise` then says what that costs.
         backend: `"auto"` or `"torch"`.
-        memory_gib: refuse a job whose plan needs more than this above the loaded model.
+        memory_gib: bound on the memory above the loaded model (an estimate is kept below it). Over it, microbatches
+            get smaller, hidden states wait on the host or in a file, a block is run again for parts of its
+            parameters, and samples are swept in tiles.
         out: HDF5 file to write; it appears only when complete.
         resume: a complete file of the same job is returned as it is; False refuses any existing file.
         comm: None.
@@ -105,7 +110,7 @@ def compute_gram(
         The Gram. `noise` is NaN with `check=False`.
 
     Raises:
-        InputError: arguments that cannot be used, or a file of another job under `out`.
+        InputError: arguments that cannot be used, a file of another job under `out`, or a budget too small.
         NotImplementedError: an argument whose capability this version lacks; says what to use instead.
         CheckFailed: the sweep disagrees with plain autograd.
         NonFinite: a gradient is not finite.
@@ -132,27 +137,19 @@ def compute_gram(
             return existing(path, wanted, resume)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure = probe(task.model, task.selected, task.samples, task.readout, seed)
-        double = _double(task, running) if check or task.transform in SIGNS else None
+        structure, plan, layout, samples = _planned(task, precision, per_module, memory_gib, seed, rate=1.0)
+        frame = task.frame(structure.outputs)
+        double = _double(task, running, lazy=memory_gib is not None) if check or task.transform in SIGNS else None
         if task.transform in SIGNS and double is not None:
             structure.negligible = _negligible(task, structure, double, seed)
-        samples = _microbatches(task, structure)
-        frame = task.frame(structure.outputs)
-        plan = make_plan(task.model, structure, samples, frame, per_module, rate=1.0)
-        if memory_gib is not None and plan.peak_bytes > memory_gib * 2**30:
-            msg = (
-                f"memory_gib={memory_gib}: this job needs about {plan.peak_bytes / 2**30:.2f} GiB above the model, and "
-                "spilling to disk is not built yet; use fewer examples or shorter texts"
-            )
-            raise NotImplementedError(msg)
         truth = None
         if check:
-            truth = Check(task, samples, frame, structure, seed)
+            truth = Check(task, samples, frame, structure, seed, layout.gradients)
             truth.sweep()
-        # The plan does not count kept activations, so a bounded job recomputes them; a streamed model has no room.
+        # The layout does not count kept activations, so a bounded job recomputes them; a streamed model has no room.
         keep_bytes = KEEP_BYTES if memory_gib is None and not is_streamed(task.model) else 0
         swept = task.fast(running) if precision == "fast" else task
-        sums = _sweep(swept, structure.on(swept.model), samples, frame, plan, per_module, progress, keep_bytes)
+        sums = _sweep(swept, structure.on(swept.model), samples, frame, plan, layout, per_module, progress, keep_bytes)
         if truth is not None:
             truth.entries(sums, samples, swept.dtype)
         noise = None
@@ -209,6 +206,7 @@ def plan_gram(
     precision: str = "high",
     backend: str = "auto",
     eval_inputs: Mapping[str, Tensor] | None = None,
+    memory_gib: float | None = None,
     seed: int = 0,
     **_run_only: Any,
 ) -> Plan:
@@ -222,15 +220,38 @@ def plan_gram(
     refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs)
     task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
     with evaluation(task.model):
-        structure = probe(task.model, task.selected, task.samples, task.readout, seed)
-    samples = _microbatches(task, structure)
-    return make_plan(task.model, structure, samples, task.frame(structure.outputs), per_module)
+        return _planned(task, precision, per_module, memory_gib, seed)[1]
 
 
-def _microbatches(task: Task, structure: Structure) -> Samples:
-    """Return the task's samples in the microbatches the structure allows."""
-    groups, one = task.samples.groups, 1 if structure.one_by_one else None
-    return Samples(groups, microbatch=one, trim=structure.trim) if one or not structure.trim else task.samples
+def _planned(
+    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int, rate: float | None = None
+) -> tuple[Structure, Plan, Layout, Samples]:
+    """Probe the model and lay the job out within its budget.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    if memory_gib is not None and not memory_gib > 0:
+        msg = f"memory_gib: expected a number above 0, got {memory_gib}"
+        raise InputError(msg)
+    dtype = torch.bfloat16 if precision == "fast" else task.dtype
+    before = bounds(memory_gib, task.dtype.itemsize)
+    RESIDENT.limit = before.resident_bytes
+    structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients)
+    frame = task.frame(structure.outputs)
+    one = 1 if structure.one_by_one else None
+
+    def microbatches(tokens: int) -> Samples:
+        return Samples(task.samples.groups, microbatch_tokens=tokens, microbatch=one, trim=structure.trim)
+
+    plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, rate)
+    needs = needs_of(plan, structure, task.model, dtype)
+    layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
+    samples = microbatches(layout.microbatch_tokens)
+    plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
+    tiles = -(-plan.samples // layout.tile) if layout.tile else 1
+    plan.sweeps = tiles * (tiles + 1) // 2
+    return structure, plan, layout, samples
 
 
 def _sweep(
@@ -239,6 +260,7 @@ def _sweep(
     samples: Samples,
     frame: Frame,
     plan: Plan,
+    layout: Layout,
     per_module: bool,
     progress: Progress | None,
     keep_bytes: int,
@@ -252,14 +274,16 @@ def _sweep(
         if progress is not None:
             progress(min(done, total), total, stage)
 
-    sums = sum_gram(
+    sums = sum_tiled(
         task.model,
         task.selected,
         structure,
         samples,
         task.readout,
         frame,
+        layout,
         group=module_of if per_module else None,
+        factor_bytes={row.parameter: row.bytes for row in plan.parameters},
         tick=tick,
         pass_flops=plan.pass_flops,
         keep_bytes=keep_bytes,
@@ -276,9 +300,9 @@ def _sweep(
     return sums
 
 
-def _double(task: Task, running: ExitStack) -> nn.Module:
+def _double(task: Task, running: ExitStack, *, lazy: bool) -> nn.Module:
     """Return the model in float64, ready to run: itself, or a copy."""
-    model = in_precision(task.model, "exact")
+    model = in_precision(task.model, "exact", lazy=lazy)
     if model is not task.model:
         running.enter_context(evaluation(model))
     return model

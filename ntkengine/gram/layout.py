@@ -90,10 +90,10 @@ def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:
     Raises:
         InputError: nothing fits; says the least budget that would.
     """
+    base = bounds(memory_gib, needs.entry)
     if memory_gib is None:
-        return Layout()
+        return base
     budget = memory_gib * GIB
-    base = Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 8 / needs.entry)))
     least = float("inf")
     for layout in _layouts(base, needs):
         for hidden in ("device", spill):
@@ -107,6 +107,19 @@ def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:
         "examples"
     )
     raise InputError(msg)
+
+
+def bounds(memory_gib: float | None, entry: int) -> Layout:
+    """Return a layout in which only what the budget alone decides is set.
+
+    Args:
+        memory_gib: the budget; None: no bound.
+        entry: bytes of a gradient entry.
+    """
+    if memory_gib is None:
+        return Layout()
+    budget = memory_gib * GIB
+    return Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 16 / entry)))
 
 
 def _layouts(base: Layout, needs: Needs) -> list[Layout]:

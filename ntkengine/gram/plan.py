@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from ntkengine.gram.layout import Needs
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
+from ntkengine.inputs.streaming import entry_of
 from ntkengine.tangents.probe import Structure
 
 # What the sweep does -> what a plan calls it.
@@ -80,6 +82,9 @@ class Plan:
         factor_bytes: the largest segment's factors.
         gram_bytes: the accumulators.
         rate: measured flop/s of the product used for `seconds`.
+        peak_bytes: estimate of the memory needed above the loaded model.
+        sweeps: passes over samples: 1, or one for each pair of tiles.
+        layout: where hidden states wait, and what is held at once (`gram.layout.Layout`).
     """
 
     parameters: list[PlanRow]
@@ -96,16 +101,14 @@ class Plan:
     factor_bytes: float
     gram_bytes: float
     rate: float
+    peak_bytes: float = float("nan")
+    sweeps: int = 1
+    layout: dict[str, Any] = field(default_factory=dict)
 
     @property
     def flops(self) -> float:
         """All floating-point operations, passes and contractions."""
         return self.pass_flops + sum(row.flops for row in self.parameters)
-
-    @property
-    def peak_bytes(self) -> float:
-        """Estimate of the memory needed above the loaded model, without activations kept to spare a recomputation."""
-        return self.hidden_bytes + self.factor_bytes + self.gram_bytes + TILE_BYTES
 
     @property
     def seconds(self) -> float:
@@ -119,13 +122,13 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON types."""
         found = asdict(self)
-        return found | {"flops": self.flops, "peak_bytes": self.peak_bytes, "seconds": self.seconds}
+        return found | {"flops": self.flops, "seconds": self.seconds}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Plan:
         """Return the plan `to_dict` described."""
         given = {"negligible": [], "frozen": [], **found}  # older files lack these
-        given = {k: v for k, v in given.items() if k not in {"flops", "peak_bytes", "seconds"}}
+        given = {k: v for k, v in given.items() if k not in {"flops", "seconds"}}
         return cls(**{**given, "parameters": [PlanRow(**row) for row in found["parameters"]]})
 
 
@@ -149,7 +152,7 @@ def make_plan(
     mean = max(1, round(tokens / S))
     rows = []
     width = 0
-    factor_bytes: dict[int, float] = {}
+    factor_bytes: dict[int, dict[str, float]] = {}
     last = {
         path.parameter: path for segment in sorted(structure.paths, reverse=True) for path in structure.paths[segment]
     }
@@ -164,7 +167,7 @@ def make_plan(
         strategy, flops = choose("zero" if unsigned else kind, shape, T, S, frame)
         held = S * C * shape[0] * shape[1] if kind == "dense" else S * T * (shape[1] + C * shape[0])
         held = S * T * C * shape[1] if kind == "lookup" else held
-        factor_bytes[path.segment] = factor_bytes.get(path.segment, 0.0) + held * size
+        factor_bytes.setdefault(path.segment, {})[path.parameter] = float(held * size)
         segment = structure.stack.segment_name(path.segment)
         name = path.parameter
         shown = "+".join(sorted({_SHOWN.get(k, k) for k in kinds}))
@@ -188,9 +191,37 @@ def make_plan(
         structure.stack.depth,
         2.0 * linear * tokens * (2 + C),
         float(tokens * (width or 0) * size * (structure.stack.depth + C)),
-        max(factor_bytes.values(), default=0.0),
+        max((sum(part.values()) for part in factor_bytes.values()), default=0.0),
         8.0 * entries * (1 + modules),
         rate or product_rate(parameter.dtype, parameter.device),
+    )
+
+
+def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dtype) -> Needs:
+    """Return what a planned job takes.
+
+    Args:
+        plan: without a layout.
+        structure: from the probe, which has measured a token's activations.
+        model: as it is probed.
+        dtype: what it will run in.
+    """
+    factors: dict[str, dict[str, float]] = {}
+    for row in plan.parameters:
+        factors.setdefault(row.segment, {})[row.parameter] = row.bytes
+    widest = max((plan.samples * plan.outputs * row.columns * min(row.rows, 16) for row in plan.parameters), default=0)
+    streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
+    share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
+    return Needs(
+        samples=plan.samples,
+        gram=plan.gram_bytes,
+        hidden=share * plan.blocks,
+        cotangents=share * plan.outputs,
+        factors=list(factors.values()),
+        feature_tile=max(float(TILE_BYTES), float(widest * dtype.itemsize)),
+        activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
+        weights=float(sum(streamed)),
+        entry=dtype.itemsize,
     )
 
 

@@ -25,6 +25,12 @@ class Hidden:
         self._file = tempfile.TemporaryFile(prefix="ntkengine-") if place == "disk" else None  # noqa: SIM115
         self._end = 0
 
+    def close(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+        if self._file is not None:
+            self._file.close()
+
     def put(self, microbatch: int, segment: int, hidden: Tensor) -> None:
         """Keep a tensor."""
         if self.place == "device":

@@ -86,6 +86,12 @@ class Sweep:
 
     def segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
         """Yield (segment name, factors of the parameters whose last use it was), from the head down to the input."""
+        try:
+            yield from self._segments()
+        finally:
+            self._hidden.close()
+
+    def _segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
         factors: dict[str, ParameterFactors] = {}
         remaining: dict[str, int] = defaultdict(int)
         for paths in self.structure.paths.values():
