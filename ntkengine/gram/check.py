@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Share of the whole gradient below which one parameter's may be nothing but rounding.
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
-_PASSES = 16  # through the model; where a budget would need more, only as many parameters, drawn, are compared
+_PASSES = 8  # through the model; where a budget would need more, only as many parameters, drawn, are compared
 _TILE = 1 << 16  # entries in float64 that stay in cache
 
 
@@ -87,19 +87,21 @@ class Check:
         C, m = self.frame.outputs, len(self.inputs)
         for names in parts:
             wanted = [self.selected[name] for name in names]
-            rows: list[list[Tensor]] = [[] for _ in names]
-            for one in self.inputs:
+            rows = [torch.zeros(m, C, p.numel(), dtype=p.dtype, device=p.device) for p in wanted]
+            for i, one in enumerate(self.inputs):
                 given = Samples([one], microbatch=1, trim=False)
                 batch = given.inputs(given.chunks[0], self.device, self.dtype)
                 with wanting_gradients(wanted):
                     f = self.readout(call_model(self.model, batch), batch)
                     for c in range(C):
                         grads = _grad(f[0, c], wanted)
-                        for row, p, g in zip(rows, wanted, grads, strict=True):
-                            row.append((torch.zeros_like(p) if g is None else g.detach()).reshape(-1))
-            for i, name in enumerate(names):
-                yield name, torch.stack(rows[i]).view(m, C, -1)
-                rows[i] = []
+                        for row, g in zip(rows, grads, strict=True):
+                            if g is not None:
+                                row[i, c] = g.detach().reshape(-1)
+                        del grads
+                    del f
+            for name in names:
+                yield name, rows.pop(0)
 
     def _transform(self, name: str, G: Tensor) -> None:
         """Add a parameter's part of the job's own inner product, and what entries of unsure sign may change in it."""

@@ -21,7 +21,7 @@ from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
-from ntkengine.gram.layout import Layout, bounds, fit
+from ntkengine.gram.layout import Layout, bounds, fit, return_freed_memory
 from ntkengine.gram.noise import USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan, make_plan, needs_of
 from ntkengine.gram.result import Gram
@@ -135,6 +135,8 @@ def compute_gram(
         wanted = identity(model, task, settings, arrays, job)
         if path.exists():
             return existing(path, wanted, resume)
+    if memory_gib is not None:
+        return_freed_memory()
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples = _planned(task, precision, per_module, memory_gib, seed, rate=1.0)

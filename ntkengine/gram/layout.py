@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 from dataclasses import dataclass, replace
 
 from ntkengine.errors import InputError
 
+log = logging.getLogger(__name__)
+
 MICROBATCH_TOKENS = 2048
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 _LEAST_TOKENS = 128
 GIB = 2.0**30
 
@@ -120,6 +125,17 @@ def bounds(memory_gib: float | None, entry: int) -> Layout:
         return Layout()
     budget = memory_gib * GIB
     return Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 16 / entry)))
+
+
+def return_freed_memory() -> None:
+    """Make glibc give freed tensors back to the system at once, where it is the allocator; they fragment otherwise.
+
+    For the rest of the process: the C library offers no way back. Fresh pages cost some time.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+    except (OSError, AttributeError):
+        log.debug("no mallopt: freed memory may stay with the process")
 
 
 def _layouts(base: Layout, needs: Needs) -> list[Layout]:
