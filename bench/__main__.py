@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from bench import gram_vs_torch_func
+from bench import gram_vs_torch_func, plan_accuracy
 
-CASES = {"gram-vs-torch-func": gram_vs_torch_func.main}
+CASES = {"gram-vs-torch-func": gram_vs_torch_func.main, "plan-accuracy": plan_accuracy.main}
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """The job file: one `compute_gram` call as TOML, checked key by key.
 
 out = "k.h5"
-[model]  path, num_labels, dtype, device, seed, allow_pickle, trust_remote_code;  [model.peft] any PEFT config's fields
+[model]  path, num_labels, dtype, device, seed, stream, allow_pickle, trust_remote_code;  [model.peft] PEFT's own
 [data]   train, eval, text, text_pair, label, label_names, limit, eval_limit, shuffle, max_length, truncate
 [head]   fit, ridge, folds, seed
 [gram]   arguments of `compute_gram`
@@ -43,6 +43,7 @@ class ModelPart:
         dtype: of the weights.
         device: "auto", "cpu", "cuda", ….
         seed: of a fresh head and of the adapter's start.
+        stream: leave large weights in their files.
         allow_pickle: load pickled weights.
         trust_remote_code: run code that comes with the model.
         peft: PEFT configuration by its field names.
@@ -53,6 +54,7 @@ class ModelPart:
     dtype: str = "float32"
     device: str = "auto"
     seed: int = 0
+    stream: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False
     peft: dict | None = None

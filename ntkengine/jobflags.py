@@ -28,6 +28,7 @@ def collect(
     target: Annotated[str | None, _flag(_MODEL, "Modules it adapts, e.g. query,value.")] = None,
     rank: Annotated[int | None, _flag(_MODEL, "Its rank.")] = None,
     alpha: Annotated[int | None, _flag(_MODEL, "Its scale, lora_alpha.")] = None,
+    stream: Annotated[bool | None, _flag(_MODEL, "Leave large weights in their files.", "--stream")] = None,
     allow_pickle: Annotated[bool | None, _flag(_MODEL, "Load pickled weights.", "--allow-pickle")] = None,
     trust_remote_code: Annotated[bool | None, _flag(_MODEL, "Run the model's code.", "--trust-remote-code")] = None,
     data: Annotated[Path | None, _flag(_DATA, "Training examples: tsv, csv, jsonl, json, parquet.")] = None,
@@ -52,9 +53,9 @@ def collect(
     ] = None,
     transform: Annotated[str | None, _flag(_GRAM, "Inner product (default: sgd).")] = None,
     per_module: Annotated[bool | None, _flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
-    precision: Annotated[str | None, _flag(_GRAM, "high or exact (default: high).")] = None,
+    precision: Annotated[str | None, _flag(_GRAM, "high, exact, fast (default: high).")] = None,
     backend: Annotated[str | None, _flag(_GRAM, "auto or torch (default: auto).")] = None,
-    memory_gib: Annotated[float | None, _flag(_GRAM, "Refuse a job that needs more.")] = None,
+    memory_gib: Annotated[float | None, _flag(_GRAM, "Bound on memory above the model.")] = None,
     check: Annotated[bool | None, _flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,
     resume: Annotated[
         bool | None, _flag(_GRAM, "Accept a complete file (default: yes).", "--resume/--no-resume")
@@ -78,6 +79,7 @@ def collect(
             "num_labels": num_labels,
             "dtype": dtype,
             "device": device,
+            "stream": stream,
             "allow_pickle": allow_pickle,
             "trust_remote_code": trust_remote_code,
             "seed": seed,

@@ -74,7 +74,7 @@ def run_plan(job: Job, progress: Progress | None = None) -> Plan:
 
     _check_early(replace(job, out=None))
     prepared = _Prepared(job, progress or _quiet, None)
-    return plan_gram(prepared.model, prepared.inputs, **prepared.arguments())
+    return plan_gram(prepared.model, prepared.inputs, **prepared.arguments(), memory_gib=job.gram.memory_gib)
 
 
 class _Prepared:
@@ -108,6 +108,7 @@ class _Prepared:
             trust_remote_code=part.trust_remote_code,
             allow_pickle=part.allow_pickle,
             seed=part.seed,
+            stream=part.stream,
         )
         cut: dict[str, Any] = {"max_length": job.data.max_length, "truncate": job.data.truncate}
         tell(0.0, 1.0, "tokenizing")

@@ -23,7 +23,8 @@ from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
 from ntkengine.gram.layout import Layout, bounds, fit, return_freed_memory
 from ntkengine.gram.noise import USUAL, Noise, estimate_noise
-from ntkengine.gram.plan import Plan, make_plan, needs_of
+from ntkengine.gram.plan import Plan, make_plan, needs_of, passes
+from ntkengine.gram.rates import contraction_rate, forward_seconds
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
@@ -139,7 +140,7 @@ def compute_gram(
         return_freed_memory()
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure, plan, layout, samples = _planned(task, precision, per_module, memory_gib, seed, rate=1.0)
+        structure, plan, layout, samples = _planned(task, precision, per_module, memory_gib, seed)
         frame = task.frame(structure.outputs)
         double = _double(task, running, lazy=memory_gib is not None) if check or task.transform in SIGNS else None
         if task.transform in SIGNS and double is not None:
@@ -159,7 +160,9 @@ def compute_gram(
             noise = _noise(task, structure, samples, frame, sums, seed, double, precision)
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
-    plan.rate = plan.flops / max(1e-9, sums.pass_seconds + sum(row.seconds or 0.0 for row in plan.parameters))
+    contracting = sum(row.seconds or 0.0 for row in plan.parameters)
+    plan.rate = sum(row.flops for row in plan.parameters) / max(1e-9, contracting)
+    plan.pass_seconds = sums.pass_seconds
     gram = _assemble(sums, samples, frame, plan, contraction, task.transform, two=inputs2 is not None)
     gram.noise = float("nan") if noise is None else noise.norm
     gram.targets, gram.eval_targets = _float(targets), _float(eval_targets)
@@ -221,12 +224,21 @@ def plan_gram(
     """
     refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs)
     task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
-    with evaluation(task.model):
-        return _planned(task, precision, per_module, memory_gib, seed)[1]
+    with ExitStack() as running:
+        running.enter_context(evaluation(task.model))
+        structure, plan, layout, samples = _planned(task, precision, per_module, memory_gib, seed)
+        task = task.fast(running) if precision == "fast" else task
+        rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device)
+        plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
+        forward = forward_seconds(task.model, samples, task.readout)
+        kept = memory_gib is None and not is_streamed(task.model)
+        tiles = -(-plan.samples // layout.tile) if layout.tile else 1
+        plan.pass_seconds = forward * tiles * passes(plan, structure, layout, kept)
+        return plan
 
 
 def _planned(
-    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int, rate: float | None = None
+    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int
 ) -> tuple[Structure, Plan, Layout, Samples]:
     """Probe the model and lay the job out within its budget.
 
@@ -239,14 +251,17 @@ def _planned(
     dtype = torch.bfloat16 if precision == "fast" else task.dtype
     before = bounds(memory_gib, task.dtype.itemsize)
     RESIDENT.limit = before.resident_bytes
+    began = time.perf_counter()
     structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients)
+    probed = time.perf_counter() - began
     frame = task.frame(structure.outputs)
     one = 1 if structure.one_by_one else None
 
     def microbatches(tokens: int) -> Samples:
         return Samples(task.samples.groups, microbatch_tokens=tokens, microbatch=one, trim=structure.trim)
 
-    plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, rate)
+    plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module)
+    plan.probe_seconds = probed
     needs = needs_of(plan, structure, task.model, dtype)
     layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
     samples = microbatches(layout.microbatch_tokens)

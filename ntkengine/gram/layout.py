@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 MICROBATCH_TOKENS = 2048
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twice
 _LEAST_TOKENS = 128
 GIB = 2.0**30
 
@@ -27,6 +28,7 @@ class Layout:
         tile: samples swept at once; 0: all of them.
         resident_bytes: streamed weights kept in memory.
         gradients: entries of whole gradients that the probe and the check hold at once.
+        keeps: activations are kept, up to a limit, rather than recomputed.
     """
 
     hidden: str = "device"
@@ -35,6 +37,7 @@ class Layout:
     tile: int = 0
     resident_bytes: int = 512 << 20
     gradients: int = 1 << 26
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Needs:
         activations: one token's activations in the largest segment, graph and backward.
         weights: streamed weights in use at once; 0 for a loaded model.
         entry: bytes of a gradient entry.
+        parameter: entries of the largest parameter.
+        segment: entries of the largest segment's parameters.
+        kept: activations that a job without a bound keeps rather than recomputes.
+        copy: a copy of the weights in another dtype.
     """
 
     samples: int
@@ -62,6 +69,10 @@ class Needs:
     activations: float
     weights: float
     entry: int
+    parameter: int = 0
+    segment: int = 0
+    kept: float = 0.0
+    copy: float = 0.0
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""
@@ -70,9 +81,10 @@ class Needs:
         working = max(self.activations * layout.microbatch_tokens, share * self.feature_tile)
         kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
         resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
-        sweep = kept + max(blocks, default=0.0) + working
-        checks = 2.0 * layout.gradients * self.entry if self.weights else 0.0
-        return self.gram + resident + max(sweep, checks)
+        sweep = kept + max(blocks, default=0.0) + working + (self.kept if layout.keeps else 0.0)
+        # Three samples' gradients by plain autograd, and again by the path that is tried.
+        probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
+        return self.gram + resident + self.copy + max(sweep, probe)
 
     @staticmethod
     def _group(part: dict[str, float], limit: float) -> float:
@@ -82,6 +94,16 @@ class Needs:
             held = size if held and held + size > limit else held + size
             largest = max(largest, held)
         return largest
+
+
+def parts_of(part: dict[str, float], limit: float) -> int:
+    """Return how many groups a block's factors fall into under a limit."""
+    count, held = 1, 0.0
+    for size in part.values():
+        if held and held + size > limit:
+            count, held = count + 1, 0.0
+        held += size
+    return count
 
 
 def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:
@@ -122,7 +144,7 @@ def bounds(memory_gib: float | None, entry: int) -> Layout:
         entry: bytes of a gradient entry.
     """
     if memory_gib is None:
-        return Layout()
+        return Layout(keeps=True)
     budget = memory_gib * GIB
     return Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 16 / entry)))
 
@@ -133,7 +155,7 @@ def return_freed_memory() -> None:
     For the rest of the process: the C library offers no way back. Fresh pages cost some time.
     """
     try:
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
     except (OSError, AttributeError):
         log.debug("no mallopt: freed memory may stay with the process")
 
@@ -142,17 +164,19 @@ def _layouts(base: Layout, needs: Needs) -> list[Layout]:
     """Return layouts from the fastest to the smallest."""
     found = []
     tokens = base.microbatch_tokens
-    while tokens >= _LEAST_TOKENS:
+    while tokens >= _USUAL_TOKENS:
         found.append(replace(base, microbatch_tokens=tokens))
         tokens //= 2
-    small = found[-1]
+    usual = found[-1]
     largest = max((max(part.values()) for part in needs.factors if part), default=0.0)
     whole = max((sum(part.values()) for part in needs.factors), default=0.0)
     limit = whole / 2
     while limit > largest:
-        found += [replace(layout, factor_bytes=limit) for layout in (found[1], small)]
+        found.append(replace(usual, factor_bytes=limit))
         limit /= 2
-    found.append(replace(small, factor_bytes=largest))
+    found.append(replace(usual, factor_bytes=largest))
+    small = replace(usual, factor_bytes=largest, microbatch_tokens=_LEAST_TOKENS)
+    found.append(small)
     tile = needs.samples // 2
     while tile >= 1:
         found.append(replace(small, factor_bytes=largest * tile * 2 / needs.samples, tile=tile))

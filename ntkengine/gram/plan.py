@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ntkengine.gram.layout import Needs
+from ntkengine.gram.layout import Layout, Needs, parts_of
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS
@@ -19,6 +18,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.tangents.probe import Structure
+from ntkengine.tangents.sweep import KEEP_BYTES
 
 # What the sweep does -> what a plan calls it.
 _SHOWN = {
@@ -81,10 +81,12 @@ class Plan:
         hidden_bytes: hidden states and cotangents held between the directions.
         factor_bytes: the largest segment's factors.
         gram_bytes: the accumulators.
-        rate: measured flop/s of the product used for `seconds`.
+        rate: measured flop/s of the contractions.
         peak_bytes: estimate of the memory needed above the loaded model.
         sweeps: passes over samples: 1, or one for each pair of tiles.
         layout: where hidden states wait, and what is held at once (`gram.layout.Layout`).
+        probe_seconds: time the probe took.
+        pass_seconds: estimate of the passes' time, from one microbatch.
     """
 
     parameters: list[PlanRow]
@@ -104,6 +106,8 @@ class Plan:
     peak_bytes: float = float("nan")
     sweeps: int = 1
     layout: dict[str, Any] = field(default_factory=dict)
+    probe_seconds: float = 0.0
+    pass_seconds: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -112,8 +116,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimate of the run's time: flops over the measured rate of a matrix product here."""
-        return self.flops / self.rate
+        """Estimate of the run's time: the probe, the passes, and the contractions at their measured rate."""
+        return self.probe_seconds + self.pass_seconds + sum(row.flops for row in self.parameters) / self.rate
 
     def table(self) -> list[dict[str, Any]]:
         """Return one mapping for each parameter."""
@@ -132,9 +136,7 @@ class Plan:
         return cls(**{**given, "parameters": [PlanRow(**row) for row in found["parameters"]]})
 
 
-def make_plan(
-    model: nn.Module, structure: Structure, samples: Samples, frame: Frame, per_module: bool, rate: float | None = None
-) -> Plan:
+def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: Frame, per_module: bool) -> Plan:
     """Return the plan of a job whose structure is known.
 
     Args:
@@ -143,7 +145,6 @@ def make_plan(
         samples: the job's samples.
         frame: the wanted Gram.
         per_module: whether every module gets its own accumulator.
-        rate: flop/s of a matrix product; measured when None.
     """
     parameter = next(iter(model.parameters()))
     size = parameter.element_size()
@@ -193,7 +194,7 @@ def make_plan(
         float(tokens * (width or 0) * size * (structure.stack.depth + C)),
         max((sum(part.values()) for part in factor_bytes.values()), default=0.0),
         8.0 * entries * (1 + modules),
-        rate or product_rate(parameter.dtype, parameter.device),
+        rate=1.0,
     )
 
 
@@ -211,6 +212,10 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         factors.setdefault(row.segment, {})[row.parameter] = row.bytes
     widest = max((plan.samples * plan.outputs * row.columns * min(row.rows, 16) for row in plan.parameters), default=0)
     streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
+    parameter = next(iter(model.parameters()))
+    segments: dict[str, int] = {}
+    for row in plan.parameters:
+        segments[row.segment] = segments.get(row.segment, 0) + row.rows * row.columns
     share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
     return Needs(
         samples=plan.samples,
@@ -221,21 +226,29 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         feature_tile=max(float(TILE_BYTES), float(widest * dtype.itemsize)),
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         weights=float(sum(streamed)),
-        entry=dtype.itemsize,
+        entry=parameter.element_size(),
+        parameter=max(row.rows * row.columns for row in plan.parameters) if plan.parameters else 0,
+        segment=max(segments.values(), default=0),
+        kept=min(KEEP_BYTES, 0 if streamed else sum(structure.held) * plan.tokens),
+        copy=0.0 if dtype == parameter.dtype else float(sum(p.numel() for p in model.parameters()) * dtype.itemsize),
     )
 
 
-def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the flop/s of a Gram-shaped matrix product here, measured in about a tenth of a second."""
-    x = torch.randn(256, 32_768, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        x @ x.T
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * 256 * 256 * 32_768 / best
+def passes(plan: Plan, structure: Structure, layout: Layout, kept: bool) -> float:
+    """Return how many forward passes' time a sweep's passes take.
+
+    An activation-only backward costs about a forward. Activations kept up to `KEEP_BYTES` spare the second forward; a
+    block run again for parts of its parameters costs one more of everything for each part.
+    """
+    C, held = plan.outputs, sum(structure.held) * plan.tokens
+    groups: dict[str, dict[str, float]] = {}
+    for row in plan.parameters:
+        groups.setdefault(row.segment, {})[row.parameter] = row.bytes
+    share = 2 * layout.tile / plan.samples if layout.tile else 1.0
+    parts = [parts_of(part, layout.factor_bytes / min(share, 1.0)) for part in groups.values()]
+    again = sum(parts) / max(1, len(parts))
+    spared = min(1.0, KEEP_BYTES / held) if kept and held else 0.0
+    return 1.0 - spared + (1.0 + C) * again
 
 
 def _factor_kind(kinds: set[str]) -> str:

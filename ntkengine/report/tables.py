@@ -5,6 +5,7 @@ Objects are taken by their public attributes: a Gram (`open_gram`), a Plan, a Fo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ def plan_table(plan: Any) -> Table:
             path,
             strategy,
             f"{sum(r.flops for r in same) / 1e9:,.2f}",
+            f"{sum(r.flops for r in same) / plan.rate:,.2f}",
             f"{sum(r.bytes for r in same) / 2**20:,.1f}",
         )
         for (name, path, strategy), same in found.items()
@@ -99,8 +101,16 @@ def plan_table(plan: Any) -> Table:
     note = (
         f"{plan.samples:,} examples, {plan.tokens:,} tokens, {plan.outputs} outputs, {plan.microbatches} microbatches; "
         f"passes {plan.pass_flops / 1e9:,.1f} of {plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
-        f"MiB above the model; about {plan.seconds:.1f} s at {plan.rate / 1e9:,.0f} GFLOP/s"
+        f"MiB above the model; about {plan.seconds:.1f} s: passes {plan.pass_seconds:.1f}, contractions at "
+        f"{plan.rate / 1e9:,.0f} GFLOP/s"
     )
+    layout = plan.layout
+    if layout.get("hidden", "device") != "device":
+        note += f"; hidden states wait on the {layout['hidden']}"
+    if layout.get("factor_bytes", math.inf) < math.inf:
+        note += f"; at most {layout['factor_bytes'] / 2**20:,.0f} MiB of factors at once"
+    if layout.get("tile"):
+        note += f"; tiles of {layout['tile']} examples, {plan.sweeps} sweeps"
     if plan.frozen:
         note += f"; {len(plan.frozen)} parameters not selected ({plan.frozen[0]}, …)"
     if plan.unused:
@@ -111,7 +121,10 @@ def plan_table(plan: Any) -> Table:
     slow = [row.parameter for row in plan.parameters if "explicit-block" in row.path]
     if slow:
         note += f"; {len(slow)} need plain autograd, one example at a time ({slow[0]}, …): slower"
-    return Table("Plan", ("parameter", "uses", "size", "gradient", "strategy", "GFLOP", "MiB of factors"), rows, note)
+    return Table("Plan", _PLAN, rows, note)
+
+
+_PLAN = ("parameter", "uses", "size", "gradient", "strategy", "GFLOP", "s", "MiB of factors")
 
 
 def spectrum_table(ritz: Any, condition: Any) -> Table:
