@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ntkengine.errors import CheckFailed, InputError, NonFinite
-from ntkengine.gram import engine, run, strategies
+from ntkengine.gram import engine, planning, run, strategies
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.gram.layout import Layout
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
@@ -99,7 +99,7 @@ def test_results_do_not_depend_on_batch_composition(monkeypatch, kind):
         max(relative_error(compute_gram(model, wider, params="all", precision="exact").values, reference.values)) < 1e-9
     )
     for tokens in (1, 10, 25):
-        monkeypatch.setattr(engine, "fit", lambda *_, tokens=tokens, **__: Layout(microbatch_tokens=tokens))
+        monkeypatch.setattr(planning, "fit", lambda *_, tokens=tokens, **__: Layout(microbatch_tokens=tokens))
         again = compute_gram(model, inputs, params="all", precision="exact")
         assert again.plan.microbatches > 1
         assert max(relative_error(again.values, reference.values)) < 1e-9
@@ -118,7 +118,7 @@ def test_results_do_not_depend_on_tiles(monkeypatch):
 @pytest.mark.parametrize("kept", [0, 50_000], ids=["replayed", "some kept"])
 def test_replayed_blocks_equal_kept_ones(monkeypatch, kept):
     # A budget for activations decides which microbatches recompute their blocks; numbers do not depend on it.
-    monkeypatch.setattr(engine, "fit", lambda *_, **__: Layout(microbatch_tokens=20))
+    monkeypatch.setattr(planning, "fit", lambda *_, **__: Layout(microbatch_tokens=20))
     for kind in KINDS:
         model = tiny_model(kind)
         inputs = tiny_inputs(model, LENGTHS, 12)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ntkengine.errors import InputError
-from ntkengine.gram import engine
+from ntkengine.gram import engine, planning
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.gram.layout import GIB, Layout, Needs, fit
 from ntkengine.tangents.hidden import Hidden
@@ -25,8 +25,8 @@ LAYOUTS = {
 
 
 def forced(monkeypatch, layout):
-    monkeypatch.setattr(engine, "bounds", lambda *_: layout)
-    monkeypatch.setattr(engine, "fit", lambda *_, **__: layout)
+    monkeypatch.setattr(planning, "bounds", lambda *_: layout)
+    monkeypatch.setattr(planning, "fit", lambda *_, **__: layout)
     monkeypatch.setattr(engine, "KEEP_BYTES", 0)
 
 

@@ -17,7 +17,8 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.streaming import is_streamed
-from ntkengine.tangents.probe import GRADIENTS, Structure, groups
+from ntkengine.tangents.settle import GRADIENTS, groups
+from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
 # Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).

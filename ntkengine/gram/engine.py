@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
-from ntkengine.gram.layout import Layout, bounds, fit, return_freed_memory
+from ntkengine.gram.layout import Layout, return_freed_memory
 from ntkengine.gram.noise import USUAL, Noise, estimate_noise
-from ntkengine.gram.plan import Plan, make_plan, needs_of, passes
-from ntkengine.gram.rates import contraction_rate, forward_seconds
+from ntkengine.gram.plan import Plan
+from ntkengine.gram.planning import planned, timed
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
@@ -35,8 +34,9 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
-from ntkengine.inputs.streaming import RESIDENT, is_streamed
-from ntkengine.tangents.probe import Structure, probe
+from ntkengine.inputs.streaming import is_streamed
+from ntkengine.tangents.probe import probe
+from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def compute_gram(
         return_freed_memory()
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure, plan, layout, samples = _planned(task, precision, per_module, memory_gib, seed)
+        structure, plan, layout, samples = planned(task, precision, per_module, memory_gib, seed)
         frame = task.frame(structure.outputs)
         double = _double(task, running, lazy=memory_gib is not None) if check or task.transform in SIGNS else None
         if task.transform in SIGNS and double is not None:
@@ -226,49 +226,8 @@ def plan_gram(
     task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure, plan, layout, samples = _planned(task, precision, per_module, memory_gib, seed)
-        task = task.fast(running) if precision == "fast" else task
-        rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device)
-        plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
-        forward = forward_seconds(task.model, samples, task.readout)
-        kept = memory_gib is None and not is_streamed(task.model)
-        tiles = -(-plan.samples // layout.tile) if layout.tile else 1
-        plan.pass_seconds = forward * tiles * passes(plan, structure, layout, kept)
-        return plan
-
-
-def _planned(
-    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int
-) -> tuple[Structure, Plan, Layout, Samples]:
-    """Probe the model and lay the job out within its budget.
-
-    Raises:
-        InputError: nothing fits.
-    """
-    if memory_gib is not None and not memory_gib > 0:
-        msg = f"memory_gib: expected a number above 0, got {memory_gib}"
-        raise InputError(msg)
-    dtype = torch.bfloat16 if precision == "fast" else task.dtype
-    before = bounds(memory_gib, task.dtype.itemsize)
-    RESIDENT.limit = before.resident_bytes
-    began = time.perf_counter()
-    structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients)
-    probed = time.perf_counter() - began
-    frame = task.frame(structure.outputs)
-    one = 1 if structure.one_by_one else None
-
-    def microbatches(tokens: int) -> Samples:
-        return Samples(task.samples.groups, microbatch_tokens=tokens, microbatch=one, trim=structure.trim)
-
-    plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module)
-    plan.probe_seconds = probed
-    needs = needs_of(plan, structure, task.model, dtype)
-    layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
-    samples = microbatches(layout.microbatch_tokens)
-    plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
-    tiles = -(-plan.samples // layout.tile) if layout.tile else 1
-    plan.sweeps = tiles * (tiles + 1) // 2
-    return structure, plan, layout, samples
+        found = planned(task, precision, per_module, memory_gib, seed)
+        return timed(task.fast(running) if precision == "fast" else task, *found, bounded=memory_gib is not None)
 
 
 def _sweep(

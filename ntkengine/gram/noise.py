@@ -16,7 +16,7 @@ from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.streaming import is_streamed
-from ntkengine.tangents.probe import Structure
+from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.streaming import entry_of
-from ntkengine.tangents.probe import Structure
+from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
 # What the sweep does -> what a plan calls it.

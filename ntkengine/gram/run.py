@@ -20,7 +20,7 @@ from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.factors import ParameterFactors
-from ntkengine.tangents.probe import Structure
+from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES, Sweep
 
 

@@ -14,7 +14,7 @@ from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.tangents.probe import Structure
+from ntkengine.tangents.structure import Structure
 
 
 def sum_tiled(

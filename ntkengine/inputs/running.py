@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
-from ntkengine.inputs.streaming import RESIDENT
+from ntkengine.inputs.weights import RESIDENT
 
 _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative

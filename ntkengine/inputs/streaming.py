@@ -9,10 +9,6 @@ conversions therefore see an ordinary model.
 from __future__ import annotations
 
 import copy
-import json
-import math
-import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,94 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.weights import RESIDENT, Entry, Held, entries
 
 STREAMED = 1 << 18  # entries; smaller parameters and vectors are loaded
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_AHEAD = 256 << 20  # bytes the operating system is asked to read ahead, either way
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a safetensors file."""
-
-    path: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows [start, stop) of the tensor in the file's dtype; what lies around it is read ahead."""
-        rows = self.shape[0] if self.shape else 1
-        stop = rows if stop is None else stop
-        row = self.nbytes // rows
-        raw = bytearray((stop - start) * row)
-        view = memoryview(raw)
-        fd = os.open(self.path, os.O_RDONLY)
-        try:
-            done = 0
-            while done < len(raw):
-                got = os.preadv(fd, [view[done:]], self.offset + start * row + done)
-                if not got:
-                    msg = f"{self.path}: ends before its header says"
-                    raise InputError(msg)
-                done += got
-            if hasattr(os, "posix_fadvise") and stop - start == rows:
-                low = max(0, self.offset - _AHEAD)
-                os.posix_fadvise(fd, low, self.offset + self.nbytes + _AHEAD - low, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(fd)
-        return torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:])
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A weight in memory, to be brought in another dtype: an `Entry` without a file."""
-
-    weight: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape."""
-        return tuple(self.weight.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes."""
-        return self.weight.numel() * self.weight.element_size()
-
-    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows [start, stop) of it."""
-        return self.weight.detach()[start:stop]
-
-
-def entries(folder: Path) -> dict[str, Entry]:
-    """Return the tensors of a folder's safetensors files, by name.
-
-    Raises:
-        InputError: a file that is not safetensors, or a dtype that is not a plain float.
-    """
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                if not 0 < length < path.stat().st_size:
-                    raise ValueError("no header")
-                header = json.loads(file.read(length))
-        except (OSError, ValueError) as error:
-            msg = f"{path}: is not a safetensors file ({error})"
-            raise InputError(msg) from error
-        for name, about in header.items():
-            if name == "__metadata__":
-                continue
-            if about["dtype"] not in _DTYPES:
-                msg = f"{path}: {name} has dtype {about['dtype']}; stream=True reads {', '.join(_DTYPES)}"
-                raise InputError(msg)
-            start, stop = about["data_offsets"]
-            offset = 8 + length + start
-            found[name] = Entry(str(path), _DTYPES[about["dtype"]], tuple(about["shape"]), offset, stop - start)
-    return found
 
 
 def placeholder(
@@ -246,42 +157,6 @@ def converted(
             if isinstance(value, Tensor):
                 setattr(module, name, moved(value))
     return other
-
-
-class Resident:
-    """The weights brought last, up to a number of bytes: one block's, so that its microbatches read it once.
-
-    Attributes:
-        limit: bytes; a larger weight is not kept.
-    """
-
-    def __init__(self, limit: int = 512 << 20) -> None:
-        self.limit = limit
-        self._kept: OrderedDict[tuple[Entry | Held, torch.dtype, torch.device], Tensor] = OrderedDict()
-        self._bytes = 0
-
-    def bring(self, entry: Entry | Held, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a weight, from its file if need be."""
-        key = entry, dtype, device
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        size = math.prod(entry.shape) * dtype.itemsize
-        self.shrink(self.limit - size)
-        weight = entry.read().to(device, dtype)
-        if size <= self.limit:
-            self._kept[key] = weight
-            self._bytes += size
-        return weight
-
-    def shrink(self, limit: int) -> None:
-        """Let go of the weights unused for longest until at most `limit` bytes are held."""
-        while self._kept and self._bytes > max(limit, 0):
-            _, old = self._kept.popitem(last=False)
-            self._bytes -= old.numel() * old.element_size()
-
-
-RESIDENT = Resident()
 
 
 class _Bring:

@@ -17,7 +17,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
-from ntkengine.inputs.streaming import RESIDENT, entry_of
+from ntkengine.inputs.streaming import entry_of
+from ntkengine.inputs.weights import RESIDENT
 from ntkengine.tangents.factors import Dense, Lookup, Outer, Use
 
 # Relative error of a sum over samples that rounding explains.

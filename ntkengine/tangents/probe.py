@@ -12,97 +12,26 @@ So a parameter can be slow, but never forgotten, counted twice, or attributed to
 from __future__ import annotations
 
 import logging
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.errors import CheckFailed, NonFinite
+from ntkengine.errors import CheckFailed
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.blocks import Stack, find_stack
-from ntkengine.tangents.capture import Call, Pulled, matrix_shape
-from ntkengine.tangents.rehearsal import Rehearsal, Scene, close, rounding
+from ntkengine.tangents.rehearsal import Rehearsal, close
+from ntkengine.tangents.settle import GRADIENTS, Verifier
+from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.trial import check_repeats, trim_holds, warn_of_left_padding
-from ntkengine.tangents.verify import (
-    Owners,
-    Truth,
-    agreeing,
-    calls_of,
-    factors_of,
-    reference_gradients,
-    uses_in_graph,
-)
 
 log = logging.getLogger(__name__)
 
-GRADIENTS = 1 << 26  # gradient entries the probe and the check hold at once
 _CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
-
-
-@dataclass(frozen=True)
-class Path:
-    """How one parameter's gradient is taken in one segment.
-
-    Attributes:
-        parameter: the parameter's name.
-        segment: the segment that uses it.
-        owners: (module, the parameter's own name there, path kind) for every module whose calls are used; empty for
-            plain autograd of the segment.
-    """
-
-    parameter: str
-    segment: int
-    owners: Owners
-
-    @property
-    def kind(self) -> str:
-        """The path's name in a plan."""
-        return "+".join(sorted({k for _, _, k in self.owners})) or "block"
-
-
-@dataclass
-class Structure:
-    """What the sweep needs to know about a model.
-
-    Attributes:
-        stack: its blocks.
-        paths: by segment.
-        shapes: by parameter: (R, I) of its gradient's matrix.
-        unused: selected parameters that f does not depend on (their gradient is zero).
-        negligible: those whose gradient is zero but for rounding on every probed sample.
-        transposed: by parameter: whether its gradient's matrix is the parameter's transpose.
-        one_by_one: microbatches must hold one sample.
-        trim: padding columns may be cut.
-        outputs: C.
-        expand: an output with one row stands for all samples (`capture.Recorder`).
-        tokens: by parameter: token axis of its factors on the probed samples.
-    """
-
-    stack: Stack
-    paths: dict[int, list[Path]] = field(default_factory=lambda: defaultdict(list))
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    negligible: list[str] = field(default_factory=list)
-    transposed: dict[str, bool] = field(default_factory=dict)
-    one_by_one: bool = False
-    trim: bool = True
-    outputs: int = 0
-    expand: bool = True
-    tokens: dict[str, int] = field(default_factory=dict)
-    per_call: dict[str, int] = field(default_factory=dict)
-    held: list[float] = field(default_factory=list)
-
-    def on(self, model: nn.Module) -> Structure:
-        """Return the same structure for a copy of the model."""
-        blocks = tuple(model.get_submodule(name) for name in self.stack.names)
-        return replace(self, stack=replace(self.stack, blocks=blocks))
 
 
 def probe(
@@ -251,7 +180,7 @@ def _assign(
         tokens = max((v.shape[0] * v.shape[1] for v in inputs.values() if v.ndim == 2), default=n)
         structure = Structure(stack, outputs=int(batch.f.shape[1]), expand=batch.expand, one_by_one=not agrees)
         structure.held = [held / tokens for held in batch.held]
-        verifier = _Verifier(model, selected, owners, structure, batch, alone, rows, seed, gradients)
+        verifier = Verifier(model, selected, owners, structure, batch, alone, rows, seed, gradients)
         for segment in range(stack.head + 1):
             if not verifier.segment(segment):
                 return None
@@ -277,120 +206,3 @@ def _batch(
         log.debug("rows cannot be given to every sample: %s", error)
     batch = Rehearsal(model, modules, inputs, stack, readout, expand=False, measure=True)
     return batch, close(batch.f, f)
-
-
-@dataclass
-class _Verifier:
-    """Chooses a path for every parameter, segment by segment."""
-
-    model: nn.Module
-    selected: Mapping[str, nn.Parameter]
-    owners: dict[str, list[tuple[str, str]]]
-    structure: Structure
-    batch: Rehearsal
-    alone: list[Rehearsal]
-    rows: list[str]
-    seed: int
-    gradients: int
-    used: set[str] = field(default_factory=set)
-    felt: set[str] = field(default_factory=set)
-
-    def segment(self, segment: int) -> bool:
-        """Settle one segment; False when it cannot be run again by itself."""
-        found = [r.scene(segment) for r in self.alone]
-        whole = self.batch.scene(segment)
-        scenes = [scene for scene in found if scene is not None]
-        if whole is None or len(scenes) < len(found):
-            return False
-        generator = torch.Generator().manual_seed(self.seed + segment)
-        v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float64).to(whole.out)
-        met = [uses_in_graph(scene.out, self.selected) for scene in scenes]
-        here = {name: p for name, p in self.selected.items() if any(m[name] for m in met)}
-        parts = list(groups(here, self.gradients // len(scenes)))
-        norms: dict[str, list[float]] = {}
-        truths: list[dict[str, Truth]] = []
-        for names in parts:
-            truths = [reference_gradients(self.model, scenes, {name: here[name] for name in names}, v)]
-            norms |= {name: truth.norms for name, truth in truths[0].items()}
-        scale = max((norm for found in norms.values() for norm in found), default=0.0)
-        if not math.isfinite(scale):
-            name = next(name for name, found in norms.items() if not all(map(math.isfinite, found)))
-            row = self.rows[next(i for i, norm in enumerate(norms[name]) if not math.isfinite(norm))]
-            msg = f"{name}: the gradient is not finite for example {row}"
-            raise NonFinite(msg)
-        pulled = whole.pull(v)
-        counts = uses_in_graph(whole.out, self.selected)
-        for names in parts:
-            truth = truths.pop() if len(parts) == 1 else None
-            truth = truth or reference_gradients(self.model, scenes, {name: here[name] for name in names}, v)
-            for name, true in truth.items():
-                self._settle(segment, name, true, scale, v, whole, pulled, counts, scenes, met)
-        return True
-
-    def _settle(
-        self,
-        segment: int,
-        name: str,
-        true: Truth,
-        scale: float,
-        v: Tensor,
-        whole: Scene,
-        pulled: dict[str, list[Pulled]],
-        counts: Mapping[str, int],
-        scenes: list[Scene],
-        met: Sequence[Mapping[str, int]],
-    ) -> None:
-        structure, n = self.structure, self.batch.n
-        self.used.add(name)
-        if max(true.norms) > rounding(true.like.dtype) * scale:
-            self.felt.add(name)
-        places = [(m, local) for m, local in self.owners[name] if m in whole.calls]
-        choice = None
-        if not structure.one_by_one:
-            choice = agreeing(self.model, name, places, [pulled], [n], true, scale)
-            if choice and not _all_seen(structure, Path(name, segment, choice), counts, whole.calls):
-                places, choice = [], None  # used elsewhere too, though not felt on these samples
-        if choice is None:
-            structure.one_by_one = True
-            each = [scene.pull(v[i : i + 1]) for i, scene in enumerate(scenes)]
-            choice = agreeing(self.model, name, places, each, [1] * n, true, scale)
-            path = Path(name, segment, choice or ())
-            if not all(_all_seen(structure, path, m, s.calls) for m, s in zip(met, scenes, strict=True)):
-                choice = None
-        if segment == structure.stack.head and choice and not structure.one_by_one:
-            # Real cotangents here, random ones below: only the head shows which tokens f looks at.
-            structure.tokens[name] = factors_of(self.model, name, choice, pulled, n, true.like).tokens
-        path = Path(name, segment, choice or ())
-        structure.paths[segment].append(path)
-        _settle_shape(structure, path, self.selected[name])
-
-
-def _all_seen(structure: Structure, path: Path, met: Mapping[str, int], calls: Mapping[str, list[Call]]) -> bool:
-    """Whether a graph uses a parameter nowhere but in its modules' recorded calls; a leaf may use it several times."""
-    made = calls_of(path.owners, calls)
-    if "leaf" in path.kind:
-        each = -(-met[path.parameter] // max(made, 1))
-        structure.per_call[path.parameter] = max(structure.per_call.get(path.parameter, 1), each)
-    return not path.owners or met[path.parameter] <= made * structure.per_call.get(path.parameter, 1)
-
-
-def groups(parameters: Mapping[str, nn.Parameter], entries: int) -> Iterator[list[str]]:
-    """Yield lists of parameter names whose sizes sum to at most `entries` (at least one each)."""
-    names: list[str] = []
-    held = 0
-    for name, p in parameters.items():
-        if names and held + p.numel() > entries:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += p.numel()
-    if names:
-        yield names
-
-
-def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:
-    shape, transposed = matrix_shape(p), path.kind == "outer-transposed"
-    structure.shapes[path.parameter] = shape[::-1] if transposed else shape
-    if structure.transposed.setdefault(path.parameter, transposed) != transposed:
-        msg = f"{path.parameter}: is used both transposed and not; {leave_out(path.parameter)}"
-        raise CheckFailed(msg)

@@ -28,8 +28,8 @@ from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
 from ntkengine.tangents.hidden import Hidden
-from ntkengine.tangents.probe import Path, Structure
 from ntkengine.tangents.rehearsal import agreement, storage
+from ntkengine.tangents.structure import Path, Structure
 from ntkengine.tangents.verify import Recording, calls_of, uses_in_graph
 
 KEEP_BYTES = 1 << 30

@@ -1,0 +1,73 @@
+"""A job laid out before it runs: probed, fitted into its budget, and timed on a piece of itself."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import torch
+
+from ntkengine.errors import InputError
+from ntkengine.gram.layout import Layout, bounds, fit
+from ntkengine.gram.plan import Plan, make_plan, needs_of, passes
+from ntkengine.gram.rates import contraction_rate, forward_seconds
+from ntkengine.gram.task import Task
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.streaming import is_streamed
+from ntkengine.inputs.weights import RESIDENT
+from ntkengine.tangents.probe import probe
+from ntkengine.tangents.structure import Structure
+
+
+def planned(
+    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int
+) -> tuple[Structure, Plan, Layout, Samples]:
+    """Probe the model and lay the job out within its budget.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    if memory_gib is not None and not memory_gib > 0:
+        msg = f"memory_gib: expected a number above 0, got {memory_gib}"
+        raise InputError(msg)
+    dtype = torch.bfloat16 if precision == "fast" else task.dtype
+    before = bounds(memory_gib, task.dtype.itemsize)
+    RESIDENT.limit = before.resident_bytes
+    began = time.perf_counter()
+    structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients)
+    probed = time.perf_counter() - began
+    frame = task.frame(structure.outputs)
+    one = 1 if structure.one_by_one else None
+
+    def microbatches(tokens: int) -> Samples:
+        return Samples(task.samples.groups, microbatch_tokens=tokens, microbatch=one, trim=structure.trim)
+
+    plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module)
+    plan.probe_seconds = probed
+    needs = needs_of(plan, structure, task.model, dtype)
+    layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
+    samples = microbatches(layout.microbatch_tokens)
+    plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
+    tiles = -(-plan.samples // layout.tile) if layout.tile else 1
+    plan.sweeps = tiles * (tiles + 1) // 2
+    return structure, plan, layout, samples
+
+
+def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples: Samples, *, bounded: bool) -> Plan:
+    """Return the plan with its times estimated from a piece of the job.
+
+    Args:
+        task: in the precision it will run in.
+        structure: from the probe.
+        plan: from `planned`.
+        layout: the same.
+        samples: the same.
+        bounded: whether there is a memory budget.
+    """
+    rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device)
+    plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
+    tiles = -(-plan.samples // layout.tile) if layout.tile else 1
+    kept = not bounded and not is_streamed(task.model)
+    forward = forward_seconds(task.model, samples, task.readout)
+    plan.pass_seconds = forward * tiles * passes(plan, structure, layout, kept)
+    return plan

@@ -1,0 +1,70 @@
+"""What the probe finds out about a model: its blocks, and the path of every parameter in every segment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from ntkengine.tangents.blocks import Stack
+from ntkengine.tangents.verify import Owners
+
+
+@dataclass(frozen=True)
+class Path:
+    """How one parameter's gradient is taken in one segment.
+
+    Attributes:
+        parameter: the parameter's name.
+        segment: the segment that uses it.
+        owners: (module, the parameter's own name there, path kind) for every module whose calls are used; empty for
+            plain autograd of the segment.
+    """
+
+    parameter: str
+    segment: int
+    owners: Owners
+
+    @property
+    def kind(self) -> str:
+        """The path's name in a plan."""
+        return "+".join(sorted({k for _, _, k in self.owners})) or "block"
+
+
+@dataclass
+class Structure:
+    """What the sweep needs to know about a model.
+
+    Attributes:
+        stack: its blocks.
+        paths: by segment.
+        shapes: by parameter: (R, I) of its gradient's matrix.
+        unused: selected parameters that f does not depend on (their gradient is zero).
+        negligible: those whose gradient is zero but for rounding on every probed sample.
+        transposed: by parameter: whether its gradient's matrix is the parameter's transpose.
+        one_by_one: microbatches must hold one sample.
+        trim: padding columns may be cut.
+        outputs: C.
+        expand: an output with one row stands for all samples (`capture.Recorder`).
+        tokens: by parameter: token axis of its factors on the probed samples.
+    """
+
+    stack: Stack
+    paths: dict[int, list[Path]] = field(default_factory=lambda: defaultdict(list))
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    negligible: list[str] = field(default_factory=list)
+    transposed: dict[str, bool] = field(default_factory=dict)
+    one_by_one: bool = False
+    trim: bool = True
+    outputs: int = 0
+    expand: bool = True
+    tokens: dict[str, int] = field(default_factory=dict)
+    per_call: dict[str, int] = field(default_factory=dict)
+    held: list[float] = field(default_factory=list)
+
+    def on(self, model: nn.Module) -> Structure:
+        """Return the same structure for a copy of the model."""
+        blocks = tuple(model.get_submodule(name) for name in self.stack.names)
+        return replace(self, stack=replace(self.stack, blocks=blocks))
