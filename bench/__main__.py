@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from bench import gram_vs_torch_func, minilm_2048, plan_accuracy
+from bench import contraction, gram_vs_torch_func, landmarks, lora_passes, minilm_2048, plan_accuracy, scaling
 
 CASES = {
     "gram-vs-torch-func": gram_vs_torch_func.main,
+    "contraction": contraction.main,
+    "lora-passes": lora_passes.main,
+    "landmarks": landmarks.main,
     "plan-accuracy": plan_accuracy.main,
+    "scaling": scaling.main,
     "minilm-2048": minilm_2048.main,
 }
 
