@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from bench import gram_vs_torch_func, minilm_2048, plan_accuracy
+from bench import gram_vs_torch_func, minilm_2048, plan_accuracy, sketch
 
 CASES = {
     "gram-vs-torch-func": gram_vs_torch_func.main,
     "plan-accuracy": plan_accuracy.main,
     "minilm-2048": minilm_2048.main,
+    "sketch": sketch.main,
 }
 
 

@@ -106,7 +106,7 @@ def plan_table(plan: Any) -> Table:
         f"{plan.rate / 1e9:,.0f} GFLOP/s"
     )
     layout = plan.layout
-    projected = sum(row.features is not None for row in plan.parameters)
+    projected = sum("sketched" in row.path for row in plan.parameters)
     if projected:
         note += f"; approximate: {projected} parameters sketched, {plan.projection_flops / 1e9:,.1f} GFLOP to project"
     if layout.get("hidden", "device") != "device":
