@@ -237,7 +237,8 @@ def needs_of(
     factors: dict[str, dict[str, float]] = {}
     for row in plan.parameters:
         factors.setdefault(row.segment, {})[row.parameter] = row.bytes
-    widest = max((plan.samples * plan.outputs * row.columns * min(row.rows, 16) for row in plan.parameters), default=0)
+    tiles = (min(row.columns * min(row.rows, 16), row.features or row.rows * row.columns) for row in plan.parameters)
+    widest = plan.samples * plan.outputs * max(tiles, default=0)
     streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
     parameter = next(iter(model.parameters()))
     segments: dict[str, int] = {}
