@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import numpy as np
@@ -56,6 +57,7 @@ def main() -> int:
             "exact_seconds": exact_seconds,
             "exact_pass_seconds": exact.meta["pass_seconds"],
             "exact_contract_seconds": exact.meta["contract_seconds"],
+            "load_average": os.getloadavg()[0],  # above the cores: other processes were timed along
         }
         print(json.dumps(record("sketch", CONFIG | {"k": k}, values), indent=1))
     return 0

@@ -125,7 +125,7 @@ class Sketch:
 
     @property
     def variance(self) -> float:
-        """Bound on the variance of ⟨H, H'⟩ / (‖G‖‖G'‖), reached when all gradients are of one direction and rank 1."""
+        """Bound on the variance of ⟨H, H'⟩ / (‖G‖‖G'‖), near where all gradients are one of rank 1."""
         found = self.coefficients()
         both = max(0.0, float(found[0, 0] + found[2, 2]) - 1.0)
         found[0, 0] = found[2, 2] = 0.0
