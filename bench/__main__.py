@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import contraction, gram_vs_torch_func, landmarks, lora_passes, minilm_2048, plan_accuracy, scaling
+from bench import contraction, gram_vs_torch_func, landmarks, lora_passes, minilm_2048, plan_accuracy, scaling, sketch
 
 CASES = {
     "gram-vs-torch-func": gram_vs_torch_func.main,
@@ -14,6 +14,7 @@ CASES = {
     "plan-accuracy": plan_accuracy.main,
     "scaling": scaling.main,
     "minilm-2048": minilm_2048.main,
+    "sketch": sketch.main,
 }
 
 
