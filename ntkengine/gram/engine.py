@@ -233,9 +233,10 @@ def plan_gram(
     """
     refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs, sketch)
     task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
+    tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        found = planned(task, precision, per_module, memory_gib, seed, sketch)[:4]
+        found = planned(task, precision, per_module, memory_gib, seed, sketch)
         return timed(task.fast(running) if precision == "fast" else task, *found)
 
 

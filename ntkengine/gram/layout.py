@@ -67,6 +67,7 @@ class Needs:
         segment: entries of the largest segment's parameters.
         kept: activations that a job without a bound keeps rather than recomputes.
         copy: a copy of the weights in another dtype.
+        ghost: copies of one parameter's factors, with one token axis for all samples, that ghost products read.
         projections: a sketch's random matrices for the largest segment.
     """
 
@@ -84,16 +85,21 @@ class Needs:
     kept: float = 0.0
     copy: float = 0.0
     projections: float = 0.0
+    ghost: float = 0.0
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""
         share = layout.share(self.samples)
         limit = layout.factor_bytes / share
         blocks = [share * sum(part[n] for n in names) for part in self.factors for names in grouped(part, limit)]
-        working = max(self.activations * layout.microbatch_tokens, share * self.feature_tile)
+        working = max(self.activations * layout.microbatch_tokens, share * max(self.feature_tile, self.ghost))
         kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
         resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
-        sweep = kept + max(blocks, default=0.0) + working + (self.kept if layout.keeps else 0.0)
+        factors = max(blocks, default=0.0)
+        if layout.keeps and self.kept:  # a block's factors take the place of the activations it no longer needs
+            kept = share * self.cotangents + self.kept
+            factors = max(0.0, factors - self.kept / max(1, len(self.factors)))
+        sweep = kept + factors + working
         # Three samples' gradients by plain autograd, and again by the path that is tried.
         probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
         return self.gram + resident + self.copy + max(sweep + self.projections, probe)

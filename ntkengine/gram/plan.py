@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from ntkengine.gram.layout import Layout, Needs
+from ntkengine.gram.layout import Needs
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.streaming import entry_of
-from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
+# Memory that kept activations take for each byte of them: freed ones between them leave gaps (measured with glibc).
+_HEAP = 1.35
 # What the sweep does -> what a plan calls it.
 _SHOWN = {
     "outer-transposed": "outer",
@@ -237,6 +238,7 @@ def needs_of(
     widest = plan.samples * plan.outputs * max(tiles, default=0)
     streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
     parameter = next(iter(model.parameters()))
+    entry = parameter.element_size()
     segments: dict[str, int] = {}
     for row in plan.parameters:
         segments[row.segment] = segments.get(row.segment, 0) + row.rows * row.columns
@@ -258,27 +260,23 @@ def needs_of(
         feature_tile=max(float(TILE_BYTES), float(widest * dtype.itemsize)),
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         weights=float(sum(streamed)),
-        entry=parameter.element_size(),
+        entry=entry,
         parameter=max(row.rows * row.columns for row in plan.parameters) if plan.parameters else 0,
         segment=max(segments.values(), default=0),
-        kept=min(KEEP_BYTES, 0 if streamed else sum(structure.held) * plan.tokens),
+        kept=0.0
+        if streamed
+        else _HEAP * kept_microbatches(plan, structure)[1] * dtype.itemsize / parameter.element_size(),
         copy=0.0 if dtype == parameter.dtype else float(sum(p.numel() for p in model.parameters()) * dtype.itemsize),
         projections=float(max(projections, default=0)),
+        ghost=2.0 * max((row.bytes for row in plan.parameters if row.strategy == "ghost"), default=0.0),
     )
 
 
-def passes(plan: Plan, structure: Structure, layout: Layout, kept: bool) -> float:
-    """Return how many forward passes' time a sweep's passes take.
-
-    An activation-only backward costs about a forward. Activations kept up to `KEEP_BYTES` spare the second forward; a
-    block run again for parts of its parameters costs one more of everything for each part.
-    """
-    C, held = plan.outputs, sum(structure.held) * plan.tokens
-    limit = layout.factor_bytes / layout.share(plan.samples)
-    parts = [len(grouped(part, limit)) for part in _factors(plan.parameters)]
-    again = sum(parts) / max(1, len(parts))
-    spared = min(1.0, KEEP_BYTES / held) if kept and held else 0.0
-    return 1.0 - spared + (1.0 + C) * again
+def kept_microbatches(plan: Plan, structure: Structure) -> tuple[int, float]:
+    """Return how many microbatches' activations a sweep keeps, the last beyond `KEEP_BYTES`, and their bytes."""
+    each = sum(structure.held) * plan.tokens / plan.microbatches
+    count = min(plan.microbatches, -int(-KEEP_BYTES // each)) if each else 0
+    return count, count * each
 
 
 def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:

@@ -9,8 +9,8 @@ import torch
 
 from ntkengine.errors import InputError
 from ntkengine.gram.layout import Layout, bounds, fit
-from ntkengine.gram.plan import Plan, make_plan, needs_of, passes
-from ntkengine.gram.rates import contraction_rate, forward_seconds
+from ntkengine.gram.plan import Plan, kept_microbatches, make_plan, needs_of
+from ntkengine.gram.rates import contraction_rate, page_seconds, sweep_seconds
 from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
 from ntkengine.inputs.batches import Samples
@@ -56,7 +56,9 @@ def planned(
     return structure, plan, layout, samples, sketches
 
 
-def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples: Samples) -> Plan:
+def timed(
+    task: Task, structure: Structure, plan: Plan, layout: Layout, samples: Samples, sketches: dict[str, Sketch]
+) -> Plan:
     """Return the plan with its times estimated from a piece of the job.
 
     Args:
@@ -65,10 +67,12 @@ def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples:
         plan: from `planned`.
         layout: the same.
         samples: the same.
+        sketches: the same.
     """
     rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device)
     plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
-    kept = layout.keeps and not is_streamed(task.model)
-    forward = forward_seconds(task.model, samples, task.readout)
-    plan.pass_seconds = forward * layout.tiles(plan.samples) * passes(plan, structure, layout, kept)
+    kept = kept_microbatches(plan, structure)[0] if layout.keeps and not is_streamed(task.model) else 0
+    on = structure.on(task.model)
+    seconds = sweep_seconds(task, on, plan, layout, samples, sketches, kept) * layout.tiles(plan.samples)
+    plan.pass_seconds = seconds + page_seconds(plan.peak_bytes, task.device)
     return plan

@@ -2,36 +2,94 @@
 
 from __future__ import annotations
 
+import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
 
+from ntkengine.gram.layout import Layout
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.strategies import contract, outer_costs
+from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model
 from ntkengine.tangents.factors import Dense, Outer, ParameterFactors
+from ntkengine.tangents.sketch import Sketch
+from ntkengine.tangents.structure import Structure
+from ntkengine.tangents.sweep import KEEP_BYTES, Sweep
 
-_SAMPLES = 64  # of the contraction that is timed
+_SAMPLES = 512  # of the contraction that is timed: products of fewer run slower
+_FLOPS = 1e10
+_PAGES = 64 << 20  # bytes touched to time the first touch
 
 
-def forward_seconds(model: nn.Module, samples: Samples, readout: Readout) -> float:
-    """Return the seconds of one forward pass of all samples, from two runs of a middle microbatch."""
-    parameter = next(iter(model.parameters()))
+def sweep_seconds(
+    task: Task,
+    structure: Structure,
+    plan: Plan,
+    layout: Layout,
+    samples: Samples,
+    sketches: Mapping[str, Sketch],
+    kept: int,
+) -> float:
+    """Return the seconds of the passes over all samples: a middle microbatch swept alone, at the best of two runs.
+
+    Args:
+        task: in the precision it will run in.
+        structure: from the probe.
+        plan: the job's, for its factors' sizes.
+        layout: what is held at once, and where.
+        samples: the job's.
+        sketches: by parameter, what is kept of its gradient.
+        kept: microbatches whose activations are kept rather than recomputed.
+    """
     chunk = samples.chunks[len(samples.chunks) // 2]
-    inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
+    rows = torch.from_numpy(chunk.rows.copy())
+    group = {k: v[rows.to(v.device)] for k, v in samples.groups[chunk.group].items()}
+    few = Samples([group], microbatch=chunk.n, trim=structure.trim)
+    sizes = {row.parameter: row.bytes for row in plan.parameters}
+    limit = layout.factor_bytes / layout.share(plan.samples)
 
-    def run() -> None:
-        with torch.no_grad():
-            readout(call_model(model, inputs), inputs)
+    def run(keep: int) -> Callable[[], None]:
+        def sweep() -> None:
+            passes = Sweep(
+                task.model,
+                task.selected,
+                structure,
+                few,
+                task.readout,
+                keep_bytes=keep,
+                hidden=layout.hidden,
+                factor_bytes=sizes,
+                limit=limit,
+                sketches=sketches,
+            )
+            for _ in passes.segments():
+                pass
 
-    lengths = samples.lengths[chunk.group][chunk.rows]
-    share = float(lengths.sum()) / sum(float(found.sum()) for found in samples.lengths)
-    return _best(run, parameter.device, 2) / share
+        return sweep
+
+    length = float(samples.lengths[chunk.group][chunk.rows].sum())
+    each = sum(float(found.sum()) for found in samples.lengths) / len(samples.chunks) / length
+    seconds = 0.0
+    for count, keep in ((kept, KEEP_BYTES), (len(samples.chunks) - kept, 0)):
+        if count:
+            seconds += count * each * _best(run(keep), task.device, 2)
+    return seconds
+
+
+def page_seconds(peak_bytes: float, device: torch.device) -> float:
+    """Return the seconds it takes the system to hand out so much memory for the first time; 0 on a GPU."""
+    if device.type != "cpu":
+        return 0.0
+    pages = torch.frombuffer(mmap.mmap(-1, _PAGES), dtype=torch.float32)
+    start = time.perf_counter()
+    pages.fill_(0.0)
+    middle = time.perf_counter()
+    pages.fill_(0.0)
+    again = time.perf_counter() - middle
+    return peak_bytes / _PAGES * max(0.0, middle - start - again)
 
 
 def contraction_rate(plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device) -> float:
@@ -44,7 +102,7 @@ def contraction_rate(plan: Plan, frame: Frame, dtype: torch.dtype, device: torch
     if row.features is not None:
         return _explicit_rate(row.features, min(_SAMPLES, plan.samples), frame, dtype, device)
     S, C, T = min(_SAMPLES, plan.samples), plan.outputs, row.tokens
-    R = min(row.rows, max(64, int(2e9 / (2.0 * S * S * C * row.columns))))
+    R = min(row.rows, max(16, int(_FLOPS / (2.0 * S * S * C * row.columns))))
     a = torch.randn(S, T, row.columns, device=device).to(dtype)
     d = torch.randn(S, C, T, R, device=device).to(dtype)
     factors = ParameterFactors(row.parameter, (R, row.columns), [S], [[Outer(a, d)]])

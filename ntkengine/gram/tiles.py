@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from ntkengine.inputs.batches import Samples
-from ntkengine.products import inner_products, to_onednn
+from ntkengine.products import inner_products, prefers_onednn, to_onednn
 
 CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 
 
 # Terms summed in float32. One float32 product over millions of terms was wrong by 2.8e-4, over 65,536 by 2e-6.
 RUN = 4096
-# Half-precision products need longer runs and thicker panels for speed, and round far more than their float32 sums do.
+# Half-precision products need longer runs for speed, and round far more than their float32 sums do.
 HALF = (torch.bfloat16, torch.float16)
-_HALF_RUN, _HALF_PANEL = 16_384, 64
+_HALF_RUN = 16_384
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,19 @@ class Frame:
         m, n = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
         return (n * (n + 1) / 2 + (m - n) * n) if self.symmetric else float(m * n)
 
-    def panels(self, size: int | None = None, least: int = 32) -> list[tuple[int, int, int]]:
+    def panels(self, size: int | None = None) -> list[tuple[int, int, int]]:
         """Return (row start, row stop, last column) panels on the Gram's own axis, right of the diagonal left out.
 
         Args:
-            size: rows of a panel; default an eighth of them all.
-            least: rows it has at least by default: thinner panels lose more speed than the triangle saves.
+            size: rows of a panel. By default, of a square a fraction: thinner panels save more of the triangle,
+                thicker ones run faster, oneDNN's more so; without a triangle to save, nearly all rows.
         """
         first, stop, end = (x * self.width for x in (*self.rows, self.columns[1]))
-        size = size or max(least, -(-(stop - first) // 8))
+        rows = stop - first
+        if size is None and not self.symmetric:
+            size = min(2048, rows)
+        elif size is None:
+            size = min(256, max(64, rows // 4)) if prefers_onednn() else max(32, -(-rows // 8))
         starts = range(first, stop, size)
         return [(s, t, min(t, end) if self.symmetric else end) for s in starts for t in (min(s + size, stop),)]
 
@@ -148,7 +152,7 @@ class Accumulator:
 
     def _add_products(self, layer: int, x: Tensor, y: Tensor) -> None:
         if x.dtype in HALF:
-            for start, stop, last in self.frame.panels(least=_HALF_PANEL):
+            for start, stop, last in self.frame.panels():
                 K = self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0]
                 runs = zip(x[start:stop].split(_HALF_RUN, 1), y[self.c0 : last].split(_HALF_RUN, 1), strict=True)
                 for left, right in runs:
@@ -157,7 +161,7 @@ class Accumulator:
         if to_onednn(x, y):
             # It sums a long run in blocks of its own: 3e-7 over 65,536 terms, less than over 4,096.
             x, y = x.contiguous(), y.contiguous()
-            for start, stop, last in self.frame.panels(_panel(self.frame)):
+            for start, stop, last in self.frame.panels():
                 self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0] += inner_products(
                     x[start:stop], y[self.c0 : last]
                 )
@@ -206,12 +210,6 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     if x.dtype in HALF and x.is_cuda:
         return torch.mm(x, y.T, out_dtype=torch.float32)
     return inner_products(x, y)
-
-
-def _panel(frame: Frame) -> int:
-    """Return rows of a panel for one long product: thinner ones save more of the triangle, thicker ones run faster."""
-    rows = (frame.rows[1] - frame.rows[0]) * frame.width
-    return min(256, max(64, rows // 4)) if frame.symmetric else min(2048, rows)
 
 
 def _runs(x: Tensor) -> Tensor:
