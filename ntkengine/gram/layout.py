@@ -68,6 +68,7 @@ class Needs:
         kept: activations that a job without a bound keeps rather than recomputes.
         copy: a copy of the weights in another dtype.
         ghost: copies of one parameter's factors, with one token axis for all samples, that ghost products read.
+        tokens: of all samples.
         projections: a sketch's random matrices for the largest segment.
     """
 
@@ -86,16 +87,20 @@ class Needs:
     copy: float = 0.0
     projections: float = 0.0
     ghost: float = 0.0
+    tokens: int = 1
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""
         share = layout.share(self.samples)
         limit = layout.factor_bytes / share
         blocks = [share * sum(part[n] for n in names) for part in self.factors for names in grouped(part, limit)]
-        working = max(self.activations * layout.microbatch_tokens, share * max(self.feature_tile, self.ghost))
+        factors = max(blocks, default=0.0)
+        # Output gradients of a microbatch are there twice while its factors are put together.
+        fresh = factors * min(1.0, layout.microbatch_tokens / (share * self.tokens)) if not layout.keeps else 0.0
+        passing = self.activations * layout.microbatch_tokens + fresh
+        working = max(passing, share * max(self.feature_tile, self.ghost))
         kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
         resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
-        factors = max(blocks, default=0.0)
         if layout.keeps and self.kept:  # a block's factors take the place of the activations it no longer needs
             kept = share * self.cotangents + self.kept
             factors = max(0.0, factors - self.kept / max(1, len(self.factors)))
