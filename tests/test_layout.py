@@ -87,7 +87,7 @@ def test_a_budget_is_met_by_the_plan_or_refused():
 
 def test_the_fastest_layout_that_fits():
     needs = Needs(
-        samples=64, gram=1e6, hidden=4e8, cotangents=2e7, factors=[{"a": 1e8, "b": 1e8}, {"c": 5e7}],
+        samples=64, tokens=8192, gram=1e6, hidden=4e8, cotangents=2e7, factors=[{"a": 1e8, "b": 1e8}, {"c": 5e7}],
         feature_tile=1e6, activations=1e5, weights=0.0, entry=4,
     )  # fmt: skip
     peaks = []

@@ -55,6 +55,7 @@ class Needs:
 
     Attributes:
         samples: S.
+        tokens: of all samples.
         gram: the accumulators.
         hidden: hidden states of all samples and blocks.
         cotangents: cotangents of all samples.
@@ -68,11 +69,11 @@ class Needs:
         kept: activations that a job without a bound keeps rather than recomputes.
         copy: a copy of the weights in another dtype.
         ghost: copies of one parameter's factors, with one token axis for all samples, that ghost products read.
-        tokens: of all samples.
         projections: a sketch's random matrices for the largest segment.
     """
 
     samples: int
+    tokens: int
     gram: float
     hidden: float
     cotangents: float
@@ -87,7 +88,6 @@ class Needs:
     copy: float = 0.0
     projections: float = 0.0
     ghost: float = 0.0
-    tokens: int = 1
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""

@@ -253,6 +253,7 @@ def needs_of(
     share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
     return Needs(
         samples=plan.samples,
+        tokens=plan.tokens,
         gram=plan.gram_bytes,
         hidden=share * plan.blocks,
         cotangents=share * plan.outputs,
@@ -268,7 +269,6 @@ def needs_of(
         else _HEAP * kept_microbatches(plan, structure)[1] * dtype.itemsize / parameter.element_size(),
         copy=0.0 if dtype == parameter.dtype else float(sum(p.numel() for p in model.parameters()) * dtype.itemsize),
         projections=float(max(projections, default=0)),
-        tokens=plan.tokens,
         ghost=2.0 * max((row.bytes for row in plan.parameters if row.strategy == "ghost"), default=0.0),
     )
 
