@@ -101,8 +101,8 @@ def fold(
     rows = min(ROWS, tile[0])
     _fold[(count, tile[0] // rows)](
         slab,
-        slab if scale_M is None else scale_M,
-        slab if scale_N is None else scale_N,
+        slab if scale_M is None else scale_M.contiguous(),
+        slab if scale_N is None else scale_N.contiguous(),
         K_MN,
         order,
         K_MN.shape[0],

@@ -39,7 +39,7 @@ def _materialise(
     d_lo: tl.tensor,
     scale: tl.tensor,  # (S,) float32, what a sum is multiplied by
     lengths: tl.tensor,  # (S,) int32
-    out_hi: tl.tensor,  # (S, C, rows, I) with its own stride for S
+    out_hi: tl.tensor,  # (S, C, rows, I)
     out_lo: tl.tensor,
     start: tl.tensor,  # first row of the parameter
     rows: tl.tensor,
@@ -50,7 +50,8 @@ def _materialise(
     stride_ds: tl.tensor,
     stride_dc: tl.tensor,
     stride_dt: tl.tensor,
-    stride_out: tl.tensor,
+    stride_os: tl.tensor,
+    stride_oc: tl.tensor,
     LO: tl.constexpr,
     OUT_LO: tl.constexpr,
     SCALE: tl.constexpr,
@@ -90,7 +91,7 @@ def _materialise(
         total *= tl.load(scale + s)
     if SIGN:
         total = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0)) + (total - total)
-    place = s * stride_out + (c * rows + r)[:, None].to(tl.int64) * I + k[None, :]
+    place = s * stride_os + c * stride_oc + r.to(tl.int64)[:, None] * I + k[None, :]
     inside = (r < rows)[:, None] & (k < I)[None, :]
     high_part = total.to(out_hi.dtype.element_ty)
     tl.store(out_hi + place, high_part, mask=inside)
@@ -98,21 +99,38 @@ def _materialise(
         tl.store(out_lo + place, (total - high_part.to(tl.float32)).to(out_lo.dtype.element_ty), mask=inside)
 
 
-def buffer(S: int, width: int, like: Factors) -> Planes:
-    """Return planes that `materialise` may write tiles of up to `width` features into, again and again."""
-    stride = -(-width // 64) * 64
-    hi = torch.empty(S, stride, dtype=like.a_hi.dtype, device=like.a_hi.device)
-    return Planes(hi, None if like.a_lo is None else torch.empty_like(hi))
+def row_width(factors: Factors, rows: int, *, separate: bool) -> int:
+    """Return the entries that a Gram row's features take in a buffer: `rows` parameter rows, padded to 64."""
+    folded = 1 if separate else factors.d_hi.shape[1]
+    return -(-folded * rows * factors.a_hi.shape[2] // 64) * 64
 
 
-def materialise(factors: Factors, start: int, stop: int, out: Planes, *, sign: bool = False) -> Planes:
-    """Return features (S, C·(stop − start)·I), rows [start, stop) of every sample's and output's gradient.
+def buffer(factors: Factors, rows: int, *, separate: bool = False, sign: bool = False) -> Planes:
+    """Return planes that `materialise` may write tiles of up to `rows` parameter rows into, again and again.
+
+    Args:
+        factors: of all samples.
+        rows: of the parameter.
+        separate: a row for each sample and output, else for each sample.
+        sign: for signs: one plane.
+    """
+    S, C = factors.d_hi.shape[:2]
+    size = (S * C if separate else S, row_width(factors, rows, separate=separate))
+    hi = torch.empty(size, dtype=factors.a_hi.dtype, device=factors.a_hi.device)
+    return Planes(hi, None if factors.a_lo is None or sign else torch.empty_like(hi))
+
+
+def materialise(
+    factors: Factors, start: int, stop: int, out: Planes, *, separate: bool = False, sign: bool = False
+) -> Planes:
+    """Return features (S, C·p), rows [start, stop) of every gradient, p = (stop − start)·I; (S·C, p) if separate.
 
     Args:
         factors: of all samples.
         start: first row of the parameter.
         stop: last row, left out.
-        out: from `buffer`; it is overwritten.
+        out: from `buffer` with the same options; it is overwritten.
+        separate: outputs are rows of their own, n·C + c; else one after another in their sample's row.
         sign: signs in place of values, one plane.
 
     Returns:
@@ -126,8 +144,8 @@ def materialise(factors: Factors, start: int, stop: int, out: Planes, *, sign: b
     S, C, _, R = factors.d_hi.shape
     I = factors.a_hi.shape[2]  # noqa: E741
     expect(0 <= start < stop <= R, f"rows: expected 0 ≤ start < stop ≤ {R}, got {start}, {stop}")
-    width = C * (stop - start) * I
-    expect(out.shape[0] == S and out.shape[1] >= width, f"out: expected ({S}, ≥ {width}), got {out.shape}")
+    count, width = (S * C, (stop - start) * I) if separate else (S, C * (stop - start) * I)
+    expect(out.shape[0] == count and out.shape[1] >= width, f"out: expected ({count}, ≥ {width}), got {out.shape}")
     expect(out.hi.is_contiguous() and out.hi.dtype == factors.a_hi.dtype, "out: expected what buffer() returns")
     limit = require(factors.a_hi.device)
     planes = factors.a_lo is not None
@@ -166,21 +184,23 @@ def materialise(factors: Factors, start: int, stop: int, out: Planes, *, sign: b
         factors.d_hi.stride(0),
         factors.d_hi.stride(1),
         factors.d_hi.stride(2),
-        out.hi.stride(0),
+        out.hi.stride(0) * (C if separate else 1),
+        out.hi.stride(0) if separate else (stop - start) * I,
         LO=planes,
         OUT_LO=two,
         SCALE=scale is not None,
         SIGN=sign,
         **launch.options(),
     )
-    lo = out_lo[:, :width] if two else None
-    return Planes(out.hi[:, :width], lo, unscaled)
+    if unscaled is not None and separate:
+        unscaled = unscaled.repeat_interleave(C)
+    return Planes(out.hi[:, :width], out_lo[:, :width] if two else None, unscaled)
 
 
 def compilations(family: int) -> list[Compilation]:
     """Return what this file's launchers launch."""
     found = []
-    strides = ("stride_as", "stride_at", "stride_ds", "stride_dc", "stride_dt", "stride_out")
+    strides = ("stride_as", "stride_at", "stride_ds", "stride_dc", "stride_dt", "stride_os", "stride_oc")
     for kind, dtype, sign in (("half", "bf16", False), ("half", "bf16", True), ("half", "fp16", False)) + (
         ("planes", "fp16", False),
         ("planes", "fp16", True),

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from ntk_kernels.fold import SLAB_BYTES
+from ntk_kernels.syrk import PANEL_BYTES
 from torch import nn
 
+from ntkengine.gram.kernels import FEATURE_BYTES
 from ntkengine.gram.layout import Layout, Needs, parts_of
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
@@ -198,7 +201,7 @@ def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: F
     )
 
 
-def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dtype) -> Needs:
+def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dtype, *, kernels: bool = False) -> Needs:
     """Return what a planned job takes.
 
     Args:
@@ -206,6 +209,7 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         structure: from the probe, which has measured a token's activations.
         model: as it is probed.
         dtype: what it will run in.
+        kernels: whether contractions run in Triton kernels, which read a parameter's factors from one piece.
     """
     factors: dict[str, dict[str, float]] = {}
     for row in plan.parameters:
@@ -216,6 +220,10 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
     segments: dict[str, int] = {}
     for row in plan.parameters:
         segments[row.segment] = segments.get(row.segment, 0) + row.rows * row.columns
+    tile = max(float(TILE_BYTES), float(widest * dtype.itemsize))
+    if kernels:
+        tile = max(tile, FEATURE_BYTES) + max((row.bytes for row in plan.parameters), default=0.0)
+        tile += SLAB_BYTES + PANEL_BYTES
     share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
     return Needs(
         samples=plan.samples,
@@ -223,7 +231,7 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         hidden=share * plan.blocks,
         cotangents=share * plan.outputs,
         factors=list(factors.values()),
-        feature_tile=max(float(TILE_BYTES), float(widest * dtype.itemsize)),
+        feature_tile=tile,
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         weights=float(sum(streamed)),
         entry=parameter.element_size(),

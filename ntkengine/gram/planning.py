@@ -44,7 +44,7 @@ def planned(
 
     plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module)
     plan.probe_seconds = probed
-    needs = needs_of(plan, structure, task.model, dtype)
+    needs = needs_of(plan, structure, task.model, dtype, kernels=task.kernels)
     layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
@@ -64,7 +64,7 @@ def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples:
         samples: the same.
         bounded: whether there is a memory budget.
     """
-    rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device)
+    rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device, kernels=task.kernels)
     plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
     tiles = -(-plan.samples // layout.tile) if layout.tile else 1
     kept = not bounded and not is_streamed(task.model)

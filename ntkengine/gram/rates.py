@@ -34,7 +34,9 @@ def forward_seconds(model: nn.Module, samples: Samples, readout: Readout) -> flo
     return _best(run, parameter.device, 2) / share
 
 
-def contraction_rate(plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device) -> float:
+def contraction_rate(
+    plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device, *, kernels: bool = False
+) -> float:
     """Return the flop/s of the job's largest contraction, on as many random samples as fit in a tenth of a second."""
     rows = [row for row in plan.parameters if row.strategy in ("materialise", "ghost") and row.tokens]
     if not rows:
@@ -46,7 +48,7 @@ def contraction_rate(plan: Plan, frame: Frame, dtype: torch.dtype, device: torch
     d = torch.randn(S, C, T, R, device=device).to(dtype)
     factors = ParameterFactors(row.parameter, (R, row.columns), [S], [[Outer(a, d)]])
     small = Frame((0, S), (0, S), C, frame.contraction)
-    total = Accumulator(small, device)
+    total = Accumulator(small, device, kernels=kernels)
     pairs = small.computed if row.strategy == "materialise" else small.pairs
     outputs = C * small.width
     flops = (

@@ -90,7 +90,7 @@ def test_materialise(case, dtype):
     packed = pack(chunks)
     S, C, _, R = d.shape
     G = naive.materialise(a, d)
-    out = buffer(S, C * R * a.shape[2], packed)
+    out = buffer(packed, R)
     for start, stop in ((0, R), (R // 2, R)):
         truth = G[:, :, start:stop].reshape(S, -1)
         phi = materialise(packed, start, stop, out)
@@ -98,7 +98,9 @@ def test_materialise(case, dtype):
         K = torch.zeros(S, S, dtype=torch.float64, device=DEVICE)
         syrk(phi, K)
         close(K, naive.syrk(phi.value()).tril(), dtype, phi.shape[1])  # of the rounded features, on both sides
-        signs = materialise(packed, start, stop, buffer(S, C * R * a.shape[2], packed), sign=True)
+        apart = materialise(packed, start, stop, buffer(packed, R, separate=True), separate=True)
+        assert torch.equal(apart.value().reshape(S, -1), phi.value())
+        signs = materialise(packed, start, stop, buffer(packed, R, sign=True), sign=True)
         differ = signs.value().double() != truth.sign()
         assert float(truth.abs()[differ].sum()) < 1e-6 * float(truth.abs().sum())
 
@@ -108,13 +110,13 @@ def test_materialise_keeps_small_gradients():
     a, d = randn(4, 3, 20), 1e-9 * randn(4, 1, 3, 16)
     truth = naive.materialise(a, d).reshape(4, -1)
     packed = pack([(a, d)])
-    phi = materialise(packed, 0, 16, buffer(4, 16 * 20, packed))
+    phi = materialise(packed, 0, 16, buffer(packed, 16))
     assert (phi.value().double() - truth).norm() < 5e-7 * truth.norm()
 
 
 def test_materialise_without_tokens_is_zero():
     packed = pack([(randn(2, 0, 5), randn(2, 1, 0, 4)), (randn(1, 3, 5), randn(1, 1, 3, 4))])
-    phi = materialise(packed, 0, 4, buffer(3, 20, packed))
+    phi = materialise(packed, 0, 4, buffer(packed, 4))
     assert not phi.value()[:2].any()
     assert phi.value()[2].any()
 
