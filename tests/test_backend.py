@@ -19,6 +19,7 @@ from ntkengine.tangents.factors import Lookup, Outer, ParameterFactors
 from tests.brute import relative_error, tiny_inputs, tiny_model
 from tests.kernels.common import DEVICE
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 
 

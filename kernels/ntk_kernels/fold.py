@@ -27,7 +27,7 @@ def _fold(
     N: tl.tensor,
     first: tl.tensor,
     splits: tl.tensor,
-    stride_row: tl.tensor,
+    stride_row: tl.int64,
     stride_column: tl.tensor,
     X_SCALE: tl.constexpr,
     Y_SCALE: tl.constexpr,
@@ -127,7 +127,15 @@ def compilations(family: int) -> list[Compilation]:
     for bm, bn in ((128, 256), (128, 128), (64, 64), (8, 8), (1, 1)):
         signature = dict.fromkeys(("slab", "x_scale", "y_scale"), "*fp32") | {"K": "*fp64", "order": "*i32"}
         signature |= dict.fromkeys(("M", "N", "first", "splits"), "i32")
-        signature |= {"stride_row": "i64", "stride_column": "i64"}
-        constants = {"X_SCALE": True, "Y_SCALE": True, "LOWER": True, "BM": bm, "BN": bn, "ROWS": min(ROWS, bm)}
+        signature |= {"stride_row": "i64"}
+        constants = {
+            "stride_column": 1,
+            "X_SCALE": True,
+            "Y_SCALE": True,
+            "LOWER": True,
+            "BM": bm,
+            "BN": bn,
+            "ROWS": min(ROWS, bm),
+        }
         found.append(Compilation(f"fold {bm}×{bn}", _fold, family, signature, constants, _FOLD))
     return found

@@ -75,11 +75,11 @@ def _ghost(
     T: tl.tensor,
     I: tl.tensor,  # noqa: E741
     R: tl.tensor,
-    stride_as: tl.tensor,
-    stride_at: tl.tensor,
-    stride_ds: tl.tensor,
-    stride_dc: tl.tensor,
-    stride_dt: tl.tensor,
+    stride_as: tl.int64,
+    stride_at: tl.int64,
+    stride_ds: tl.int64,
+    stride_dc: tl.int64,
+    stride_dt: tl.int64,
     first: tl.tensor,  # first tile of this launch
     output: tl.tensor,  # first output of the inner product, beside the Gram row's own
     WIDTH: tl.constexpr,  # Gram rows for each sample: its outputs, or 1

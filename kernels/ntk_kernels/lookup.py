@@ -36,9 +36,9 @@ def _sum_rows(
     out: tl.tensor,  # (L, C, D) float32
     T: tl.tensor,
     D: tl.tensor,
-    stride_ds: tl.tensor,
-    stride_dc: tl.tensor,
-    stride_dt: tl.tensor,
+    stride_ds: tl.int64,
+    stride_dc: tl.int64,
+    stride_dt: tl.int64,
     BLOCK: tl.constexpr,
 ) -> None:
     blocks = tl.cdiv(D, BLOCK)
@@ -67,9 +67,9 @@ def _lookup(
     N: tl.tensor,
     D: tl.tensor,
     column0: tl.tensor,
-    stride_x: tl.tensor,
-    stride_y: tl.tensor,
-    stride_row: tl.tensor,
+    stride_x: tl.int64,
+    stride_y: tl.int64,
+    stride_row: tl.int64,
     stride_column: tl.tensor,
     LOWER: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -215,11 +215,11 @@ def lookup(
 
 def compilations(family: int) -> list[Compilation]:
     """Return what this file's launchers launch."""
-    strides = ("stride_x", "stride_y", "stride_row", "stride_column")
+    strides = ("stride_x", "stride_y", "stride_row")
     signature = {"x": "*fp32", "y": "*fp32", "place": "*i64"}
     signature |= dict.fromkeys(("table", "first", "begin", "end"), "*i32") | {"K": "*fp64"}
     signature |= dict.fromkeys(("M", "N", "D", "column0"), "i32") | dict.fromkeys(strides, "i64")
-    constants = {"LOWER": True, "SAMPLES": SAMPLES}
+    constants = {"stride_column": 1, "LOWER": True, "SAMPLES": SAMPLES}
     wide = ("D", "stride_x", "stride_y")
     found = [Compilation("lookup fp32", _lookup, family, signature, constants, LAUNCHES[family], "any", wide)]
     steps = ("stride_ds", "stride_dc", "stride_dt")

@@ -61,8 +61,8 @@ def _split(
     hi: tl.tensor,  # (N, p) float16
     lo: tl.tensor,
     p: tl.tensor,
-    stride_x: tl.tensor,
-    stride_out: tl.tensor,
+    stride_x: tl.int64,
+    stride_out: tl.int64,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(1).to(tl.int64)

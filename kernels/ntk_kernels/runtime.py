@@ -6,6 +6,7 @@ on any device, slowly: numerics can be tested without a GPU. Without Triton the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,7 @@ except ImportError:
 
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 FAMILIES = (80, 90, 100)  # compute capabilities that launch tables are written for
+COUNTS = ("M", "N", "S", "C", "T", "first", "splits", "row0", "column0", "output")
 OPTIONS = {"enable_fp_fusion": True}  # for every launch; Triton warns where it is left open
 
 
@@ -98,8 +100,15 @@ class Compilation:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Return the function as a Triton kernel; without Triton, unchanged."""
-    return function if triton is None else triton.jit(function)
+    """Return the function as a Triton kernel; without Triton, unchanged.
+
+    Only integers that decide how wide loads may be get a compilation of their own when they are 1 or a multiple of 16:
+    strides, and widths along contiguous entries. `COUNTS` do not.
+    """
+    if triton is None:
+        return function
+    counts = [name for name in inspect.signature(function).parameters if name in COUNTS]
+    return triton.jit(do_not_specialize=counts)(function)
 
 
 def why_not(device: torch.device) -> str | None:

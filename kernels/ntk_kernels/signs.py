@@ -22,8 +22,8 @@ def _signs(
     floor: tl.tensor,  # (N,) float32
     out: tl.tensor,  # (N, p)
     p: tl.tensor,
-    stride_x: tl.tensor,
-    stride_out: tl.tensor,
+    stride_x: tl.int64,
+    stride_out: tl.int64,
     FLOOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

@@ -57,7 +57,7 @@ def _load(
     column: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
-    stride: tl.tensor,
+    stride: tl.int64,
     DESCRIPTOR: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -83,8 +83,8 @@ def _products(
     M: tl.tensor,
     N: tl.tensor,
     p: tl.tensor,
-    stride_x: tl.tensor,
-    stride_y: tl.tensor,
+    stride_x: tl.int64,
+    stride_y: tl.int64,
     first: tl.tensor,  # first tile of this launch
     length: tl.tensor,  # features of a program, at most a run
     X_LO: tl.constexpr,
@@ -190,7 +190,10 @@ def _planes(x: Planes, y: Planes, K: Tensor, lower: bool, limit: Limits) -> None
     expect(len({s.dtype for s in sources}) == 1, f"y: expected {x.hi.dtype} as x, got {y.hi.dtype}")
     for hi, lo in (sources[:2], sources[2:]):
         expect(lo.stride() == hi.stride(), "planes: expected one row stride for hi and lo")
+    # Descriptors know the matrix's width and strides: of those a kernel then gets what does not change.
     width, stride_x, stride_y = sources[0].shape[1], sources[0].stride(0), sources[2].stride(0)
+    if limit.descriptors:
+        width, stride_x, stride_y = -(-width // 16) * 16, 0, 0
     order, tiles = tile_order(M, N, bm, bn, lower, K.device)
     splits, steps = division(tiles, -(-p // bk), RUN[kind] // bk, limit.processors)
     slab, at_once = slabs(tiles, splits, (bm, bn), K.device)

@@ -6,6 +6,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():  # where there is a GPU these are tests of it
+        for item in items:
+            if "kernels" in item.path.parts:
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
     real, real_like = torch.empty, torch.empty_like
