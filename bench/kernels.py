@@ -25,6 +25,7 @@ from ntk_kernels.syrk import syrk
 from torch import Tensor
 
 from bench.record import record
+from ntkengine.gram.kernels import tile_shape
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -126,7 +127,7 @@ def errors(_ceiling: dict[str, float]) -> int:
                 truth = ((A @ A.T) * (D @ D.T)).view(N, T, N, T).sum((1, 3))
                 found["ghost"] = max(found.get("ghost", 0.0), relative(K, truth))
                 if G is not None:
-                    phi = materialise(packed, 0, R, buffer(packed, R)).value().double()
+                    phi = materialise(packed, (0, R), (0, I), buffer(packed, R * I)).value().double()
                     found["materialise"] = max(found.get("materialise", 0.0), relative(phi, G))
             ids = torch.randint(0, 50, (N, T), device=DEVICE)
             K = torch.zeros(N, N, dtype=torch.float64, device=DEVICE)
@@ -306,20 +307,22 @@ def tiles(ceiling: dict[str, float]) -> int:
         K = torch.zeros(N, N, dtype=torch.float64, device=DEVICE)
         entry = 2 if passes == 1 else 4
         for mib in TILE_MIB:
-            rows = max(1, min(R, (mib << 20) // (N * I * entry)))
-            out = buffer(packed, rows)
+            high, wide = tile_shape(R, I, (mib << 20) // (N * entry))
+            out = buffer(packed, high * wide)
 
-            def run(rows: int = rows, out: Any = out, q: Any = packed, K: Tensor = K) -> None:
-                for start in range(0, R, rows):
-                    syrk(materialise(q, start, min(start + rows, R), out), K)
+            def run(high: int = high, wide: int = wide, out: Any = out, q: Any = packed, K: Tensor = K) -> None:
+                for row in range(0, R, high):
+                    for column in range(0, I, wide):
+                        rows, columns = (row, min(row + high, R)), (column, min(column + wide, I))
+                        syrk(materialise(q, rows, columns, out), K)
 
             whole = seconds(run)
-            alone = seconds(lambda rows=rows, out=out, q=packed: materialise(q, 0, rows, out))
+            alone = seconds(lambda t=((0, high), (0, wide)), out=out, q=packed: materialise(q, *t, out))
             floor = passes * (2.0 * N * T * R * I + float(N) * (N + 1) * R * I) / ceiling["flops"]
             values = (
                 times("gram", whole) | times("materialise", alone) | {"floor_s": floor, "of_floor": floor / whole[0]}
             )
-            values["materialise_bytes_per_s"] = entry * N * rows * I / alone[0]
-            config = {"dtype": str(dtype), "N": N, "T": T, "R": R, "I": I, "tile_mib": mib, "rows": rows}
+            values["materialise_bytes_per_s"] = entry * N * high * wide / alone[0]
+            config = {"dtype": str(dtype), "N": N, "T": T, "R": R, "I": I, "tile_mib": mib, "tile": [high, wide]}
             note("tiles", config, values)
     return 0

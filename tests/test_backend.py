@@ -82,9 +82,10 @@ def test_bfloat16_equals_torch_to_its_rounding():
 def test_every_frame(monkeypatch, strategy, contraction, transform):
     if strategy == "ghost" and transform != "sgd":
         pytest.skip("signs need whole gradients")
-    monkeypatch.setattr(kernels, "FEATURE_BYTES", 1)  # several tiles of 16 rows
+    monkeypatch.setattr(kernels, "FEATURE_BYTES", 1)  # several tiles
+    monkeypatch.setattr(kernels, "BLOCK", 16)
     generator = torch.Generator().manual_seed(0)
-    sizes, C, R, I = [1, 3], 2, 21, 13  # noqa: E741
+    sizes, C, R, I = [1, 3], 2, 21, 17  # noqa: E741
     if contraction == "sum-of-outputs":
         C = 1
     chunks = []
@@ -134,3 +135,14 @@ def test_auto_says_once_what_it_takes(monkeypatch, caplog):
         "backend='auto' takes triton: kernels run on this GPU",
         "backend='auto' takes torch: kernels take float32 and bfloat16, this job runs in float64",
     ]
+
+
+@pytest.mark.parametrize(("R", "I"), [(3072, 768), (768, 3072), (50, 40_000), (2, 768), (4096, 11_008)])
+@pytest.mark.parametrize("entries", [1, 40_000, 1 << 20, 1 << 40])
+def test_tiles_have_whole_blocks_and_stay_within_bounds(R, I, entries):  # noqa: E741
+    high, wide = kernels.tile_shape(R, I, entries)
+    assert 0 < high <= R
+    assert 0 < wide <= I
+    assert high in (R, high // kernels.BLOCK * kernels.BLOCK)
+    assert wide in (I, wide // kernels.BLOCK * kernels.BLOCK)
+    assert high * wide <= max(entries, min(R, kernels.BLOCK) * min(I, kernels.BLOCK))

@@ -175,9 +175,7 @@ def ghost(
     pairs = (-(-T // tokens)) ** 2
     tile = (block // tokens, block // tokens)
     slab, at_once = slabs(tiles, pairs, tile, K_MN.device)
-    scale = None
-    if factors.a_scale is not None and factors.d_scale is not None:
-        scale = (factors.a_scale * factors.d_scale).repeat_interleave(width)
+    scale = None if factors.scale is None else factors.scale.repeat_interleave(width)
     for first in range(0, tiles, at_once):
         count = min(at_once, tiles - first)
         _ghost[(count, pairs)](

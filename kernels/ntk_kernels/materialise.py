@@ -1,12 +1,12 @@
-"""Per-sample gradients Σ_t d_t a_tᵀ, a tile of whole parameter rows for all samples, in the layout `syrk` reads.
+"""Per-sample gradients Σ_t d_t a_tᵀ, a tile of the parameter for all samples, in the layout `syrk` reads.
 
 Each gradient is summed in float32 and rounded once; the rounded value serves both sides of the product, so K stays
 positive semi-definite.
 
 Kept apart from `syrk`: a program that made its own features would make those of BM + BN samples for every tile of K,
 2·2T·(BM + BN) flops for a feature that is then used 2·BM·BN times. That repays while 2T is small against 64, where
-`ghost` needs no features at all. Written out they cost 4 bytes of traffic for each of 2·N·T + N² flops: nothing beside
-the product once N is some hundreds, and less when a tile stays in the second-level cache.
+`ghost` needs no features at all. Written out, a feature is made once, and its traffic (4 bytes in bfloat16, 8 in
+float32 grade) is small beside the N products it goes into once N is some hundreds.
 
 Shape suffixes: S samples, C outputs, T tokens, R and I rows and columns of the parameter.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from ntk_kernels.factors import Factors, output_scale
+from ntk_kernels.factors import Factors
 from ntk_kernels.planes import Planes
 from ntk_kernels.runtime import Compilation, Launch, expect, fitted, jit, require, tl
 
@@ -27,7 +27,7 @@ LAUNCHES: dict[tuple[str, int], Launch] = {
     ("half", 100): Launch({"BM": 128, "BN": 128, "BT": 64}, 8, 3, "96 KiB: two programs on a processor"),
     ("planes", 80): Launch({"BM": 128, "BN": 64, "BT": 32}, 8, 2, "48 KiB"),
     ("planes", 90): Launch({"BM": 128, "BN": 64, "BT": 64}, 8, 2, "96 KiB; 128 wide takes 165 registers"),
-    ("planes", 100): Launch({"BM": 128, "BN": 64, "BT": 64}, 8, 2, "96 KiB: two programs on a processor"),
+    ("planes", 100): Launch({"BM": 128, "BN": 64, "BT": 32}, 8, 3, "72 KiB; 64 tokens spill registers with Triton 3.6"),
 }
 
 
@@ -39,11 +39,12 @@ def _materialise(
     d_lo: tl.tensor,
     scale: tl.tensor,  # (S,) float32, what a sum is multiplied by
     lengths: tl.tensor,  # (S,) int32
-    out_hi: tl.tensor,  # (S, C, rows, I)
+    out_hi: tl.tensor,  # (S, C, rows, columns)
     out_lo: tl.tensor,
-    start: tl.tensor,  # first row of the parameter
+    row: tl.tensor,  # first row of the parameter
+    column: tl.tensor,  # first column
     rows: tl.tensor,
-    I: tl.tensor,  # noqa: E741
+    columns: tl.tensor,
     C: tl.tensor,
     stride_as: tl.int64,
     stride_at: tl.int64,
@@ -60,7 +61,7 @@ def _materialise(
     BN: tl.constexpr,
     BT: tl.constexpr,
 ) -> None:
-    wide = tl.cdiv(I, BN)
+    wide = tl.cdiv(columns, BN)
     high = tl.cdiv(rows, BM)
     pid = tl.program_id(0)
     j = pid % wide
@@ -69,14 +70,14 @@ def _materialise(
     s = (pid // (wide * high * C)).to(tl.int64)
     r = i * BM + tl.arange(0, BM)
     k = j * BN + tl.arange(0, BN)
-    d_at = s * stride_ds + c * stride_dc + start + r
-    a_at = s * stride_as + k
+    d_at = s * stride_ds + c * stride_dc + row + r
+    a_at = s * stride_as + column + k
     length = tl.load(lengths + s)
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for t0 in range(0, length, BT):
         t = t0 + tl.arange(0, BT)
         d_mask = (t < length)[:, None] & (r < rows)[None, :]
-        a_mask = (t < length)[:, None] & (k < I)[None, :]
+        a_mask = (t < length)[:, None] & (k < columns)[None, :]
         d_place = d_at[None, :] + t.to(tl.int64)[:, None] * stride_dt
         a_place = a_at[None, :] + t.to(tl.int64)[:, None] * stride_at
         d = tl.load(d_hi + d_place, mask=d_mask, other=0.0)
@@ -91,44 +92,44 @@ def _materialise(
         total *= tl.load(scale + s)
     if SIGN:
         total = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0)) + (total - total)
-    place = s * stride_os + c * stride_oc + r.to(tl.int64)[:, None] * I + k[None, :]
-    inside = (r < rows)[:, None] & (k < I)[None, :]
+    place = s * stride_os + c * stride_oc + r.to(tl.int64)[:, None] * columns + k[None, :]
+    inside = (r < rows)[:, None] & (k < columns)[None, :]
     high_part = total.to(out_hi.dtype.element_ty)
     tl.store(out_hi + place, high_part, mask=inside)
     if OUT_LO:
         tl.store(out_lo + place, (total - high_part.to(tl.float32)).to(out_lo.dtype.element_ty), mask=inside)
 
 
-def row_width(factors: Factors, rows: int, *, separate: bool) -> int:
-    """Return the entries that a Gram row's features take in a buffer: `rows` parameter rows, padded to 64."""
-    folded = 1 if separate else factors.d_hi.shape[1]
-    return -(-folded * rows * factors.a_hi.shape[2] // 64) * 64
-
-
-def buffer(factors: Factors, rows: int, *, separate: bool = False, sign: bool = False) -> Planes:
-    """Return planes that `materialise` may write tiles of up to `rows` parameter rows into, again and again.
+def buffer(factors: Factors, entries: int, *, separate: bool = False, sign: bool = False) -> Planes:
+    """Return planes that `materialise` may write tiles of up to `entries` parameters into, again and again.
 
     Args:
         factors: of all samples.
-        rows: of the parameter.
+        entries: rows times columns of a tile.
         separate: a row for each sample and output, else for each sample.
         sign: for signs: one plane.
     """
     S, C = factors.d_hi.shape[:2]
-    size = (S * C if separate else S, row_width(factors, rows, separate=separate))
-    hi = torch.empty(size, dtype=factors.a_hi.dtype, device=factors.a_hi.device)
+    count, width = (S * C, entries) if separate else (S, C * entries)
+    hi = torch.empty(count, -(-width // 64) * 64, dtype=factors.a_hi.dtype, device=factors.a_hi.device)
     return Planes(hi, None if factors.a_lo is None or sign else torch.empty_like(hi))
 
 
 def materialise(
-    factors: Factors, start: int, stop: int, out: Planes, *, separate: bool = False, sign: bool = False
+    factors: Factors,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    out: Planes,
+    *,
+    separate: bool = False,
+    sign: bool = False,
 ) -> Planes:
-    """Return features (S, C·p), rows [start, stop) of every gradient, p = (stop − start)·I; (S·C, p) if separate.
+    """Return features (S, C·p) of a tile of p = rows × columns of the parameter's gradient, or (S·C, p) if separate.
 
     Args:
         factors: of all samples.
-        start: first row of the parameter.
-        stop: last row, left out.
+        rows: [start, stop) of the parameter. Multiples of 16 keep loads wide.
+        columns: [start, stop) likewise.
         out: from `buffer` with the same options; it is overwritten.
         separate: outputs are rows of their own, n·C + c; else one after another in their sample's row.
         sign: signs in place of values, one plane.
@@ -137,14 +138,15 @@ def materialise(
         Planes over the buffer: with two planes, float32-grade values; else rounded once to the factors' dtype.
 
     Raises:
-        ValueError: rows outside the parameter, or a buffer too small.
+        ValueError: a tile outside the parameter, or a buffer too small.
 
-    Cost: 2·S·C·T·(stop − start)·I flops, three times that with planes; the features are written once.
+    Cost: 2·S·C·T·p flops, three times that with planes; the features are written once.
     """
     S, C, _, R = factors.d_hi.shape
-    I = factors.a_hi.shape[2]  # noqa: E741
-    expect(0 <= start < stop <= R, f"rows: expected 0 ≤ start < stop ≤ {R}, got {start}, {stop}")
-    count, width = (S * C, (stop - start) * I) if separate else (S, C * (stop - start) * I)
+    for name, (start, stop), most in (("rows", rows, R), ("columns", columns, factors.a_hi.shape[2])):
+        expect(0 <= start < stop <= most, f"{name}: expected 0 ≤ start < stop ≤ {most}, got {start}, {stop}")
+    high, wide = rows[1] - rows[0], columns[1] - columns[0]
+    count, width = (S * C, high * wide) if separate else (S, C * high * wide)
     expect(out.shape[0] == count and out.shape[1] >= width, f"out: expected ({count}, ≥ {width}), got {out.shape}")
     expect(out.hi.is_contiguous() and out.hi.dtype == factors.a_hi.dtype, "out: expected what buffer() returns")
     limit = require(factors.a_hi.device)
@@ -154,30 +156,25 @@ def materialise(
     launch = LAUNCHES["planes" if planes else "half", limit.family]
     bm, bn, bt = (launch.blocks[b] for b in ("BM", "BN", "BT"))
     launch = fitted(launch, 2 * (bm + bn) * bt * (1 + planes), limit)
-    rounded = factors.a_hi.dtype == torch.float16
-    scale = output_scale(factors) if rounded and not sign else None
-    unscaled = scale
-    if scale is not None:
-        inputs = factors.a_scale * factors.d_scale if factors.a_scale is not None and factors.d_scale is not None else 1
-        scale = inputs / scale
-    if sign and planes and factors.a_scale is not None and factors.d_scale is not None:
-        scale = None  # a positive factor
+    scale = None
+    if not sign and factors.out_scale is not None:  # for signs a positive factor is none
+        scale = (1.0 if factors.scale is None else factors.scale) / factors.out_scale
     a_lo = factors.a_hi if factors.a_lo is None else factors.a_lo
     d_lo = factors.d_hi if factors.d_lo is None else factors.d_lo
     out_lo = out.hi if out.lo is None else out.lo
-    grid = S * C * -(-(stop - start) // bm) * -(-I // bn)
-    _materialise[(grid,)](
+    _materialise[(S * C * -(-high // bm) * -(-wide // bn),)](
         factors.a_hi,
         a_lo,
         factors.d_hi,
         d_lo,
-        factors.bound if scale is None else scale,
+        factors.lengths if scale is None else scale,
         factors.lengths,
         out.hi,
         out_lo,
-        start,
-        stop - start,
-        I,
+        rows[0],
+        columns[0],
+        high,
+        wide,
         C,
         factors.a_hi.stride(0),
         factors.a_hi.stride(1),
@@ -185,16 +182,17 @@ def materialise(
         factors.d_hi.stride(1),
         factors.d_hi.stride(2),
         out.hi.stride(0) * (C if separate else 1),
-        out.hi.stride(0) if separate else (stop - start) * I,
+        out.hi.stride(0) if separate else high * wide,
         LO=planes,
         OUT_LO=two,
         SCALE=scale is not None,
         SIGN=sign,
         **launch.options(),
     )
-    if unscaled is not None and separate:
-        unscaled = unscaled.repeat_interleave(C)
-    return Planes(out.hi[:, :width], out_lo[:, :width] if two else None, unscaled)
+    if scale is not None:
+        scale = factors.out_scale
+        scale = scale.repeat_interleave(C) if separate and scale is not None else scale
+    return Planes(out.hi[:, :width], out_lo[:, :width] if two else None, scale)
 
 
 def compilations(family: int) -> list[Compilation]:
@@ -208,13 +206,20 @@ def compilations(family: int) -> list[Compilation]:
         planes = kind == "planes"
         pointers = ("a_hi", "a_lo", "d_hi", "d_lo", "out_hi", "out_lo")
         signature = dict.fromkeys(pointers, f"*{dtype}") | {"scale": "*fp32", "lengths": "*i32"}
-        signature |= dict.fromkeys(("start", "rows", "I", "C"), "i32") | dict.fromkeys(strides, "i64")
+        signature |= dict.fromkeys(("row", "column", "rows", "columns", "C"), "i32") | dict.fromkeys(strides, "i64")
         constants = {"LO": planes, "OUT_LO": planes and not sign, "SCALE": dtype == "fp16" and not sign, "SIGN": sign}
         name = f"materialise {dtype}{'x3' if planes else ''}{' signs' if sign else ''}"
         launch = LAUNCHES[kind, family]
         found.append(
             Compilation(
-                name, _materialise, family, signature, constants, launch, "wide", ("start", "rows", "I", *strides)
+                name,
+                _materialise,
+                family,
+                signature,
+                constants,
+                launch,
+                "wide",
+                ("row", "column", "rows", "columns", *strides),
             )
         )
     return found

@@ -11,7 +11,7 @@ import torch
 from ntk_kernels.factors import Factors, pack
 from ntk_kernels.ghost import ghost
 from ntk_kernels.lookup import lookup, sum_rows
-from ntk_kernels.materialise import buffer, materialise, row_width
+from ntk_kernels.materialise import buffer, materialise
 from torch import Tensor
 
 from ntkengine.gram.transforms import SIGNS, signed
@@ -20,9 +20,11 @@ from ntkengine.tangents.factors import Lookup, Outer, ParameterFactors
 if TYPE_CHECKING:
     from ntkengine.gram.tiles import Accumulator
 
-# A tile of features is written once and read once, 16 bytes of traffic for 4 of float32 grade: under 0.2 ms on an H100,
-# where launching its kernels takes about 0.1 ms. Tiles that fit in the second-level cache would be all launches.
-FEATURE_BYTES = 128 << 20
+# A count, not a measurement: the three launches of a tile take about 0.2 ms of the host's time, and at this size its
+# products take an H100 as long or longer; a tile that stays in the second-level cache would wait for launches. Its
+# traffic, 8 bytes for an entry of float32 grade, is small beside the 3·N products the entry goes into.
+FEATURE_BYTES = 256 << 20
+BLOCK = 128  # of rows and columns that a tile has at least: what a program makes
 
 
 def contract(factors: ParameterFactors, strategy: str, total: Accumulator, root: Tensor | None) -> bool:
@@ -78,22 +80,35 @@ def _ghost(packed: Factors, total: Accumulator) -> None:
 
 def _materialise(packed: Factors, shape: tuple[int, int], total: Accumulator) -> None:
     frame = total.frame
-    R = shape[0]
+    R, I = shape  # noqa: E741
+    S, C = packed.d_hi.shape[:2]
     separate = frame.contraction in ("full", "per-output")
     sign = frame.transform == "sign"
     entry = packed.a_hi.element_size() * (1 if sign or packed.a_lo is None else 2)
-    gram_rows = len(packed.lengths) * (packed.d_hi.shape[1] if separate else 1)
-    fit = FEATURE_BYTES // (gram_rows * entry * row_width(packed, 16, separate=separate))
-    rows = min(R, 16 * max(1, fit))  # whole blocks of 16: loads stay wide
-    out = buffer(packed, rows, separate=separate, sign=sign)
-    other = buffer(packed, rows, separate=separate, sign=True) if frame.transform == "asymmetric-sign" else None
-    for start in range(0, R, rows):
-        stop = min(start + rows, R)
-        phi = materialise(packed, start, stop, out, separate=separate, sign=sign)
-        columns = None
-        if other is not None:
-            columns = materialise(packed, start, stop, other, separate=separate, sign=True)
-        total.add_planes(phi, columns)
+    high, wide = tile_shape(R, I, FEATURE_BYTES // (S * C * entry))
+    out = buffer(packed, high * wide, separate=separate, sign=sign)
+    signs = buffer(packed, high * wide, separate=separate, sign=True) if frame.transform == "asymmetric-sign" else None
+    for row in range(0, R, high):
+        for column in range(0, I, wide):
+            rows, columns = (row, min(row + high, R)), (column, min(column + wide, I))
+            phi = materialise(packed, rows, columns, out, separate=separate, sign=sign)
+            other = None
+            if signs is not None:
+                other = materialise(packed, rows, columns, signs, separate=separate, sign=True)
+            total.add_planes(phi, other)
+
+
+def tile_shape(R: int, I: int, entries: int) -> tuple[int, int]:  # noqa: E741
+    """Return a tile's rows and columns: about `entries` parameters, whole blocks, as wide as may be.
+
+    Args:
+        R: rows of the parameter.
+        I: its columns.
+        entries: parameters that a tile may have; it has a block at least.
+    """
+    high = min(R, BLOCK)
+    wide = min(I, max(1, entries // (high * BLOCK)) * BLOCK)
+    return (min(R, max(1, entries // (I * BLOCK)) * BLOCK) if wide == I else high), wide
 
 
 def _lookup(factors: ParameterFactors, total: Accumulator, root: Tensor | None) -> None:

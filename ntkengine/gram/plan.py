@@ -12,7 +12,7 @@ from ntk_kernels.fold import SLAB_BYTES
 from ntk_kernels.syrk import PANEL_BYTES
 from torch import nn
 
-from ntkengine.gram.kernels import FEATURE_BYTES
+from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Layout, Needs, parts_of
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
@@ -222,7 +222,8 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         segments[row.segment] = segments.get(row.segment, 0) + row.rows * row.columns
     tile = max(float(TILE_BYTES), float(widest * dtype.itemsize))
     if kernels:
-        tile = max(tile, FEATURE_BYTES) + max((row.bytes for row in plan.parameters), default=0.0)
+        least = plan.samples * plan.outputs * BLOCK**2 * dtype.itemsize
+        tile = max(tile, FEATURE_BYTES, least) + max((row.bytes for row in plan.parameters), default=0.0)
         tile += SLAB_BYTES + PANEL_BYTES
     share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
     return Needs(

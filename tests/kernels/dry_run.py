@@ -78,7 +78,7 @@ def launches(dtype):
     ghost.ghost(packed, K)
     ghost.ghost(packed, torch.zeros(N * C, N * C, dtype=torch.float64), full=True, lower=True)
     for sign in (False, True):
-        materialise.materialise(packed, 16, 80, materialise.buffer(packed, 64, sign=sign), sign=sign)
+        materialise.materialise(packed, (16, 80), (0, I), materialise.buffer(packed, 64 * I, sign=sign), sign=sign)
     ids = torch.randint(0, 9, (N, T))
     rows, sample, token = lookup.sum_rows(ids, torch.randn(N, 1, T, I).to(dtype))
     lookup.lookup(rows[:, 0], sample, token, K)

@@ -89,18 +89,19 @@ def test_materialise(case, dtype):
     chunks, a, d = factors(*case, dtype)
     packed = pack(chunks)
     S, C, _, R = d.shape
+    I = a.shape[2]  # noqa: E741
     G = naive.materialise(a, d)
-    out = buffer(packed, R)
-    for start, stop in ((0, R), (R // 2, R)):
-        truth = G[:, :, start:stop].reshape(S, -1)
-        phi = materialise(packed, start, stop, out)
+    out = buffer(packed, R * I)
+    for rows, columns in (((0, R), (0, I)), ((R // 2, R), (I // 3, I))):
+        truth = G[:, :, slice(*rows), slice(*columns)].reshape(S, -1)
+        phi = materialise(packed, rows, columns, out)
         assert (phi.value().double() - truth).norm() < ROUNDED[dtype] * truth.norm()
         K = torch.zeros(S, S, dtype=torch.float64, device=DEVICE)
         syrk(phi, K)
         close(K, naive.syrk(phi.value()).tril(), dtype, phi.shape[1])  # of the rounded features, on both sides
-        apart = materialise(packed, start, stop, buffer(packed, R, separate=True), separate=True)
+        apart = materialise(packed, rows, columns, buffer(packed, R * I, separate=True), separate=True)
         assert torch.equal(apart.value().reshape(S, -1), phi.value())
-        signs = materialise(packed, start, stop, buffer(packed, R, sign=True), sign=True)
+        signs = materialise(packed, rows, columns, buffer(packed, R * I, sign=True), sign=True)
         differ = signs.value().double() != truth.sign()
         assert float(truth.abs()[differ].sum()) < 1e-6 * float(truth.abs().sum())
 
@@ -110,13 +111,13 @@ def test_materialise_keeps_small_gradients():
     a, d = randn(4, 3, 20), 1e-9 * randn(4, 1, 3, 16)
     truth = naive.materialise(a, d).reshape(4, -1)
     packed = pack([(a, d)])
-    phi = materialise(packed, 0, 16, buffer(packed, 16))
+    phi = materialise(packed, (0, 16), (0, 20), buffer(packed, 320))
     assert (phi.value().double() - truth).norm() < 5e-7 * truth.norm()
 
 
 def test_materialise_without_tokens_is_zero():
     packed = pack([(randn(2, 0, 5), randn(2, 1, 0, 4)), (randn(1, 3, 5), randn(1, 1, 3, 4))])
-    phi = materialise(packed, 0, 4, buffer(packed, 4))
+    phi = materialise(packed, (0, 4), (0, 5), buffer(packed, 20))
     assert not phi.value()[:2].any()
     assert phi.value()[2].any()
 
