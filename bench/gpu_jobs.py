@@ -8,7 +8,7 @@
 
 The floor is the plan's flops (passes, gradients, one triangle of products) at the rate of a bfloat16 product measured
 in the same process; contractions of float32 grade count three times, float32 passes run at the float32 rate.
-Without a GPU the jobs are tiny, run in Triton's interpreter, and record nothing.
+Without a GPU, with TRITON_INTERPRET=1, the jobs are tiny and nothing is recorded.
 """
 
 from __future__ import annotations

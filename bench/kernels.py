@@ -1,7 +1,7 @@
 """Kernels on one GPU: error against float64, time against the best torch formulation, share of the roofline.
 
 Ceilings are measured in the same run: a bfloat16 product of 8,192³ and a copy. Inputs are normal numbers, larger than
-the cache. Without a GPU the same code runs on tiny inputs in Triton's interpreter and records nothing.
+the cache. Without a GPU, with TRITON_INTERPRET=1, the same code runs on tiny inputs and records nothing.
 """
 
 from __future__ import annotations
