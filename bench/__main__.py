@@ -8,7 +8,11 @@ from importlib import import_module
 # The modules are imported when asked for: kernels are, or are not, run in the interpreter from then on.
 CASES = {
     "gram-vs-torch-func": "gram_vs_torch_func",
+    "contraction": "contraction",
+    "lora-passes": "lora_passes",
+    "landmarks": "landmarks",
     "plan-accuracy": "plan_accuracy",
+    "scaling": "scaling",
     "minilm-2048": "minilm_2048",
     "kernels": "kernels",
     "gpu-jobs": "gpu_jobs",

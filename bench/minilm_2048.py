@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from bench.plan_accuracy import _status
+from bench.planned import status
 from bench.record import record
 
 JOB = {"model": "MiniLM-L6", "N": 2048, "lora": "query,value r=8", "memory_gib": 1.0}
@@ -24,14 +24,14 @@ def main() -> int:
     inputs = ntk.tokenize(examples, model)
     ntk.compute_gram(model, {k: v[:8] for k, v in inputs.items()}, check=False)  # warm-up
     plan = ntk.plan_gram(model, inputs, memory_gib=1.0)
-    before = _status("VmRSS")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
     start = time.perf_counter()
     gram = ntk.compute_gram(model, inputs, memory_gib=1.0)
     values = {
         "seconds": time.perf_counter() - start,
         "planned_seconds": plan.seconds,
-        "gib": _status("VmHWM") - before,
+        "gib": status("VmHWM") - before,
         "planned_gib": plan.peak_bytes / 2**30,
         "noise_relative": gram.meta["noise_relative"],
         "hidden": plan.layout["hidden"],

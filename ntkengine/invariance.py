@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.running import call_model, evaluation
+from ntkengine.inputs.streaming import converted
 
 LENGTHS = (5, 14, 27, 40)  # tokens of the examples
 _EXACT = 1e-5  # relative; above it float64 shows more than rounding, even where a model computes positions in float32
@@ -60,7 +60,7 @@ def batch_invariance(model: nn.Module, seed: int = 0) -> list[Invariance]:
     rows = []
     truth: list[Probe] = []
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        running = copy.deepcopy(model, _kept(model)).to(dtype)
+        running = converted(model, dtype)
         for attention in (own, "math") if own == "sdpa" and dtype != torch.float64 else (own,):
             with evaluation(running), _attention(attention):
                 found = _conditions(running, inputs)
@@ -160,11 +160,6 @@ def _worst(found: list[Probe], truth: list[Probe]) -> float:
         pair = float((f - f0).norm()) / (scale or 1.0), float((g - g0).norm()) / (float(g0.norm()) or 1.0)
         worst = max(worst, *(p if p == p else float("inf") for p in pair))  # NaN is the worst
     return worst
-
-
-def _kept(model: nn.Module) -> dict[int, Any]:
-    tokenizer = getattr(model, "ntk_tokenizer", None)
-    return {} if tokenizer is None else {id(tokenizer): tokenizer}
 
 
 def _attention(name: str) -> AbstractContextManager[Any]:

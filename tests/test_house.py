@@ -13,9 +13,10 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "errors": set(),
     "assets": {"errors", "inputs"},
-    "inputs": {"errors"},
+    "products": set(),
+    "inputs": {"errors", "products"},
     "tangents": {"errors", "inputs"},
-    "gram": {"errors", "inputs", "tangents", "store"},
+    "gram": {"errors", "products", "inputs", "tangents", "store"},
     "store": {"errors", "gram"},
     "spectrum": {"errors"},
     "ridge": {"errors", "spectrum"},

@@ -15,11 +15,10 @@ from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
-from ntkengine.inputs.running import call_model, wanting_gradients
-from ntkengine.inputs.streaming import is_streamed
-from ntkengine.tangents.settle import GRADIENTS, groups
+from ntkengine.inputs.running import call_model, sparse_tables, tables, wanting_gradients
+from ntkengine.tangents.grouping import grouped
+from ntkengine.tangents.settle import GRADIENTS
 from ntkengine.tangents.structure import Structure
-from ntkengine.tangents.sweep import KEEP_BYTES
 
 # Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -58,7 +57,6 @@ class Check:
     ) -> None:
         rng = np.random.default_rng(seed)
         self.frame, self.structure, self.roots = frame, structure, task.roots
-        self.keep_bytes = 0 if is_streamed(task.model) else KEEP_BYTES
         self.model, self.selected, self.readout = task.model, task.selected, task.readout
         self.drawn = [
             (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 2), replace=False)
@@ -71,46 +69,50 @@ class Check:
             4, frame.layers, rows, rows, dtype=torch.float64, device=self.device
         )
         self.parts: dict[str, Tensor] = {}
-        groups_ = list(groups(self.selected, gradients // (len(self.drawn) * frame.outputs)))
-        if len(groups_) > _PASSES:
-            groups_ = [groups_[i] for i in sorted(rng.choice(len(groups_), size=_PASSES, replace=False))]
-        self.compared = [name for names in groups_ for name in names]
-        for name, G in self._gradients(groups_):
+        few = tables(self.model)  # the rows a sample touches are as good as nothing
+        entries = {name: 0 if name in few else p.numel() for name, p in self.selected.items()}
+        parts = grouped(entries, gradients // (len(self.drawn) * frame.outputs))
+        if len(parts) > _PASSES:
+            parts = [parts[i] for i in sorted(rng.choice(len(parts), size=_PASSES, replace=False))]
+        self.compared = [name for names in parts for name in names]
+        for name, G, touched in self._gradients(parts):
             self.parts[name] = self._products(G, G)
             if self.frame.transform in SIGNS or self.roots is not None:
-                self._transform(name, G)
+                self._transform(name, G, touched)
             else:
                 for sum_of_products in (self.total, self.left, self.right):
                     sum_of_products += self.parts[name]
 
-    def _gradients(self, parts: list[list[str]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (parameter, gradients (m, C, p)) by plain autograd, a few parameters at a time."""
+    def _gradients(self, parts: list[list[str]]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Yield (parameter, gradients (m, C, p), rows) by plain autograd, a few parameters at a time.
+
+        Of an embedding only the rows that some sample touches; rows then says which.
+        """
         C, m = self.frame.outputs, len(self.inputs)
         for names in parts:
             wanted = [self.selected[name] for name in names]
-            rows = [torch.zeros(m, C, p.numel(), dtype=p.dtype, device=p.device) for p in wanted]
+            found: list[dict[tuple[int, int], Tensor]] = [{} for _ in wanted]
             for i, one in enumerate(self.inputs):
                 given = Samples([one], microbatch=1, trim=False)
                 batch = given.inputs(given.chunks[0], self.device, self.dtype)
-                with wanting_gradients(wanted):
+                with wanting_gradients(wanted), sparse_tables(self.model):
                     f = self.readout(call_model(self.model, batch), batch)
                     for c in range(C):
-                        grads = _grad(f[0, c], wanted)
-                        for row, g in zip(rows, grads, strict=True):
+                        for kept, g in zip(found, _grad(f[0, c], wanted), strict=True):
                             if g is not None:
-                                row[i, c] = g.detach().reshape(-1)
-                        del grads
+                                kept[i, c] = g.detach().coalesce() if g.is_sparse else g.detach()
                     del f
-            for name in names:
-                yield name, rows.pop(0)
+            for name, p in zip(names, wanted, strict=True):
+                yield name, *_stacked(found.pop(0), m, C, p)
 
-    def _transform(self, name: str, G: Tensor) -> None:
+    def _transform(self, name: str, G: Tensor, rows: Tensor | None) -> None:
         """Add a parameter's part of the job's own inner product, and what entries of unsure sign may change in it."""
         if self.frame.transform in SIGNS:
             if name in self.structure.negligible:
                 return
             size = G.abs()
-            unsure = size <= UNSURE * size.square().mean(2, keepdim=True).sqrt()
+            mean = size.square().sum(2, keepdim=True) / self.selected[name].numel()
+            unsure = size <= UNSURE * mean.sqrt()
             unsure |= size <= 2 * ZERO.get(G.dtype, 1e-3) * size.amax(2, keepdim=True)
             unsure &= size > 0
             sign, one = signed(G), torch.ones_like(G)
@@ -122,7 +124,8 @@ class Check:
                 H = sign
                 self.slack += 2 * self._products(size, unsure.to(G))
         elif self.roots is not None:
-            G = H = G * self.roots[name].reshape(-1)
+            root = self.roots[name]
+            G = H = G * (root if rows is None else root[rows]).reshape(-1)
         self.total += self._products(G, H)
         self.left += self._products(G, G)
         self.right += self._products(H, H)
@@ -162,7 +165,6 @@ class Check:
             self.readout,
             frame,
             group=lambda name: name,
-            keep_bytes=self.keep_bytes,
         )
         whole = sum(self.parts.values(), torch.zeros_like(self.total))
         for name, truth in self.parts.items():
@@ -235,6 +237,20 @@ class Check:
         if self.dtype != torch.float64 and value < 1e-2:
             msg += "; this small, it may be the model's own rounding: precision='exact' tells"
         raise CheckFailed(msg)
+
+
+def _stacked(found: dict[tuple[int, int], Tensor], m: int, C: int, p: nn.Parameter) -> tuple[Tensor, Tensor | None]:
+    """Return gradients by (sample, output) as (m, C, entries); where all are sparse, of the rows any of them has."""
+    rows = None
+    if found and all(g.is_sparse for g in found.values()):
+        rows = torch.cat([g.indices()[0] for g in found.values()]).unique()
+    G = torch.zeros(m, C, *(p.shape if rows is None else (len(rows), *p.shape[1:])), dtype=p.dtype, device=p.device)
+    for (i, c), g in found.items():
+        if rows is None:
+            G[i, c] = g.to_dense() if g.is_sparse else g
+        else:
+            G[i, c, torch.searchsorted(rows, g.indices()[0])] = g.values()
+    return G.flatten(2), rows
 
 
 def _grad(f: Tensor, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:

@@ -20,7 +20,7 @@ from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
-from ntkengine.gram.layout import Layout, return_freed_memory
+from ntkengine.gram.layout import Layout, tune_allocator
 from ntkengine.gram.noise import USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
@@ -34,7 +34,6 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
-from ntkengine.inputs.streaming import is_streamed
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
@@ -138,8 +137,7 @@ def compute_gram(
         wanted = identity(model, task, settings, arrays, job)
         if path.exists():
             return existing(path, wanted, resume)
-    if memory_gib is not None:
-        return_freed_memory()
+    tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples = planned(task, precision, per_module, memory_gib, seed)
@@ -151,8 +149,8 @@ def compute_gram(
         if check:
             truth = Check(task, samples, frame, structure, seed, layout.gradients)
             truth.sweep()
-        # The layout does not count kept activations, so a bounded job recomputes them; a streamed model has no room.
-        keep_bytes = KEEP_BYTES if memory_gib is None and not is_streamed(task.model) else 0
+        # The layout does not count kept activations, so a bounded job recomputes them.
+        keep_bytes = KEEP_BYTES if memory_gib is None else 0
         swept = task.fast(running) if precision == "fast" else task
         sums = _sweep(swept, structure.on(swept.model), samples, frame, plan, layout, per_module, progress, keep_bytes)
         if truth is not None:
@@ -232,7 +230,7 @@ def plan_gram(
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         found = planned(task, precision, per_module, memory_gib, seed)
-        return timed(task.fast(running) if precision == "fast" else task, *found, bounded=memory_gib is not None)
+        return timed(task.fast(running) if precision == "fast" else task, *found)
 
 
 def _sweep(

@@ -7,11 +7,12 @@ import logging
 from dataclasses import dataclass, replace
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.batches import MICROBATCH_TOKENS
+from ntkengine.tangents.grouping import grouped
 
 log = logging.getLogger(__name__)
 
-MICROBATCH_TOKENS = 2048
-_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
 _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twice
 _LEAST_TOKENS = 128
 GIB = 2.0**30
@@ -38,6 +39,14 @@ class Layout:
     resident_bytes: int = 512 << 20
     gradients: int = 1 << 26
     keeps: bool = False
+
+    def share(self, samples: int) -> float:
+        """Return the share of the samples that one sweep holds: two tiles."""
+        return min(1.0, 2 * self.tile / samples) if self.tile else 1.0
+
+    def tiles(self, samples: int) -> int:
+        """Return the number of tiles."""
+        return -(-samples // self.tile) if self.tile else 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,9 @@ class Needs:
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""
-        share = min(1.0, 2 * layout.tile / self.samples) if layout.tile else 1.0
-        blocks = [share * self._group(part, layout.factor_bytes / share) for part in self.factors]
+        share = layout.share(self.samples)
+        limit = layout.factor_bytes / share
+        blocks = [share * sum(part[n] for n in names) for part in self.factors for names in grouped(part, limit)]
         working = max(self.activations * layout.microbatch_tokens, share * self.feature_tile)
         kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
         resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
@@ -85,25 +95,6 @@ class Needs:
         # Three samples' gradients by plain autograd, and again by the path that is tried.
         probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
         return self.gram + resident + self.copy + max(sweep, probe)
-
-    @staticmethod
-    def _group(part: dict[str, float], limit: float) -> float:
-        """Return the largest group of a block's factors under a limit."""
-        largest = held = 0.0
-        for size in part.values():
-            held = size if held and held + size > limit else held + size
-            largest = max(largest, held)
-        return largest
-
-
-def parts_of(part: dict[str, float], limit: float) -> int:
-    """Return how many groups a block's factors fall into under a limit."""
-    count, held = 1, 0.0
-    for size in part.values():
-        if held and held + size > limit:
-            count, held = count + 1, 0.0
-        held += size
-    return count
 
 
 def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:
@@ -149,15 +140,21 @@ def bounds(memory_gib: float | None, entry: int) -> Layout:
     return Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 16 / entry)))
 
 
-def return_freed_memory() -> None:
-    """Make glibc give freed tensors back to the system at once, where it is the allocator; they fragment otherwise.
+def tune_allocator(*, bounded: bool) -> None:
+    """Tell glibc, where it is the allocator, what to do with freed tensors, for the rest of the process.
 
-    For the rest of the process: the C library offers no way back. Fresh pages cost some time.
+    A bounded job gives them back to the system at once: they fragment otherwise. Any other keeps up to 1 GiB of them:
+    fresh pages cost more than the sums done in them (a quarter of the time of a job of two seconds).
+
+    Args:
+        bounded: whether the job has a memory budget.
     """
     try:
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 1 << (18 if bounded else 30))
+        libc.mallopt(_TRIM_THRESHOLD, 1 << (18 if bounded else 30))
     except (OSError, AttributeError):
-        log.debug("no mallopt: freed memory may stay with the process")
+        log.debug("no mallopt: the allocator stays as it is")
 
 
 def _layouts(base: Layout, needs: Needs) -> list[Layout]:

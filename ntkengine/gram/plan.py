@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ from ntk_kernels.syrk import PANEL_BYTES
 from torch import nn
 
 from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
-from ntkengine.gram.layout import Layout, Needs, parts_of
+from ntkengine.gram.layout import Layout, Needs
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.streaming import entry_of
+from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
@@ -156,7 +157,6 @@ def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: F
     mean = max(1, round(tokens / S))
     rows = []
     width = 0
-    factor_bytes: dict[int, dict[str, float]] = {}
     last = {
         path.parameter: path for segment in sorted(structure.paths, reverse=True) for path in structure.paths[segment]
     }
@@ -171,7 +171,6 @@ def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: F
         strategy, flops = choose("zero" if unsigned else kind, shape, T, S, frame)
         held = S * C * shape[0] * shape[1] if kind == "dense" else S * T * (shape[1] + C * shape[0])
         held = S * T * C * shape[1] if kind == "lookup" else held
-        factor_bytes.setdefault(path.segment, {})[path.parameter] = float(held * size)
         segment = structure.stack.segment_name(path.segment)
         name = path.parameter
         shown = "+".join(sorted({_SHOWN.get(k, k) for k in kinds}))
@@ -195,7 +194,7 @@ def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: F
         structure.stack.depth,
         2.0 * linear * tokens * (2 + C),
         float(tokens * (width or 0) * size * (structure.stack.depth + C)),
-        max((sum(part.values()) for part in factor_bytes.values()), default=0.0),
+        max((sum(part.values()) for part in _factors(rows)), default=0.0),
         8.0 * entries * (1 + modules),
         rate=1.0,
     )
@@ -211,9 +210,6 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         dtype: what it will run in.
         kernels: whether contractions run in Triton kernels, which read a parameter's factors from one piece.
     """
-    factors: dict[str, dict[str, float]] = {}
-    for row in plan.parameters:
-        factors.setdefault(row.segment, {})[row.parameter] = row.bytes
     widest = max((plan.samples * plan.outputs * row.columns * min(row.rows, 16) for row in plan.parameters), default=0)
     streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
     parameter = next(iter(model.parameters()))
@@ -231,7 +227,7 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         gram=plan.gram_bytes,
         hidden=share * plan.blocks,
         cotangents=share * plan.outputs,
-        factors=list(factors.values()),
+        factors=_factors(plan.parameters),
         feature_tile=tile,
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         weights=float(sum(streamed)),
@@ -250,14 +246,19 @@ def passes(plan: Plan, structure: Structure, layout: Layout, kept: bool) -> floa
     block run again for parts of its parameters costs one more of everything for each part.
     """
     C, held = plan.outputs, sum(structure.held) * plan.tokens
-    groups: dict[str, dict[str, float]] = {}
-    for row in plan.parameters:
-        groups.setdefault(row.segment, {})[row.parameter] = row.bytes
-    share = 2 * layout.tile / plan.samples if layout.tile else 1.0
-    parts = [parts_of(part, layout.factor_bytes / min(share, 1.0)) for part in groups.values()]
+    limit = layout.factor_bytes / layout.share(plan.samples)
+    parts = [len(grouped(part, limit)) for part in _factors(plan.parameters)]
     again = sum(parts) / max(1, len(parts))
     spared = min(1.0, KEEP_BYTES / held) if kept and held else 0.0
     return 1.0 - spared + (1.0 + C) * again
+
+
+def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:
+    """Return bytes of factors by parameter, one mapping for each segment."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row.segment, {})[row.parameter] = row.bytes
+    return list(found.values())
 
 
 def _factor_kind(kinds: set[str]) -> str:

@@ -48,12 +48,12 @@ def planned(
     layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
-    tiles = -(-plan.samples // layout.tile) if layout.tile else 1
+    tiles = layout.tiles(plan.samples)
     plan.sweeps = tiles * (tiles + 1) // 2
     return structure, plan, layout, samples
 
 
-def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples: Samples, *, bounded: bool) -> Plan:
+def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples: Samples) -> Plan:
     """Return the plan with its times estimated from a piece of the job.
 
     Args:
@@ -62,12 +62,10 @@ def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples:
         plan: from `planned`.
         layout: the same.
         samples: the same.
-        bounded: whether there is a memory budget.
     """
     rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device, kernels=task.kernels)
     plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
-    tiles = -(-plan.samples // layout.tile) if layout.tile else 1
-    kept = not bounded and not is_streamed(task.model)
+    kept = layout.keeps and not is_streamed(task.model)
     forward = forward_seconds(task.model, samples, task.readout)
-    plan.pass_seconds = forward * tiles * passes(plan, structure, layout, kept)
+    plan.pass_seconds = forward * layout.tiles(plan.samples) * passes(plan, structure, layout, kept)
     return plan

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ntkengine.gram.plan import Plan
-from ntkengine.gram.strategies import contract
+from ntkengine.gram.strategies import contract, outer_costs
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
@@ -49,13 +49,7 @@ def contraction_rate(
     factors = ParameterFactors(row.parameter, (R, row.columns), [S], [[Outer(a, d)]])
     small = Frame((0, S), (0, S), C, frame.contraction)
     total = Accumulator(small, device, kernels=kernels)
-    pairs = small.computed if row.strategy == "materialise" else small.pairs
-    outputs = C * small.width
-    flops = (
-        2.0 * S * C * T * R * row.columns + pairs * outputs * 2.0 * R * row.columns
-        if row.strategy == "materialise"
-        else pairs * T**2 * 2.0 * (row.columns + R * outputs)
-    )
+    flops = outer_costs((R, row.columns), T, S, small)[row.strategy]
     return flops / _best(lambda: contract(factors, row.strategy, total), device, 3)
 
 

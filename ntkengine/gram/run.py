@@ -136,7 +136,7 @@ def _add(
     if group is not None:
         part = group(factors.name)
         if part not in sums.parts:
-            sums.parts[part] = Accumulator(frame, sweep.device, kernels=sums.total.kernels)
+            sums.parts[part] = Accumulator(frame, sweep.device, sums.total.workspace, kernels=sums.total.kernels)
         target = sums.parts[part]
     before = target.trace()
     root = None if roots is None else roots[factors.name].reshape(matrix_shape(roots[factors.name]))

@@ -117,11 +117,7 @@ def in_precision(model: nn.Module, precision: str, *, lazy: bool = False) -> nn.
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes == {wanted} or dtypes == {torch.float64} and precision != "fast":
         return model
-    # A tokenizer carried along need not be copied; a state left from the last call (not a leaf) cannot be.
-    keep = getattr(model, "ntk_tokenizer", None)
-    memo: dict[int, Any] = {} if keep is None else {id(keep): keep}
-    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
-    return converted(model, wanted, memo | {id(v): v.detach() for v in left}, lazy=lazy)
+    return converted(model, wanted, lazy=lazy)
 
 
 def refuse(

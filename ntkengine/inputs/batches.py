@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ntkengine.errors import InputError
 
+MICROBATCH_TOKENS = 2048
 # Keys whose second axis is the token axis; a mapping with other token-shaped tensors is never cut.
 _TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
@@ -52,7 +53,7 @@ class Samples:
         self,
         groups: Sequence[Mapping[str, Tensor]],
         *,
-        microbatch_tokens: int = 2048,
+        microbatch_tokens: int = MICROBATCH_TOKENS,
         microbatch: int | None = None,
         trim: bool = True,
     ) -> None:

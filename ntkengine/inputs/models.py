@@ -86,7 +86,7 @@ def load_model(
             model = _adapt(model, peft)
     for name, value in (("ntk_tokenizer", tokenizer), ("ntk_source", source), ("ntk_head_new", bool(missing))):
         setattr(model, name, value)
-    return (converted(model, _DTYPES[dtype], {id(tokenizer): tokenizer}, where) if stream else model.to(where)).eval()
+    return (converted(model, _DTYPES[dtype], where) if stream else model.to(where)).eval()
 
 
 def _one_of(name: str, value: Any, allowed: Mapping[str, Any]) -> None:

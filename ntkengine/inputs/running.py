@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.weights import RESIDENT
+from ntkengine.products import full_rate
 
 _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
@@ -35,7 +36,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError: such a layer's weights are already laid out for that kernel.
     """
-    training = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
     configs |= {id(c): c for owner in list(configs.values()) if (c := getattr(owner, "text_config", None)) is not None}
@@ -56,18 +56,16 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         for owner, key, _ in settings:
             setattr(owner, key, plain.get(key, False))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        with torch.enable_grad():
+        with torch.enable_grad(), full_rate():
             yield
     finally:
-        for module, was in training:
-            module.training = was
         for p, wanted in grads:
             p.requires_grad_(wanted)
         for owner, key, was in settings:
             setattr(owner, key, was)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.mha.set_fastpath_enabled(fast)
-        restore(model, before)
+        restore(before)
         RESIDENT.shrink(0)
         for buffer, version, value in buffers:
             if buffer._version != version:
@@ -75,19 +73,20 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def plain_state(model: nn.Module) -> list[dict[str, Any]]:
+PlainState = list[tuple[nn.Module, dict[str, Any]]]
+
+
+def plain_state(model: nn.Module) -> PlainState:
     """Return every module's attributes that are plain values: what a forward pass may leave changed behind."""
-    return [
-        {k: v for k, v in vars(m).items() if v is None or isinstance(v, bool | int | float | str | torch.dtype)}
-        for m in model.modules()
-    ]
+    kinds = bool | int | float | str | torch.dtype
+    return [(m, {k: v for k, v in vars(m).items() if v is None or isinstance(v, kinds)}) for m in model.modules()]
 
 
-def restore(model: nn.Module, state: list[dict[str, Any]]) -> None:
+def restore(state: PlainState) -> None:
     """Set the modules' plain attributes back to what `plain_state` found."""
-    for module, values in zip(model.modules(), state, strict=True):
+    for module, values in state:
         for key, value in values.items():
-            if vars(module).get(key) != value:
+            if vars(module).get(key) is not value:
                 setattr(module, key, value)
 
 
@@ -99,6 +98,40 @@ def _check_differentiable(model: nn.Module) -> None:
                 "kernel that has no derivative; load the model again and compute its Gram first"
             )
             raise InputError(msg)
+
+
+def tables(model: nn.Module) -> dict[str, nn.Embedding]:
+    """Return the embeddings whose weight's gradient autograd can give as the rows a batch touches, by weight name."""
+    found = {}
+    for name, module in model.named_modules():
+        plain = type(module).forward is nn.Embedding.forward and isinstance(module.weight, nn.Parameter)
+        if plain and module.max_norm is None and not module.scale_grad_by_freq:
+            found[f"{name}.weight" if name else "weight"] = module
+    return found
+
+
+@contextmanager
+def sparse_tables(model: nn.Module) -> Iterator[None]:
+    """Within the block, embeddings' weights get sparse gradients: the rows touched, not the table.
+
+    Only through the embeddings' own calls: others that read their settings (adapters) go on as before.
+    """
+
+    def switch(*, sparse: bool) -> Any:
+        def hook(module: nn.Embedding, *_: Any) -> None:
+            module.sparse = sparse
+
+        return hook
+
+    handles = []
+    try:
+        for module in tables(model).values():
+            handles.append(module.register_forward_pre_hook(switch(sparse=True)))
+            handles.append(module.register_forward_hook(switch(sparse=False), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

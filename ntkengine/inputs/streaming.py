@@ -120,7 +120,6 @@ def attach(model: nn.Module) -> None:
 def converted(
     model: nn.Module,
     dtype: torch.dtype,
-    memo: dict[int, Any],
     device: torch.device | None = None,
     *,
     lazy: bool = False,
@@ -130,10 +129,14 @@ def converted(
     Args:
         model: the model.
         dtype: for its floating parameters and buffers.
-        memo: what is to be shared instead of copied, as for `copy.deepcopy`.
         device: where to; default where it is.
         lazy: convert a large weight only while its module runs, so that the copy takes hardly any memory.
     """
+    # A tokenizer carried along need not be copied; a state left from the last call (not a leaf) cannot be.
+    keep = getattr(model, "ntk_tokenizer", None)
+    memo: dict[int, Any] = {} if keep is None else {id(keep): keep}
+    left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
+    memo |= {id(v): v.detach() for v in left}
     streamed = [(p, entry) for p in model.parameters() if (entry := entry_of(p)) is not None]
     if lazy:
         held = [p for p in model.parameters() if type(p) is nn.Parameter and entry_of(p) is None]

@@ -18,6 +18,18 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _AHEAD = 256 << 20  # bytes the operating system is asked to read ahead, either way
 
 
+def pread(fd: int, nbytes: int, offset: int) -> bytearray | None:
+    """Return so many bytes of a file from an offset; None when it ends before."""
+    raw = bytearray(nbytes)
+    view, done = memoryview(raw), 0
+    while done < nbytes:
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if not got:
+            return None
+        done += got
+    return raw
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor in a safetensors file."""
@@ -33,17 +45,12 @@ class Entry:
         rows = self.shape[0] if self.shape else 1
         stop = rows if stop is None else stop
         row = self.nbytes // rows
-        raw = bytearray((stop - start) * row)
-        view = memoryview(raw)
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            done = 0
-            while done < len(raw):
-                got = os.preadv(fd, [view[done:]], self.offset + start * row + done)
-                if not got:
-                    msg = f"{self.path}: ends before its header says"
-                    raise InputError(msg)
-                done += got
+            raw = pread(fd, (stop - start) * row, self.offset + start * row)
+            if raw is None:
+                msg = f"{self.path}: ends before its header says"
+                raise InputError(msg)
             if hasattr(os, "posix_fadvise") and stop - start == rows:
                 low = max(0, self.offset - _AHEAD)
                 os.posix_fadvise(fd, low, self.offset + self.nbytes + _AHEAD - low, os.POSIX_FADV_WILLNEED)

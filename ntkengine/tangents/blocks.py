@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ntkengine.errors import CheckFailed
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
 
@@ -76,12 +77,33 @@ def replace_first(output: Any, value: Tensor) -> Any:
     return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)  # named tuples take entries
 
 
-class Reached(Exception):  # noqa: N818
+class _Reached(Exception):  # noqa: N818
     """Raised to end a forward pass at the first block; carries its hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__("first block reached")
         self.hidden = hidden
+
+
+def before_blocks(model: nn.Module, inputs: Mapping[str, Tensor], stack: Stack) -> Tensor:
+    """Run the model up to its first block; return the hidden states that enter it.
+
+    Raises:
+        CheckFailed: the first block is not reached.
+    """
+
+    def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(stack.take(args, kwargs))
+
+    handle = stack.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        call_model(model, inputs)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    msg = "the first block was not reached"
+    raise CheckFailed(msg)
 
 
 @dataclass

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkengine.inputs.weights import pread
+
 PLACES = ("device", "host", "disk")
 
 
@@ -56,12 +58,8 @@ class Hidden:
             host, device = kept
             return host.to(device, non_blocking=True)
         start, shape, dtype, device = kept
-        raw = bytearray(shape.numel() * dtype.itemsize)
-        view, done = memoryview(raw), 0
-        while done < len(raw):
-            got = os.preadv(self._file.fileno(), [view[done:]], start + done)
-            if not got:
-                msg = "the temporary file of hidden states is shorter than what was written to it"
-                raise OSError(msg)
-            done += got
+        raw = pread(self._file.fileno(), shape.numel() * dtype.itemsize, start)
+        if raw is None:
+            msg = "the temporary file of hidden states is shorter than what was written to it"
+            raise OSError(msg)
         return torch.frombuffer(raw, dtype=dtype).view(shape).to(device)

@@ -22,7 +22,7 @@ from ntkengine.errors import CheckFailed
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, wanting_gradients
+from ntkengine.inputs.running import call_model, sparse_tables, wanting_gradients
 from ntkengine.tangents.blocks import Stack, find_stack
 from ntkengine.tangents.rehearsal import Rehearsal, close
 from ntkengine.tangents.settle import GRADIENTS, Verifier
@@ -170,7 +170,7 @@ def _assign(
     n = len(next(iter(inputs.values())))
     modules = {m: model.get_submodule(m) for places in owners.values() for m, _ in places}
     singles = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(n)]
-    with wanting_gradients(selected.values()):
+    with wanting_gradients(selected.values()), sparse_tables(model):
         alone = [Rehearsal(model, modules, one, stack, readout, expand=False) for one in singles]
         if not all(r.apart for r in alone):
             return None

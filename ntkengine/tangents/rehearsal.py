@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
-from ntkengine.tangents.blocks import Reached, Stack, first_tensor, holds_tensors, replace_first
+from ntkengine.tangents.blocks import Stack, before_blocks, first_tensor, holds_tensors, replace_first
 from ntkengine.tangents.capture import Call, Pulled, Recorder
 
 _TAG = "ntkengine segment"
@@ -143,7 +143,7 @@ class Rehearsal:
                 handle.remove()
         self._note(out, stack.head)
         self.f = out.detach()
-        self._last: Scene | None = Scene(out, leaf, dict(recorder.calls))
+        self._last = Scene(out, leaf, dict(recorder.calls))
 
     def _note(self, out: Tensor, segment: int) -> None:
         self.whole &= out.shape[:1] == (self.n,)
@@ -162,11 +162,13 @@ class Rehearsal:
 
     def scene(self, segment: int) -> Scene | None:
         """Return a segment with its graph, run again from what entered it; None when that gives another output."""
-        if segment == self.stack.head and self._last is not None:
+        if segment == self.stack.head:
             return self._last
         recorder = Recorder(self.modules, self.n, expand=self.expand)
         if segment == 0:
-            leaf, out = None, self._input(recorder)
+            leaf = None
+            with recorder:
+                out = before_blocks(self.model, self.inputs, self.stack)
         else:
             args, kwargs = self._saved[segment]
             leaf = self.stack.take(args, kwargs).detach().requires_grad_(True)
@@ -174,22 +176,6 @@ class Rehearsal:
             with recorder:
                 out = first_tensor(self.stack.blocks[segment - 1](*args, **kwargs))
         return Scene(out, leaf, dict(recorder.calls)) if close(out.detach(), self._after[segment]) else None
-
-    def _input(self, recorder: Recorder) -> Tensor:
-        """Run the model up to its first block."""
-
-        def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise Reached(self.stack.take(args, kwargs))
-
-        handle = self.stack.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            with recorder:
-                call_model(self.model, self.inputs)
-        except Reached as reached:
-            return reached.hidden
-        finally:
-            handle.remove()
-        raise AssertionError
 
 
 def storage(x: Tensor) -> dict[int, int]:

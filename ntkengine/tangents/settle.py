@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.tangents.capture import Call, Pulled, matrix_shape
+from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.rehearsal import Rehearsal, Scene, rounding
 from ntkengine.tangents.structure import Path, Structure
 from ntkengine.tangents.verify import (
@@ -53,7 +54,7 @@ class Verifier:
         v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float64).to(whole.out)
         met = [uses_in_graph(scene.out, self.selected) for scene in scenes]
         here = {name: p for name, p in self.selected.items() if any(m[name] for m in met)}
-        parts = list(groups(here, self.gradients // len(scenes)))
+        parts = grouped({name: p.numel() for name, p in here.items()}, self.gradients // len(scenes))
         norms: dict[str, list[float]] = {}
         truths: list[dict[str, Truth]] = []
         for names in parts:
@@ -119,20 +120,6 @@ def _all_seen(structure: Structure, path: Path, met: Mapping[str, int], calls: M
         each = -(-met[path.parameter] // max(made, 1))
         structure.per_call[path.parameter] = max(structure.per_call.get(path.parameter, 1), each)
     return not path.owners or met[path.parameter] <= made * structure.per_call.get(path.parameter, 1)
-
-
-def groups(parameters: Mapping[str, nn.Parameter], entries: int) -> Iterator[list[str]]:
-    """Yield lists of parameter names whose sizes sum to at most `entries` (at least one each)."""
-    names: list[str] = []
-    held = 0
-    for name, p in parameters.items():
-        if names and held + p.numel() > entries:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += p.numel()
-    if names:
-        yield names
 
 
 def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:

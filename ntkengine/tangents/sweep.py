@@ -24,9 +24,11 @@ from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
-from ntkengine.tangents.blocks import Reached, first_tensor, replace_first
+from ntkengine.inputs.streaming import is_streamed
+from ntkengine.tangents.blocks import before_blocks, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
+from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.hidden import Hidden
 from ntkengine.tangents.rehearsal import agreement, storage
 from ntkengine.tangents.structure import Path, Structure
@@ -47,7 +49,7 @@ class Sweep:
         samples: microbatches; of one sample each when the structure says so.
         readout: f.
         tick: called after every microbatch of every segment.
-        keep_bytes: activations to keep rather than recompute.
+        keep_bytes: activations to keep rather than recompute; none of a streamed model.
         hidden: where hidden states wait (`hidden.PLACES`).
         factor_bytes: by parameter, what its factors take; only needed with a limit.
         limit: bytes of factors held at once: a block over it is run again for each group of its parameters.
@@ -82,7 +84,7 @@ class Sweep:
         self._norms: list[dict[int, Tensor]] = [{} for _ in samples.chunks]  # of each segment's output, forward
         self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
         self._kept: list[Recording | None] = [None for _ in samples.chunks]
-        self._keep_bytes = keep_bytes
+        self._keep_bytes = 0 if is_streamed(model) else keep_bytes  # kept graphs would hold its weights
 
     def segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
         """Yield (segment name, factors of the parameters whose last use it was), from the head down to the input."""
@@ -120,19 +122,10 @@ class Sweep:
 
     def _groups(self, segment: int) -> list[list[Path]]:
         """Return the segment's paths in groups whose factors fit the limit, each at least one path."""
-        paths = self.structure.paths.get(segment, [])
-        if segment == self.stack.head or self._limit == float("inf"):
-            return [paths]
-        groups: list[list[Path]] = [[]]
-        held = 0.0
-        for path in paths:
-            size = self._factor_bytes.get(path.parameter, 0.0)
-            if groups[-1] and held + size > self._limit:
-                groups.append([])
-                held = 0.0
-            groups[-1].append(path)
-            held += size
-        return groups
+        paths = {path.parameter: path for path in self.structure.paths.get(segment, [])}
+        limit = float("inf") if segment == self.stack.head else self._limit
+        sizes = {name: self._factor_bytes.get(name, 0.0) for name in paths}
+        return [[paths[name] for name in names] for names in grouped(sizes, limit)] or [[]]
 
     def _run(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
         if segment == self.stack.head:
@@ -237,25 +230,12 @@ class Sweep:
 
     def _input(self, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
         """Re-run the model up to its first block."""
-
-        def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise Reached(self.stack.take(args, kwargs))
-
-        handle = self.stack.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
         inputs = self.samples.inputs(chunk, self.device, self.dtype)
-        try:
-            with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
-                try:
-                    call_model(self.model, inputs)
-                except Reached as reached:
-                    recorder.stop()
-                    self._same(reached.hidden, i, 0, last=last)
-                    cotangent = self._cotangents[i]
-                    return self._pull(i, reached.hidden, cotangent, [], recorder.calls, paths, chunk, last=last)
-        finally:
-            handle.remove()
-        msg = "the first block was not reached"
-        raise CheckFailed(msg)
+        with self._recorder(paths, chunk.n) as recorder, self._wanted(paths):
+            out = before_blocks(self.model, inputs, self.stack)
+            recorder.stop()
+            self._same(out, i, 0, last=last)
+            return self._pull(i, out, self._cotangents[i], [], recorder.calls, paths, chunk, last=last)
 
     def _same(self, out: Tensor, i: int, segment: int, *, last: bool) -> None:
         """Refuse a replay that gives another output than the forward pass did: the block keeps a state."""

@@ -69,7 +69,7 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
                     raise
                 return False  # the model wants this length
         if plain_state(model) != before:
-            restore(model, before)
+            restore(before)
             return False
         if f[0].shape != f[1].shape:
             return False
@@ -94,19 +94,19 @@ def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, p
         cut = int(before[row])
         if not cut:
             continue
-        one = {k: v[row : row + 1].to(parameter.device) for k, v in group.items()}
-        one = {k: v.to(parameter.dtype) if v.is_floating_point() else v for k, v in one.items()}
+        alone = Samples([{k: v[row : row + 1] for k, v in group.items()}], trim=False)
+        one = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
         bare = {k: v[:, cut:] if v.shape[1:] == mask.shape[1:] else v for k, v in one.items()}
         with torch.no_grad():
             try:
-                f, alone = (readout(call_model(model, x), x) for x in (one, bare))
+                f, cut_f = (readout(call_model(model, x), x) for x in (one, bare))
             except (RuntimeError, IndexError, ValueError):
                 continue  # the model wants this length
-        if f.shape == alone.shape and not close(f, alone):
+        if f.shape == cut_f.shape and not close(f, cut_f):
             log.warning(
                 "inputs: the model counts positions from the first column, so padding on the left changes f (example "
                 "%d: by %.1e); pad on the right, or pass position_ids",
                 row,
-                float((f - alone).abs().max()),
+                float((f - cut_f).abs().max()),
             )
             return

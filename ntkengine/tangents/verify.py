@@ -15,7 +15,7 @@ from ntkengine.errors import InputError
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.blocks import Stack, cut_forward
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
-from ntkengine.tangents.factors import ParameterFactors, merge
+from ntkengine.tangents.factors import Lookup, ParameterFactors, merge
 from ntkengine.tangents.rehearsal import Scene, agreement, rounding
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,10 @@ def calls_of(owners: Owners, calls: Mapping[str, Sequence[Call]]) -> int:
 
 @dataclass
 class Truth:
-    """One parameter's gradients by plain autograd, for each sample, and their norms; None where it was not used."""
+    """One parameter's gradients by plain autograd, for each sample, and their norms; None where it was not used.
+
+    Those of an embedding are sparse: the rows the sample touches.
+    """
 
     like: Tensor
     gradients: list[Tensor | None]
@@ -121,7 +124,8 @@ def reference_gradients(
             if g is not None:
                 if name not in truth:
                     truth[name] = Truth(selected[name], [None] * len(scenes), [0.0] * len(scenes))
-                truth[name].gradients[i], truth[name].norms[i] = g, float(g.norm())
+                g = g.coalesce() if g.is_sparse else g
+                truth[name].gradients[i], truth[name].norms[i] = g, _norm(g)
     return truth
 
 
@@ -164,26 +168,39 @@ def agreeing(
 
 def _same(got: Tensor, truth: Truth, i: int, scale: float) -> bool:
     expected = truth.gradients[i]
-    error = float((got if expected is None else got - expected).norm())
+    if expected is not None and got.is_sparse != expected.is_sparse:
+        got, expected = (x.to_dense() if x.is_sparse else x for x in (got, expected))
+    error = _norm(got if expected is None else got - expected)
     return error <= agreement(got.dtype) * truth.norms[i] + rounding(got.dtype) * scale
+
+
+def _norm(g: Tensor) -> float:
+    return float((g.coalesce().values() if g.is_sparse else g).norm())
 
 
 def _gradient(
     model: nn.Module, name: str, kinds: Owners, pulled: dict[str, list[Pulled]], n: int, like: Tensor
-) -> Tensor | None:
-    """Return the per-sample gradients (n, *parameter shape) that these paths give, or None when one does not fit."""
+) -> Sequence[Tensor] | None:
+    """Return the per-sample gradients (parameter shape) that these paths give, or None when one does not fit."""
     transposed = [k == "outer-transposed" for _, _, k in kinds]
     if not kinds or any(transposed) != all(transposed):
         return None
     try:
         factors = factors_of(model, name, kinds, pulled, n, like)
+        if factors.kind == "lookup":
+            return [
+                torch.sparse_coo_tensor(ids[None], d[0], like.shape, check_invariants=True)
+                for use in factors.chunks[0]
+                if isinstance(use, Lookup)
+                for ids, d in zip(use.ids, use.d, strict=True)
+            ]
         if not factors.chunks[0]:
-            return torch.zeros(n, *like.shape, dtype=like.dtype, device=like.device)
+            return list(torch.zeros(n, *like.shape, dtype=like.dtype, device=like.device))
         g = factors.dense(0, 1, like)[:, 0]
     except (PathFailed, RuntimeError, IndexError) as error:  # shapes that this path cannot mean
         log.debug("%s: %s does not fit: %s", name, kinds, error)
         return None
-    return (g.transpose(1, 2) if all(transposed) else g).reshape(n, *like.shape)
+    return list((g.transpose(1, 2) if all(transposed) else g).reshape(n, *like.shape))
 
 
 def factors_of(

@@ -1,0 +1,67 @@
+"""The contraction alone against the machine's rate for one large product: a BERT layer's six matrices.
+
+Rates count the full product, both triangles, and the flops that fill the tangent features; the ceiling is the best of
+torch.mm and the engine's own product on 2048³, in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+
+import torch
+
+from bench.record import record
+from ntkengine.gram.strategies import choose, contract
+from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.products import full_rate, inner_products
+from ntkengine.tangents.factors import Outer, ParameterFactors
+
+MATRICES = [(384, 384)] * 4 + [(1536, 384), (384, 1536)]
+JOBS = [(64, 2, 32), (256, 2, 32), (512, 2, 32), (1024, 1, 32)]  # N, C, T
+
+
+def main() -> int:
+    """Time every job in float32 and bfloat16, print, and record a line each."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2048, 2048).to(dtype)
+        ceiling = 2.0 * 2048**3 / min(_best(lambda: x @ x.T, 9), _best(lambda: inner_products(x, x), 9))  # noqa: B023
+        for N, C, T in JOBS:
+            torch.manual_seed(0)
+            factors = [
+                ParameterFactors("w", (R, width), [N], [[Outer(torch.randn(N, T, width).to(dtype), d)]])
+                for R, width in MATRICES
+                for d in [torch.randn(N, C, T, R).to(dtype)]
+            ]
+            frame = Frame((0, N), (0, N), C, "trace")
+            chosen = [choose("outer", f.shape, T, N, frame)[0] for f in factors]
+            total = Accumulator(frame, torch.device("cpu"))
+
+            def run() -> None:
+                with full_rate():
+                    for f, strategy in zip(factors, chosen, strict=True):  # noqa: B023
+                        contract(f, strategy, total)  # noqa: B023
+
+            seconds = _best(run, 3)
+            flops = sum(2.0 * N * C * (T + N) * R * width for R, width in MATRICES)
+            config = {"matrices": MATRICES, "N": N, "C": C, "T": T, "dtype": str(dtype)[6:], "contraction": "trace"}
+            values = {
+                "seconds": seconds,
+                "gflops_per_second": flops / seconds / 1e9,
+                "ceiling_gflops_per_second": ceiling / 1e9,
+                "share": flops / seconds / ceiling,
+                "strategies": chosen,
+            }
+            print(json.dumps(record("contraction", config, values)))
+    return 0
+
+
+def _best(run: Callable[[], object], times: int) -> float:
+    run()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)

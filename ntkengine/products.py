@@ -1,0 +1,100 @@
+"""Matrix products on the CPU at the rate of its widest instructions.
+
+On processors that are not Intel's, MKL, behind `torch.mm`, takes its AVX2 kernels: half the rate of AVX-512 (measured
+on a Zen 5: 230 of 505 GFLOP/s, two cores). oneDNN, which torch carries as well, looks at the instruction set alone.
+The choice depends on the processor only, never on a timing, so that the same machine gives the same digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SMALLEST = 1 << 21  # flops below which the longer way to oneDNN costs more than it saves
+_SHORT = 256  # tokens up to which the backward pass of bfloat16 attention is faster in float32 (4.5 times at 32)
+_mm, _addmm = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@cache
+def prefers_onednn() -> bool:
+    """Whether this CPU has AVX-512 that MKL leaves unused."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        vendor = next(x for x in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "vendor_id" in x)
+    except (OSError, StopIteration):
+        return False
+    return "GenuineIntel" not in vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def inner_products(x: Tensor, y: Tensor) -> Tensor:
+    """Return x yᵀ, (m, n), of x (m, k) and y (n, k) of one dtype, summed in that dtype.
+
+    Cost: 2·m·n·k flops; a copy of an operand whose rows are not contiguous.
+    """
+    return _onednn(x, y, None) if to_onednn(x, y) else x @ y.T
+
+
+@contextmanager
+def full_rate() -> Iterator[None]:
+    """Within the block, large float32 products of matrices on the CPU, also in backward passes, go to oneDNN.
+
+    And the backward pass of short bfloat16 attention is computed in float32, which there is faster.
+    """
+    if not prefers_onednn() or _Routed.active:
+        yield
+        return
+    _Routed.active = True
+    try:
+        with _Routed():
+            yield
+    finally:
+        _Routed.active = False
+
+
+class _Routed(TorchDispatchMode):
+    active = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the wrapper it would add costs more than all else here
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if not types:
+            if func is _mm and to_onednn(args[0], args[1].T):
+                return _onednn(args[0], args[1].T, None)
+            if func is _addmm and len(args) == 3 and not kwargs and args[0].ndim == 1 and to_onednn(args[1], args[2].T):
+                return _onednn(args[1], args[2].T, args[0])
+            if func is _attention_backward and args[0].dtype == torch.bfloat16 and args[0].shape[-2] <= _SHORT:
+                wide = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+                return tuple(g.to(torch.bfloat16) for g in func(*wide, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def to_onednn(x: Tensor, y: Tensor) -> bool:
+    """Whether x yᵀ, of x (m, k) and y (n, k), is worth sending to oneDNN."""
+    return (
+        x.dtype == y.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.ndim == y.ndim == 2
+        and min(x.shape[0], y.shape[0]) >= 8
+        and 2 * x.shape[0] * x.shape[1] * y.shape[0] >= _SMALLEST
+        and prefers_onednn()
+    )
+
+
+def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x wᵀ + bias, from copies of rows with gaps: those fall to a reference loop, a thousand times slower."""
+    if not w.is_contiguous() and not w.T.is_contiguous():
+        w = w.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), w, bias, "none", [], "")
