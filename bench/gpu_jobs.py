@@ -108,7 +108,7 @@ def llama(shape: dict[str, int], *, shared: bool) -> nn.Module:
             value = torch.empty(p.shape, dtype=torch.bfloat16, device=DEVICE)
             value = value.normal_(0.0, 0.02, generator=generator) if p.ndim > 1 else value.fill_(1.0)
             large = p.ndim > 1 and p.numel() >= (STREAMED if GPU else 1)
-            if not large or not shared and "embed" in owner:
+            if not large or "embed" in owner:
                 module._parameters[local] = nn.Parameter(value)
                 continue
             key = ".".join(part for part in f"{owner}.{local}".split(".") if not part.isdigit()) if shared else ""
