@@ -14,6 +14,7 @@ CASES = {
     "plan-accuracy": "plan_accuracy",
     "scaling": "scaling",
     "minilm-2048": "minilm_2048",
+    "sketch": "sketch",
     "kernels": "kernels",
     "gpu-jobs": "gpu_jobs",
 }

@@ -172,7 +172,7 @@ def spectrum(
     as_json: Json = False,
 ) -> None:
     """Print extreme eigenvalues with their errors, and the condition number."""
-    from ntkengine.report.tables import spectrum_table
+    from ntkengine.report.tables import sketch_note, spectrum_table
     from ntkengine.spectrum import condition_number, effective_rank, eigsh
     from ntkengine.store import open_gram
 
@@ -182,9 +182,9 @@ def spectrum(
         found = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
         told = {name: getattr(condition, name) for name in ("lambda_max", "lambda_min", "lower", "resolved")}
         told |= {"noise": condition.noise, "upper": condition.upper if condition.resolved else None}
-        _json({"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram)})
+        _json({"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram), **_sketch(gram)})
         return
-    _print(spectrum_table(ritz, condition))
+    _print(spectrum_table(ritz, condition, sketch_note(gram)))
 
 
 @app.command()
@@ -192,17 +192,20 @@ def spectrum(
 def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> None:
     """Kernel ridge regression along the ridge path: train, leave-one-out, GCV and eval errors."""
     from ntkengine.jobs import forecast_file
-    from ntkengine.report.tables import ridge_dimension, ridge_table
+    from ntkengine.report.tables import ridge_dimension, ridge_table, sketch_note
+    from ntkengine.store import open_gram
 
-    found = forecast_file(path, _ridge(ridge))
+    chosen = _ridge(ridge)
+    gram = open_gram(path)
+    found = forecast_file(gram, chosen)
     if not as_json:
-        _print(ridge_table(found))
+        _print(ridge_table(found, sketch_note(gram)))
         return
     names = ("ridge", "ridge_loo", "ridge_gcv", "ridges", "train_mse", "loo_mse", "loo_accuracy", "gcv", "eval_mse")
     plain = found.to_dict()
     dimensions = [ridge_dimension(found, i) for i in range(len(found.ridges))]
     told = {name: plain[name] for name in (*names, "eval_accuracy")}
-    _json({"path": str(path), **told, "effective_dimension": dimensions})
+    _json({"path": str(path), **told, "effective_dimension": dimensions, **_sketch(gram)})
 
 
 @app.command()
@@ -303,6 +306,10 @@ def _ridge(given: str | None) -> str | float:
         return float(given)
     except ValueError:
         raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {given!r}") from None
+
+
+def _sketch(gram: Any) -> dict[str, Any]:
+    return {"sketch": gram.meta["sketch"]} if gram.meta.get("sketch") else {}
 
 
 def _described(gram: Any) -> dict[str, Any]:

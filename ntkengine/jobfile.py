@@ -123,6 +123,7 @@ class GramPart:
     resume: bool = True
     check: bool = True
     seed: int = 0
+    sketch: int | None = None
 
 
 @dataclass(frozen=True)

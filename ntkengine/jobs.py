@@ -122,7 +122,17 @@ class _Prepared:
 
     def arguments(self) -> dict[str, Any]:
         """Return what `compute_gram` and `plan_gram` share."""
-        names = ("readout", "params", "contraction", "transform", "per_module", "precision", "backend", "seed")
+        names = (
+            "readout",
+            "params",
+            "contraction",
+            "transform",
+            "per_module",
+            "precision",
+            "backend",
+            "seed",
+            "sketch",
+        )
         found = {name: getattr(self.job.gram, name) for name in names}
         return found | ({} if self.eval_inputs is None else {"eval_inputs": self.eval_inputs})
 
@@ -160,7 +170,8 @@ class _Prepared:
             for k in range(folds):
                 fit.write(self.model, k)
                 stage = None if progress is None else _staged(progress, f"held-out head {k + 1} of {folds}")
-                found = compute_gram(self.model, self.inputs, **call, check=False, progress=stage)
+                checked = call["sketch"] is not None  # the only way to a sketch
+                found = compute_gram(self.model, self.inputs, **call, check=checked, progress=stage)
                 grams.append(np.asarray(found))
                 outputs.append(found.outputs)
         finally:
@@ -223,7 +234,14 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
     """
     from ntkengine.report import Section
     from ntkengine.report.plots import forecast_figures, spectrum_figure
-    from ntkengine.report.tables import comparison_table, forecast_table, gram_table, module_table, spectrum_table
+    from ntkengine.report.tables import (
+        comparison_table,
+        forecast_table,
+        gram_table,
+        module_table,
+        sketch_note,
+        spectrum_table,
+    )
     from ntkengine.spectrum import as_matrix, condition_from_eigenvalues, eigsh, noise_of
     from ntkengine.store import open_gram
 
@@ -242,7 +260,7 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
         values = np.linalg.eigvalsh(matrix)[::-1]
         condition = condition_from_eigenvalues(values, noise_of(gram))
         figures = {"spectrum": spectrum_figure(values, condition.noise, str(condition))}
-        table = spectrum_table(eigsh(gram, k=min(20, len(matrix))), condition)
+        table = spectrum_table(eigsh(gram, k=min(20, len(matrix))), condition, sketch_note(gram))
         sections.append(Section(str(path), [facts, table], figures, ["Without class targets there is no forecast."]))
     if len(forecasts) > 1:
         sections.insert(0, Section("Side by side", [comparison_table(forecasts)]))
@@ -270,7 +288,7 @@ def _check_early(job: Job) -> None:
     from ntkengine.store import read_job as stored_job
 
     part = job.gram
-    refuse(part.transform, part.precision, part.backend, None, part.contraction, None, None)
+    refuse(part.transform, part.precision, part.backend, None, part.contraction, None, None, part.sketch, part.check)
     resolve_readout(part.readout, part.contraction)
     if job.out is None or not writable(job.out).exists():
         return

@@ -8,7 +8,7 @@
 /tiles/crc32          checksum of each tile of /gram;   /tiles/done  its flag
 /extras/<name>        further arrays
 /json/<name>          job (what defines the values), meta, plan
-Root attributes: schema, contraction, transform, precision, noise.
+Root attributes: schema, contraction, transform, precision, noise; sketch, its features, when there is one.
 A file appears under its name only when it is complete.
 """
 
@@ -86,6 +86,8 @@ def write_gram(path: Path, gram: Gram, job: Mapping[str, Any], ids: Mapping[str,
             file.attrs["contraction"], file.attrs["transform"] = gram.contraction, gram.transform
             file.attrs["precision"] = str(gram.meta.get("precision", ""))
             file.attrs["noise"] = gram.noise
+            if gram.meta.get("sketch"):
+                file.attrs["sketch"] = gram.meta["sketch"]["features"]
             for name, value in (
                 ("job", dict(job)),
                 ("meta", gram.meta),

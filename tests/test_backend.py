@@ -146,3 +146,7 @@ def test_tiles_have_whole_blocks_and_stay_within_bounds(R, I, entries):  # noqa:
     assert high in (R, high // kernels.BLOCK * kernels.BLOCK)
     assert wide in (I, wide // kernels.BLOCK * kernels.BLOCK)
     assert high * wide <= max(entries, min(R, kernels.BLOCK) * min(I, kernels.BLOCK))
+
+
+def test_a_sketch_equals_torch():
+    both(small("bert"), sketch=256, check=True, tolerance=2e-6)

@@ -18,6 +18,7 @@ from ntkengine.forecast.curves import checked_times, default_times, flow_curves
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
 from ntkengine.forecast.system import Flow, Kernel, cut
+from ntkengine.report.tables import sketch_note
 from ntkengine.ridge import RidgePath, ridge_grid
 from ntkengine.ridge.solve import as_columns
 from ntkengine.ridge.tuning import pick
@@ -279,6 +280,8 @@ def _assumptions(
     transform = getattr(gram, "transform", "sgd")
     if transform != "sgd":
         lines.append(f"The kernel uses the {transform!r} inner product; the flow is that of this kernel.")
+    if sketch_note(gram):
+        lines.append(f"The kernel is approximate ({sketch_note(gram)}); its error is part of the noise.")
     if kernel.divisor > 1:
         lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
     lines.append(start)

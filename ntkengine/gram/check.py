@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.running import call_model, sparse_tables, tables, wanting_gradients
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.settle import GRADIENTS
+from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 
 # Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).
@@ -25,6 +26,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Share of the whole gradient below which one parameter's may be nothing but rounding.
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
+DEVIATIONS = 10.0  # of a sketched entry; a wrong sketch is off by all of it
 _PASSES = 8  # through the model; where a budget would need more, only as many parameters, drawn, are compared
 _TILE = 1 << 16  # entries in float64 that stay in cache
 
@@ -171,6 +173,14 @@ class Check:
             part = sums.parts.get(name)
             got = torch.zeros_like(truth) if part is None else part.finish()
             self._compare(name, got, truth, whole)
+
+    def allow(self, sketches: Mapping[str, Sketch]) -> None:
+        """Let entries differ by what a sketch may cost, many times its standard deviation."""
+        variance = torch.zeros_like(self.slack)
+        for name in sketches.keys() & self.parts.keys():
+            size = self.parts[name].diagonal(dim1=1, dim2=2)
+            variance += sketches[name].variance * size[:, :, None] * size[:, None, :]
+        self.slack += DEVIATIONS * variance.sqrt()
 
     def entries(self, sums: Sums, samples: Samples, dtype: torch.dtype) -> None:
         """Compare the finished Gram's entries between drawn samples with plain autograd.

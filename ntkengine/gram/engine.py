@@ -26,6 +26,7 @@ from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums
+from ntkengine.gram.sketching import described
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
 from ntkengine.gram.tiles import Frame, unsorted
 from ntkengine.gram.tiling import sum_tiled
@@ -35,6 +36,7 @@ from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.probe import probe
+from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
@@ -69,8 +71,9 @@ def compute_gram(
     job: Mapping[str, Any] | None = None,
     extras: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray]] | None = None,
     seed: int = 0,
+    sketch: int | None = None,
 ) -> Gram:
-    """Return the exact empirical NTK Gram matrix of a model on a set of inputs.
+    """Return the empirical NTK Gram matrix of a model on a set of inputs: exact, unless a sketch is asked for.
 
     K[n, m] = Σ_c ⟨∇f_c(x_n), ∇f_c(x_m)⟩ for `"trace"`: a sum over parameters and outputs, not divided by anything.
     No gradient is ever stored for all samples and all parameters.
@@ -104,7 +107,11 @@ def compute_gram(
         job: a mapping kept in the file.
         extras: further arrays kept in the file; or a function that makes them from what the job already names, called
             after the sweep.
-        seed: of the drawn checks.
+        seed: of the drawn checks, and of a sketch.
+        sketch: keep at most this many random projections of each parameter's gradient: an approximation, for more
+            samples or parameters than exact products can take. Still symmetric and positive semi-definite, right in
+            the mean, with an error that falls as 1/√sketch (`tangents.sketch`): `noise` and `meta["sketch"]` say how
+            far it is off, measured on rows recomputed without it. Parameters that are no larger stay exact.
 
     Returns:
         The Gram. `noise` is NaN with `check=False`.
@@ -118,7 +125,7 @@ def compute_gram(
     Source: the kernel, Jacot et al. 2018 (arXiv 1806.07572); factored gradients, Goodfellow 2015 (arXiv 1510.01799).
     """
     start = time.perf_counter()
-    refuse(transform, precision, backend, comm, contraction, inputs2, eval_inputs)
+    refuse(transform, precision, backend, comm, contraction, inputs2, eval_inputs, sketch, check)
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
@@ -130,7 +137,7 @@ def compute_gram(
     path = None if out is None else writable(Path(out))
     if path is not None:
         settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
-        settings |= {"per_module": per_module, "check": check, "seed": seed}
+        settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
         arrays = {"targets": targets, "eval_targets": eval_targets}
         arrays |= {f"d of {name}": root.double().cpu().numpy() for name, root in (task.roots or {}).items()}
         arrays |= {} if extras is None or callable(extras) else extras
@@ -140,7 +147,7 @@ def compute_gram(
     tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure, plan, layout, samples = planned(task, precision, per_module, memory_gib, seed)
+        structure, plan, layout, samples, sketches = planned(task, precision, per_module, memory_gib, seed, sketch)
         frame = task.frame(structure.outputs)
         double = _double(task, running, lazy=memory_gib is not None) if check or task.transform in SIGNS else None
         if task.transform in SIGNS and double is not None:
@@ -152,12 +159,14 @@ def compute_gram(
         # The layout does not count kept activations, so a bounded job recomputes them.
         keep_bytes = KEEP_BYTES if memory_gib is None else 0
         swept = task.fast(running) if precision == "fast" else task
-        sums = _sweep(swept, structure.on(swept.model), samples, frame, plan, layout, per_module, progress, keep_bytes)
+        on = structure.on(swept.model)
+        sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches)
         if truth is not None:
+            truth.allow(sketches)
             truth.entries(sums, samples, swept.dtype)
         noise = None
         if check and double is not None:
-            noise = _noise(task, structure, samples, frame, sums, seed, double, precision)
+            noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     contracting = sum(row.seconds or 0.0 for row in plan.parameters)
@@ -174,10 +183,11 @@ def compute_gram(
         "parameters": sum(p.numel() for p in task.selected.values()),
         "unused_parameters": structure.unused,
         "negligible_parameters": structure.negligible,
-        "module_trace": sums.traces,
+        "module_trace": sums.module_traces,
         "noise_relative": None if noise is None else noise.relative,
         "outputs_error": None if noise is None else noise.outputs,
         "checked": check,
+        "sketch": None if sketch is None or noise is None else described(sketch, sketches, seed, sums, noise.relative),
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,
         "seconds": time.perf_counter() - start,
@@ -214,6 +224,7 @@ def plan_gram(
     eval_inputs: Mapping[str, Tensor] | None = None,
     memory_gib: float | None = None,
     seed: int = 0,
+    sketch: int | None = None,
     **_run_only: Any,
 ) -> Plan:
     """Return what `compute_gram` would do with the same arguments: strategy, flops, bytes and seconds by parameter.
@@ -223,13 +234,13 @@ def plan_gram(
     Raises:
         InputError, NotImplementedError: as `compute_gram`.
     """
-    refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs)
+    refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs, sketch)
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        found = planned(task, precision, per_module, memory_gib, seed)
+        found = planned(task, precision, per_module, memory_gib, seed, sketch)[:4]
         return timed(task.fast(running) if precision == "fast" else task, *found)
 
 
@@ -243,6 +254,7 @@ def _sweep(
     per_module: bool,
     progress: Progress | None,
     keep_bytes: int,
+    sketches: Mapping[str, Sketch],
 ) -> Sums:
     done = 0.0
     total = max(plan.flops, 1.0)
@@ -264,10 +276,11 @@ def _sweep(
         group=module_of if per_module else None,
         factor_bytes={row.parameter: row.bytes for row in plan.parameters},
         tick=tick,
-        pass_flops=plan.pass_flops,
+        pass_flops=plan.pass_flops + plan.projection_flops,
         keep_bytes=keep_bytes,
         roots=task.roots,
         kernels=task.kernels,
+        sketches=sketches,
     )
     if per_module:
         for part in sums.parts.values():
@@ -306,6 +319,8 @@ def _noise(
     seed: int,
     model: nn.Module,
     precision: str,
+    *,
+    sketched: bool,
 ) -> Noise | None:
     expected, limit = {"exact": (USUAL, 1e-5), "high": (USUAL, 1e-2), "fast": (float("inf"), 0.5)}[precision]
     by_name = dict(model.named_parameters())
@@ -327,10 +342,13 @@ def _noise(
             roots=roots,
             expected=expected,
             limit=limit,
+            sketched=sketched,
         )
     except (NonFinite, RuntimeError, TypeError, ValueError) as error:
         if same or isinstance(error, CheckFailed | InputError | torch.OutOfMemoryError):
             raise
+        if sketched:  # its error is far above float32's
+            return _noise(task, structure, samples, frame, sums, seed, task.model, precision, sketched=True)
         log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
         return None
 

@@ -67,6 +67,7 @@ class Needs:
         segment: entries of the largest segment's parameters.
         kept: activations that a job without a bound keeps rather than recomputes.
         copy: a copy of the weights in another dtype.
+        projections: a sketch's random matrices for the largest segment.
     """
 
     samples: int
@@ -82,6 +83,7 @@ class Needs:
     segment: int = 0
     kept: float = 0.0
     copy: float = 0.0
+    projections: float = 0.0
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""
@@ -94,7 +96,7 @@ class Needs:
         sweep = kept + max(blocks, default=0.0) + working + (self.kept if layout.keeps else 0.0)
         # Three samples' gradients by plain autograd, and again by the path that is tried.
         probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
-        return self.gram + resident + self.copy + max(sweep, probe)
+        return self.gram + resident + self.copy + max(sweep + self.projections, probe)
 
 
 def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:

@@ -55,6 +55,7 @@ def estimate_noise(
     roots: Mapping[str, Tensor] | None = None,
     expected: float = USUAL,
     limit: float = 1e-2,
+    sketched: bool = False,
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
@@ -72,11 +73,12 @@ def estimate_noise(
         sums: the job's finished sums.
         one_by_one: recompute sample by sample.
         trim: cut padding. A Gram that is itself float64 is recomputed in another layout: sample by sample, uncut.
-        rows: samples to recompute, m; default an eighth of the job's, between 8 and 16.
+        rows: samples to recompute, m; default an eighth of the job's, between 8 and 16, and twice that for a sketch.
         seed: of the draw.
         roots: of the preconditioner, in float64.
         expected: relative error above which a warning is logged.
         limit: relative error that is no rounding any more.
+        sketched: the Gram is a sketch: its error is measured, and only f's is judged.
 
     Raises:
         CheckFailed: an error above the limit.
@@ -85,7 +87,7 @@ def estimate_noise(
     """
     rng = np.random.default_rng(seed)
     w = frame.width
-    rows = rows or min(16, max(8, samples.total // 8))
+    rows = rows or (2 if sketched else 1) * min(16, max(8, samples.total // 8))
     picked: list[tuple[int, np.ndarray]] = []
     for g, n in enumerate(samples.sizes):
         start, stop = samples.span(g)
@@ -116,7 +118,7 @@ def estimate_noise(
     scale = float(np.linalg.norm(exact))
     relative = float(np.linalg.norm(error)) / scale if scale else 0.0
     noise = Noise(max(norm, floor), relative, len(picked[0][1]), float(off.max()))
-    worst = max(relative, float(off.max() / (np.abs(true).max() or 1.0)))
+    worst = max(0.0 if sketched else relative, float(off.max() / (np.abs(true).max() or 1.0)))
     if worst > limit:
         msg = (
             f"recomputed in float64, in other batches, the Gram or f differs by a relative {worst:.0e}, which is no "
@@ -124,7 +126,7 @@ def estimate_noise(
             "unusable (precision='exact' tells)"
         )
         raise CheckFailed(msg)
-    if noise.relative > expected:
+    if noise.relative > expected and not sketched:
         log.warning(
             "this Gram is known to a relative %.0e only: the model rounds more than most (`ntkengine doctor --model` "
             "measures it); for more, run inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH) or with "

@@ -21,6 +21,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.tangents.grouping import grouped
+from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
 
@@ -44,7 +45,7 @@ class PlanRow:
         segment: where its last use is.
         path: how its per-sample gradient is taken: outer, lookup, diagonal (norms and biases), explicit-leaf (its
             module's own VJP) or explicit-block (plain autograd of the segment, one sample at a time); `+` joins those
-            of a parameter with uses of several kinds.
+            of a parameter with uses of several kinds; then how it is sketched, if it is.
         strategy: how factors become Gram entries.
         rows: R of its gradient's matrix.
         columns: I.
@@ -52,6 +53,7 @@ class PlanRow:
         flops: of the contraction.
         bytes: of its factors over all samples.
         seconds: measured, after the run; None before.
+        features: numbers kept of a sketched gradient (of a lookup, for each token); None: it is exact.
     """
 
     module: str
@@ -65,6 +67,7 @@ class PlanRow:
     flops: float
     bytes: float
     seconds: float | None = None
+    features: int | None = None
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Plan:
         layout: where hidden states wait, and what is held at once (`gram.layout.Layout`).
         probe_seconds: time the probe took.
         pass_seconds: estimate of the passes' time, from one microbatch.
+        projection_flops: of a sketch's projections.
     """
 
     parameters: list[PlanRow]
@@ -112,16 +116,17 @@ class Plan:
     layout: dict[str, Any] = field(default_factory=dict)
     probe_seconds: float = 0.0
     pass_seconds: float = 0.0
+    projection_flops: float = 0.0
 
     @property
     def flops(self) -> float:
-        """All floating-point operations, passes and contractions."""
-        return self.pass_flops + sum(row.flops for row in self.parameters)
+        """All floating-point operations: passes, projections and contractions."""
+        return self.pass_flops + self.projection_flops + sum(row.flops for row in self.parameters)
 
     @property
     def seconds(self) -> float:
-        """Estimate of the run's time: the probe, the passes, and the contractions at their measured rate."""
-        return self.probe_seconds + self.pass_seconds + sum(row.flops for row in self.parameters) / self.rate
+        """Estimate of the run's time: the probe, the passes, and all else at the contractions' measured rate."""
+        return self.probe_seconds + self.pass_seconds + (self.flops - self.pass_flops) / self.rate
 
     def table(self) -> list[dict[str, Any]]:
         """Return one mapping for each parameter."""
@@ -140,7 +145,14 @@ class Plan:
         return cls(**{**given, "parameters": [PlanRow(**row) for row in found["parameters"]]})
 
 
-def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: Frame, per_module: bool) -> Plan:
+def make_plan(
+    model: nn.Module,
+    structure: Structure,
+    samples: Samples,
+    frame: Frame,
+    per_module: bool,
+    sketches: Mapping[str, Sketch] | None = None,
+) -> Plan:
     """Return the plan of a job whose structure is known.
 
     Args:
@@ -149,33 +161,40 @@ def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: F
         samples: the job's samples.
         frame: the wanted Gram.
         per_module: whether every module gets its own accumulator.
+        sketches: by parameter, what is kept of its gradient.
     """
     parameter = next(iter(model.parameters()))
     size = parameter.element_size()
     lengths = np.concatenate(samples.lengths)
     S, C, tokens = samples.total, structure.outputs, int(lengths.sum())
-    mean = max(1, round(tokens / S))
     rows = []
+    sketches = sketches or {}
+    projection = 0.0
     width = 0
     last = {
         path.parameter: path for segment in sorted(structure.paths, reverse=True) for path in structure.paths[segment]
     }
     for path in last.values():
         shape = structure.shapes[path.parameter]
-        kinds = {
-            k for p in structure.paths.values() for q in p if q.parameter == path.parameter for k in q.kind.split("+")
-        }
-        kind = _factor_kind(kinds)
-        T = 0 if kind == "dense" else min(mean, structure.tokens.get(path.parameter, mean))
+        kinds, kind = structure.kinds(path.parameter), structure.factor_kind(path.parameter)
+        T = structure.tokens_of(path.parameter, samples.mean_tokens)
         unsigned = frame.transform in SIGNS and path.parameter in structure.negligible
         strategy, flops = choose("zero" if unsigned else kind, shape, T, S, frame)
         held = S * C * shape[0] * shape[1] if kind == "dense" else S * T * (shape[1] + C * shape[0])
         held = S * T * C * shape[1] if kind == "lookup" else held
+        shown = "+".join(sorted({_SHOWN.get(k, k) for k in kinds}))
+        sketch = sketches.get(path.parameter)
+        if sketch is not None:
+            strategy, flops = choose("lookup" if sketch.lookup else "dense", sketch.shape, T, S, frame)
+            held = S * C * sketch.features * (T if sketch.lookup else 1)
+            shown += f", {sketch.label}"
+            projection += S * sketch.flops(T, C)
         segment = structure.stack.segment_name(path.segment)
         name = path.parameter
-        shown = "+".join(sorted({_SHOWN.get(k, k) for k in kinds}))
         width = max(width, shape[1]) if "norm" in kinds else width
-        rows.append(PlanRow(module_of(name), name, segment, shown, strategy, *shape, T, flops, float(held * size)))
+        row = PlanRow(module_of(name), name, segment, shown, strategy, *shape, T, flops, float(held * size))
+        row.features = None if sketch is None else sketch.features
+        rows.append(row)
     rows.sort(key=lambda row: row.parameter)
     ledger = {row.parameter for row in rows} | set(structure.unused)
     modules = len({row.module for row in rows}) if per_module else 0
@@ -197,10 +216,19 @@ def make_plan(model: nn.Module, structure: Structure, samples: Samples, frame: F
         max((sum(part.values()) for part in _factors(rows)), default=0.0),
         8.0 * entries * (1 + modules),
         rate=1.0,
+        projection_flops=projection,
     )
 
 
-def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dtype, *, kernels: bool = False) -> Needs:
+def needs_of(
+    plan: Plan,
+    structure: Structure,
+    model: nn.Module,
+    dtype: torch.dtype,
+    sketches: Mapping[str, Sketch] | None = None,
+    *,
+    kernels: bool = False,
+) -> Needs:
     """Return what a planned job takes.
 
     Args:
@@ -208,9 +236,11 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         structure: from the probe, which has measured a token's activations.
         model: as it is probed.
         dtype: what it will run in.
+        sketches: by parameter, what is kept of its gradient.
         kernels: whether contractions run in Triton kernels, which read a parameter's factors from one piece.
     """
-    widest = max((plan.samples * plan.outputs * row.columns * min(row.rows, 16) for row in plan.parameters), default=0)
+    tiles = (min(row.columns * min(row.rows, 16), row.features or row.rows * row.columns) for row in plan.parameters)
+    widest = plan.samples * plan.outputs * max(tiles, default=0)
     streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
     parameter = next(iter(model.parameters()))
     segments: dict[str, int] = {}
@@ -221,6 +251,14 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         least = plan.samples * plan.outputs * BLOCK**2 * dtype.itemsize
         tile = max(tile, FEATURE_BYTES, least) + max((row.bytes for row in plan.parameters), default=0.0)
         tile += SLAB_BYTES + PANEL_BYTES
+    projections = (
+        [
+            sum(sketches[path.parameter].bytes(dtype.itemsize) for path in paths if path.parameter in sketches)
+            for paths in structure.paths.values()
+        ]
+        if sketches
+        else []
+    )
     share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
     return Needs(
         samples=plan.samples,
@@ -236,6 +274,7 @@ def needs_of(plan: Plan, structure: Structure, model: nn.Module, dtype: torch.dt
         segment=max(segments.values(), default=0),
         kept=min(KEEP_BYTES, 0 if streamed else sum(structure.held) * plan.tokens),
         copy=0.0 if dtype == parameter.dtype else float(sum(p.numel() for p in model.parameters()) * dtype.itemsize),
+        projections=float(max(projections, default=0)),
     )
 
 
@@ -259,14 +298,6 @@ def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:
     for row in rows:
         found.setdefault(row.segment, {})[row.parameter] = row.bytes
     return list(found.values())
-
-
-def _factor_kind(kinds: set[str]) -> str:
-    if kinds <= {"outer", "outer-transposed"}:
-        return "outer"
-    if kinds == {"lookup"}:
-        return "lookup"
-    return "mixed" if kinds & {"outer", "lookup"} else "dense"
 
 
 def _matrix(module: nn.Module) -> int:

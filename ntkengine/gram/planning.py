@@ -11,18 +11,20 @@ from ntkengine.errors import InputError
 from ntkengine.gram.layout import Layout, bounds, fit
 from ntkengine.gram.plan import Plan, make_plan, needs_of, passes
 from ntkengine.gram.rates import contraction_rate, forward_seconds
+from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.streaming import is_streamed
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.tangents.probe import probe
+from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 
 
 def planned(
-    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int
-) -> tuple[Structure, Plan, Layout, Samples]:
-    """Probe the model and lay the job out within its budget.
+    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int, sketch: int | None = None
+) -> tuple[Structure, Plan, Layout, Samples, dict[str, Sketch]]:
+    """Probe the model, choose what is sketched, and lay the job out within its budget.
 
     Raises:
         InputError: nothing fits.
@@ -42,15 +44,16 @@ def planned(
     def microbatches(tokens: int) -> Samples:
         return Samples(task.samples.groups, microbatch_tokens=tokens, microbatch=one, trim=structure.trim)
 
-    plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module)
+    sketches = choose_sketches(structure, task.samples, sketch, seed)
+    plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, sketches)
     plan.probe_seconds = probed
-    needs = needs_of(plan, structure, task.model, dtype, kernels=task.kernels)
+    needs = needs_of(plan, structure, task.model, dtype, sketches, kernels=task.kernels)
     layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
     tiles = layout.tiles(plan.samples)
     plan.sweeps = tiles * (tiles + 1) // 2
-    return structure, plan, layout, samples
+    return structure, plan, layout, samples, sketches
 
 
 def timed(task: Task, structure: Structure, plan: Plan, layout: Layout, samples: Samples) -> Plan:

@@ -14,7 +14,7 @@ from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
-from ntkengine.tangents.factors import Outer, ParameterFactors
+from ntkengine.tangents.factors import Dense, Outer, ParameterFactors
 
 _SAMPLES = 64  # of the contraction that is timed
 
@@ -38,10 +38,13 @@ def contraction_rate(
     plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device, *, kernels: bool = False
 ) -> float:
     """Return the flop/s of the job's largest contraction, on as many random samples as fit in a tenth of a second."""
-    rows = [row for row in plan.parameters if row.strategy in ("materialise", "ghost") and row.tokens]
+    rows = [r for r in plan.parameters if r.strategy in ("materialise", "ghost") and r.tokens or r.features]
+    rows = [row for row in rows if row.strategy != "lookup"]
     if not rows:
         return float("nan")
     row = max(rows, key=lambda r: r.flops)
+    if row.features is not None:
+        return _explicit_rate(row.features, min(_SAMPLES, plan.samples), frame, dtype, device, kernels=kernels)
     S, C, T = min(_SAMPLES, plan.samples), plan.outputs, row.tokens
     R = min(row.rows, max(64, int(2e9 / (2.0 * S * S * C * row.columns))))
     a = torch.randn(S, T, row.columns, device=device).to(dtype)
@@ -51,6 +54,17 @@ def contraction_rate(
     total = Accumulator(small, device, kernels=kernels)
     flops = outer_costs((R, row.columns), T, S, small)[row.strategy]
     return flops / _best(lambda: contract(factors, row.strategy, total), device, 3)
+
+
+def _explicit_rate(
+    features: int, samples: int, frame: Frame, dtype: torch.dtype, device: torch.device, *, kernels: bool
+) -> float:
+    small = Frame((0, samples), (0, samples), frame.outputs, frame.contraction)
+    g = torch.randn(samples, frame.outputs, max(1, features // 8), min(8, features), device=device).to(dtype)
+    factors = ParameterFactors("", (g.shape[2], g.shape[3]), [samples], [[Dense(g)]])
+    total = Accumulator(small, device, kernels=kernels)
+    flops = small.computed * small.outputs * small.width * 2.0 * g[0, 0].numel()
+    return flops / _best(lambda: contract(factors, "explicit", total), device, 3)
 
 
 def _best(run: Callable[[], None], device: torch.device, times: int) -> float:

@@ -30,7 +30,9 @@ class Gram:
         targets: (N, C) float64 or None.
         eval_targets: (M, C) float64 or None.
         plan: how it was computed.
-        meta: versions, fingerprints, settings, timings, `module_trace`.
+        meta: versions, fingerprints, settings, timings, `module_trace`; `sketch`: None when exact, else `features`,
+            `seed`, `parameters` sketched, `relative_error` ‖E‖_F/‖K‖_F measured on recomputed rows, and `predicted`, a
+            bound on its root mean square over seeds (None without a square of rows against themselves).
         extras: further arrays stored beside the Gram.
         path: the file it lives in, or None.
     """
@@ -62,6 +64,8 @@ class Gram:
 
     def __repr__(self) -> str:
         where = f", file {str(self.path)!r}" if self.path else ""
+        sketch = self.meta.get("sketch")
+        where = f", sketched to {sketch['features']} features{where}" if sketch else where
         return (
             f"Gram({self.contraction}, shape {self.shape}, noise {self.noise:.2g}, {len(self.modules)} modules{where})"
         )

@@ -21,6 +21,7 @@ from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.factors import ParameterFactors
+from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES, Sweep
 
@@ -32,7 +33,7 @@ class Sums:
     Attributes:
         total: the Gram, in sweep order.
         parts: Grams by group name, when asked for.
-        traces: trace over the square by module.
+        traces: trace over the square by parameter.
         outputs: (S, C) float64 in sweep order.
         done: by parameter: (strategy, tokens, flops, seconds) as executed.
         pass_seconds: time outside the contractions.
@@ -44,6 +45,14 @@ class Sums:
     outputs: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     done: dict[str, tuple[str, int, float, float]] = field(default_factory=dict)
     pass_seconds: float = 0.0
+
+    @property
+    def module_traces(self) -> dict[str, float]:
+        """Trace over the square by module."""
+        found: dict[str, float] = {}
+        for name, value in self.traces.items():
+            found[module_of(name)] = found.get(module_of(name), 0.0) + value
+        return found
 
 
 def sum_gram(
@@ -62,6 +71,7 @@ def sum_gram(
     factor_bytes: Mapping[str, float] | None = None,
     roots: Mapping[str, Tensor] | None = None,
     kernels: bool = False,
+    sketches: Mapping[str, Sketch] | None = None,
 ) -> Sums:
     """Return the Gram of all samples in the frame.
 
@@ -80,6 +90,7 @@ def sum_gram(
         factor_bytes: by parameter, for the layout's limit.
         roots: by parameter, the square root of a diagonal preconditioner, in the parameter's shape.
         kernels: contract in Triton kernels.
+        sketches: by parameter, what is kept of its gradient; the others stay exact.
 
     Raises:
         NonFinite: naming the parameter and the example.
@@ -100,6 +111,7 @@ def sum_gram(
         layout.hidden,
         factor_bytes,
         layout.factor_bytes,
+        sketches,
     )
     spent = 0.0
     for segment, found in sweep.segments():
@@ -147,8 +159,7 @@ def _add(
     if not np.isfinite(after):
         raise NonFinite(_where(factors.name, target, frame, samples))
     if frame.square:
-        module = module_of(factors.name)
-        sums.traces[module] = sums.traces.get(module, 0.0) + after - before
+        sums.traces[factors.name] = after - before
 
 
 def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> str:

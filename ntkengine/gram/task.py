@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.gram.backend import BACKENDS, uses_kernels
+from ntkengine.gram.sketching import refuse_sketch
 from ntkengine.gram.tiles import CONTRACTIONS, Frame
 from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
 from ntkengine.inputs.batches import Samples, check_inputs
@@ -121,7 +122,15 @@ def in_precision(model: nn.Module, precision: str, *, lazy: bool = False) -> nn.
 
 
 def refuse(
-    transform: Any, precision: str, backend: str, comm: Any, contraction: str, inputs2: Any, eval_inputs: Any
+    transform: Any,
+    precision: str,
+    backend: str,
+    comm: Any,
+    contraction: str,
+    inputs2: Any,
+    eval_inputs: Any,
+    sketch: Any = None,
+    check: bool = True,
 ) -> None:
     """Refuse arguments that are wrong (InputError) or not built yet (NotImplementedError, says what to use instead)."""
     _one_of("contraction", contraction, CONTRACTIONS)
@@ -131,6 +140,7 @@ def refuse(
     uses_kernels(backend, best, torch.float64 if precision == "exact" else torch.float32)
     if not isinstance(transform, Preconditioner):
         _one_of("transform", transform, TRANSFORMS)
+    refuse_sketch(sketch, name_of(transform), check)
     if inputs2 is not None and eval_inputs is not None:
         msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
         raise InputError(msg)

@@ -86,6 +86,11 @@ class Samples:
         used = (np.arange(len(lengths)) + 1) * lengths
         return max(1, int(np.searchsorted(used, tokens, side="right")))
 
+    @property
+    def mean_tokens(self) -> int:
+        """Tokens of a sample, on average, padding cut."""
+        return max(1, round(int(np.concatenate(self.lengths).sum()) / self.total))
+
     def span(self, group: int) -> tuple[int, int]:
         """Return the positions [start, stop) of a group on the sample axis."""
         start = sum(self.sizes[:group])

@@ -87,8 +87,8 @@ def write_report(path: str | Path, sections: Sequence[Section], title: str = "Ta
 def render_report(sections: Sequence[Section], title: str = "Tangent kernel report") -> str:
     """Return the page as text."""
     lead = (
-        "Exact empirical neural tangent kernel, and what it forecasts of fine-tuning. Every number is read from the "
-        "Gram files named below."
+        "Empirical neural tangent kernel, exact unless its facts say sketched, and what it forecasts of fine-tuning. "
+        "Every number is read from the Gram files named below."
     )
     body = "\n".join(_section(section) for section in sections)
     return (

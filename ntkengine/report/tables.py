@@ -48,6 +48,7 @@ def gram_table(gram: Any) -> Table:
     rows = [
         ("shape", f"{' × '.join(map(str, shape))} ({gram.contraction}, {gram.transform})"),
         ("error (spectral norm)", _noise(gram)),
+        *(("approximation", line) for line in [sketch_note(gram)] if line),
         (
             "examples",
             f"{len(gram.outputs):,} train, {0 if gram.eval_outputs is None else len(gram.eval_outputs):,} eval",
@@ -105,6 +106,9 @@ def plan_table(plan: Any) -> Table:
         f"{plan.rate / 1e9:,.0f} GFLOP/s"
     )
     layout = plan.layout
+    projected = sum("sketched" in row.path for row in plan.parameters)
+    if projected:
+        note += f"; approximate: {projected} parameters sketched, {plan.projection_flops / 1e9:,.1f} GFLOP to project"
     if layout.get("hidden", "device") != "device":
         note += f"; hidden states wait on the {layout['hidden']}"
     if layout.get("factor_bytes", math.inf) < math.inf:
@@ -127,14 +131,30 @@ def plan_table(plan: Any) -> Table:
 _PLAN = ("parameter", "uses", "size", "gradient", "strategy", "GFLOP", "s", "MiB of factors")
 
 
-def spectrum_table(ritz: Any, condition: Any) -> Table:
-    """Return Ritz values, largest first, each with its bound."""
+def sketch_note(gram: Any) -> str:
+    """Return what a sketched Gram must say of itself; empty for an exact one."""
+    found = (getattr(gram, "meta", None) or {}).get("sketch")
+    if not found:
+        return ""
+    error = f"relative error {found['relative_error']:.1e}"
+    return f"sketched, k={found['features']:,}, {error}, {found['parameters']:,} parameters projected"
+
+
+def spectrum_table(ritz: Any, condition: Any, approximation: str = "") -> Table:
+    """Return Ritz values, largest first, each with its bound.
+
+    Args:
+        ritz: from `eigsh`.
+        condition: of the same Gram.
+        approximation: of `sketch_note`.
+    """
     order = np.argsort(ritz.values)[::-1]
     rows = [
         (str(i + 1), f"{ritz.values[j]:.8g}", f"{ritz.bounds[j]:.1e}", f"{ritz.residuals[j]:.1e}")
         for i, j in enumerate(order)
     ]
     note = f"condition number {condition}; {ritz.method}, {ritz.products} products; eigenvalues in gradient²"
+    note += f"; {approximation}" if approximation else ""
     return Table("Spectrum", ("", "eigenvalue", "± bound", "residual"), rows, note)
 
 
@@ -143,8 +163,13 @@ def forecast_table(forecast: Any) -> Table:
     return Table("Forecast", (), [tuple(row) for row in forecast.table()], "mse: mean over examples and outputs")
 
 
-def ridge_table(forecast: Any) -> Table:
-    """Return the ridge path, thinned to some sixteen rows that keep the chosen ridge."""
+def ridge_table(forecast: Any, approximation: str = "") -> Table:
+    """Return the ridge path, thinned to some sixteen rows that keep the chosen ridge.
+
+    Args:
+        forecast: of a Gram.
+        approximation: of `sketch_note`.
+    """
     chosen = int(np.argmin(np.abs(forecast.ridges - forecast.ridge)))
     marked = {chosen, *(int(np.argmin(np.abs(forecast.ridges - r))) for r in (forecast.ridge_loo, forecast.ridge_gcv))}
     keep = sorted({*np.linspace(0, len(forecast.ridges) - 1, RIDGE_ROWS).round().astype(int).tolist(), *marked})
@@ -161,6 +186,7 @@ def ridge_table(forecast: Any) -> Table:
         for i in keep
     ]
     note = "ridge in gradient², the unit of K; mse: mean over examples and outputs"
+    note += f"; {approximation}" if approximation else ""
     return Table("Ridge path", ("ridge", "effective dimension", *held, ""), rows, note)
 
 

@@ -64,6 +64,29 @@ class Structure:
     per_call: dict[str, int] = field(default_factory=dict)
     held: list[float] = field(default_factory=list)
 
+    def kinds(self, parameter: str) -> set[str]:
+        """Return the path kinds of a parameter in all segments."""
+        paths = (path for found in self.paths.values() for path in found if path.parameter == parameter)
+        return {kind for path in paths for kind in path.kind.split("+")}
+
+    def factor_kind(self, parameter: str) -> str:
+        """Return what a parameter's uses are: "outer", "lookup", "dense", or "mixed"."""
+        kinds = self.kinds(parameter)
+        if kinds <= {"outer", "outer-transposed"}:
+            return "outer"
+        if kinds == {"lookup"}:
+            return "lookup"
+        return "mixed" if kinds & {"outer", "outer-transposed", "lookup"} else "dense"
+
+    def tokens_of(self, parameter: str, mean: int) -> int:
+        """Return the token axis of a parameter's factors, 0 for a dense kind.
+
+        Args:
+            parameter: its name.
+            mean: tokens of a sample.
+        """
+        return 0 if self.factor_kind(parameter) == "dense" else min(mean, self.tokens.get(parameter, mean))
+
     def on(self, model: nn.Module) -> Structure:
         """Return the same structure for a copy of the model."""
         blocks = tuple(model.get_submodule(name) for name in self.stack.names)

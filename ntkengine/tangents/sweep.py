@@ -30,7 +30,9 @@ from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matri
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.hidden import Hidden
+from ntkengine.tangents.projection import Projection
 from ntkengine.tangents.rehearsal import agreement, storage
+from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Path, Structure
 from ntkengine.tangents.verify import Recording, calls_of, uses_in_graph
 
@@ -53,6 +55,7 @@ class Sweep:
         hidden: where hidden states wait (`hidden.PLACES`).
         factor_bytes: by parameter, what its factors take; only needed with a limit.
         limit: bytes of factors held at once: a block over it is run again for each group of its parameters.
+        sketches: by parameter, what is kept of its gradient; the others stay exact.
 
     Attributes:
         outputs: (S, C) float64, f in sweep order; complete after the first segment was yielded.
@@ -70,6 +73,7 @@ class Sweep:
         hidden: str = "device",
         factor_bytes: Mapping[str, float] | None = None,
         limit: float = float("inf"),
+        sketches: Mapping[str, Sketch] | None = None,
     ) -> None:
         self.model, self.selected, self.structure = model, selected, structure
         self.samples, self.readout, self.tick = samples, readout, tick
@@ -85,6 +89,7 @@ class Sweep:
         self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
         self._kept: list[Recording | None] = [None for _ in samples.chunks]
         self._keep_bytes = 0 if is_streamed(model) else keep_bytes  # kept graphs would hold its weights
+        self._sketches = sketches or {}
 
     def segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
         """Yield (segment name, factors of the parameters whose last use it was), from the head down to the input."""
@@ -102,10 +107,18 @@ class Sweep:
         for segment in range(self.stack.head, self.lowest - 1, -1):
             groups = self._groups(segment)
             for k, paths in enumerate(groups):
+                projections = {
+                    path.parameter: Projection(self._sketches[path.parameter], self.dtype, self.device)
+                    for path in paths
+                    if path.parameter in self._sketches
+                }
                 for i, chunk in enumerate(self.samples.chunks):
                     for name, uses in self._run(segment, i, chunk, paths, last=k == len(groups) - 1).items():
+                        if name in projections:
+                            uses = projections[name](uses)
                         if name not in factors:
-                            sizes, shape = [c.n for c in self.samples.chunks], self.structure.shapes[name]
+                            sizes = [c.n for c in self.samples.chunks]
+                            shape = projections[name].shape if name in projections else self.structure.shapes[name]
                             factors[name] = ParameterFactors(name, shape, sizes, [[] for _ in sizes])
                         factors[name].chunks[i] = merge([*factors[name].chunks[i], *uses])
                     self.tick()
@@ -114,6 +127,7 @@ class Sweep:
                     remaining[path.parameter] -= 1
                     if remaining[path.parameter] == 0:
                         done.append(factors.pop(path.parameter))
+                projections.clear()
                 yield self.stack.segment_name(segment), done
                 del done
         if factors:
