@@ -1,6 +1,36 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call. PYTHON names the interpreter that holds torch and the package's dependencies.
-set -euo pipefail
+# Everything that needs a GPU, in one call of under eight minutes: tests, kernels against float64 and against torch,
+# whole jobs. Every step has its own time limit and none stops the next; the exit status is 1 if one failed.
+# PYTHON names the interpreter that holds torch, Triton and the package's dependencies; results go to $OUT, if set, else
+# to bench/results.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m pytest -m gpu tests/test_gpu.py
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+python=${PYTHON:-python3}
+failed=()
+
+step() { # name, seconds, command
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  echo "== $name: at most $limit s"
+  timeout --kill-after=5 "$limit" "$@"
+  status=$?
+  echo "== $name: status $status after $((SECONDS - start)) s"
+  [ $status -eq 0 ] || failed+=("$name")
+}
+
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"' || exit 2
+parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 6")
+# Warnings of other versions of the dependencies are no failures here.
+# shellcheck disable=SC2086
+step tests 100 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $parallel tests/test_gpu.py tests/kernels \
+  tests/test_backend.py
+step kernels 110 "$python" -m bench kernels
+step roberta-base 70 "$python" -m bench gpu-jobs roberta
+step llama-7b 85 "$python" -m bench gpu-jobs llama-7b
+step llama-45b 100 "$python" -m bench gpu-jobs llama-45b
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi

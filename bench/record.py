@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
 
 
 def record(name: str, config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Append one line to bench/results/NAME.jsonl and return it.
+    """Append one line to NAME.jsonl in bench/results, or in the folder $OUT names, and return it.
 
     Args:
         name: the benchmark.
@@ -43,13 +45,22 @@ def record(name: str, config: dict[str, Any], values: dict[str, Any]) -> dict[st
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "triton": _version("triton"),
+            "cuda": torch.version.cuda,
         },
         **values,
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     return line
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -54,7 +54,7 @@ def collect(
     transform: Annotated[str | None, _flag(_GRAM, "Inner product (default: sgd).")] = None,
     per_module: Annotated[bool | None, _flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
     precision: Annotated[str | None, _flag(_GRAM, "high, exact, fast (default: high).")] = None,
-    backend: Annotated[str | None, _flag(_GRAM, "auto or torch (default: auto).")] = None,
+    backend: Annotated[str | None, _flag(_GRAM, "auto, triton, torch (default: auto).")] = None,
     sketch: Annotated[int | None, _flag(_GRAM, "Approximate: random features kept of each parameter.")] = None,
     memory_gib: Annotated[float | None, _flag(_GRAM, "Bound on memory above the model.")] = None,
     check: Annotated[bool | None, _flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,

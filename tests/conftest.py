@@ -1,8 +1,14 @@
-"""`--slow` also runs the tests that take minutes and fetch a model."""
+"""`--slow` also runs the tests that take minutes and fetch a model; without a GPU, kernels run in the interpreter."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports the kernels
 
 
 def pytest_addoption(parser):

@@ -327,7 +327,7 @@ def test_bad_files_and_columns_exit_2_and_leave_nothing(run, data, model_folder,
     refused(run, tmp_path, train, model_folder, "--label-column", "y", says="y")
     refused(run, tmp_path, train, model_folder, "--limit", "0", says="limit")
     refused(run, tmp_path, train, model_folder, "--eval", write("dev.tsv", [*rows, ("word", "c")]), says="'c'")
-    refused(run, tmp_path, train, model_folder, "--backend", "triton", says="use backend='torch'")
+    refused(run, tmp_path, train, model_folder, "--backend", "cuda", says="'triton', 'torch'")
     refused(run, tmp_path, train, model_folder, "--peft", "lora", "--target", "nothing", says="nothing")
 
 

@@ -391,7 +391,6 @@ def test_bad_arguments(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "triton"}, "use backend='torch'"),
         ({"comm": object()}, "comm=None"),
     ],
 )

@@ -23,7 +23,7 @@ ALLOWED = {
     "forecast": {"errors", "spectrum", "ridge", "report"},
     "report": {"errors"},
 }
-ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": set()}
+ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": set(), "ntk_kernels": {"gram"}, "triton": set()}
 
 
 def modules():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from ntk_kernels import runtime
 
 from ntkengine import jobs
 from ntkengine.errors import InputError
@@ -183,7 +185,7 @@ def test_logits_head_and_three_classes(folder):
     assert jobs.forecast_file(gram).outputs == 3
 
 
-def test_what_is_refused_leaves_no_file(folder):
+def test_what_is_refused_leaves_no_file(folder, monkeypatch):
     changes = [
         ({"model": {"num_labels": 1}}, "num_labels: expected at least 2"),
         ({"gram": {"readout": "nothing"}}, "readout: expected one of"),
@@ -198,7 +200,9 @@ def test_what_is_refused_leaves_no_file(folder):
     for change, message in changes:
         with pytest.raises(InputError, match=message):
             jobs.run_gram(read_job(folder / "job.toml", change))
-    with pytest.raises(NotImplementedError, match="use backend='torch'"):
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="use backend='torch'"):
         jobs.run_gram(read_job(folder / "job.toml", {"gram": {"backend": "triton"}}))
     assert sorted(p.name for p in folder.iterdir()) == before
 

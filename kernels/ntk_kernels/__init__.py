@@ -1,5 +1,4 @@
-"""Contractions of gradient factors: float64 references that every fast path is held to."""
+"""Contractions of gradient factors on GPUs: Triton kernels, and the float64 references they are held to.
 
-from ntk_kernels.naive import ghost, lookup, materialise, syrk
-
-__all__ = ["ghost", "lookup", "materialise", "syrk"]
+Nothing here needs Triton to be imported; a launch without it says what to install.
+"""

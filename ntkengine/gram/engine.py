@@ -90,7 +90,7 @@ def compute_gram(
         per_module: keep each module's own Gram as well; they sum to K.
         precision: `"high"`: float32 passes and tile products, float64 across tiles. `"exact"`: float64 throughout.
             `"fast"`: bfloat16 passes and products, float64 across tiles; `noise` then says what that costs.
-        backend: `"auto"` or `"torch"`.
+        backend: of the contractions: `"triton"`: kernels for GPUs; `"torch"`; `"auto"`: Triton on a GPU where it runs.
         memory_gib: bound on the memory above the loaded model (an estimate is kept below it). Over it, microbatches
             get smaller, hidden states wait on the host or in a file, a block is run again for parts of its
             parameters, and samples are swept in tiles.
@@ -126,7 +126,9 @@ def compute_gram(
     """
     start = time.perf_counter()
     refuse(transform, precision, backend, comm, contraction, inputs2, eval_inputs, sketch, check)
-    task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
+    task = Task.prepare(
+        model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
+    )
     check_rows("targets", targets, task.samples.sizes[0])
     check_rows("example_ids", example_ids, task.samples.sizes[0])
     check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
@@ -176,6 +178,7 @@ def compute_gram(
     gram.extras = dict((extras() if callable(extras) else extras) or {})
     gram.meta = {
         "precision": precision,
+        "backend": "triton" if task.kernels else "torch",
         "readout": task.readout.name,
         "parameters": sum(p.numel() for p in task.selected.values()),
         "unused_parameters": structure.unused,
@@ -232,7 +235,9 @@ def plan_gram(
         InputError, NotImplementedError: as `compute_gram`.
     """
     refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs, sketch)
-    task = Task.prepare(model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision)
+    task = Task.prepare(
+        model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
+    )
     tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
@@ -275,6 +280,7 @@ def _sweep(
         pass_flops=plan.pass_flops + plan.projection_flops,
         keep_bytes=keep_bytes,
         roots=task.roots,
+        kernels=task.kernels,
         sketches=sketches,
     )
     if per_module:

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from ntk_kernels.fold import SLAB_BYTES
+from ntk_kernels.syrk import PANEL_BYTES
 from torch import nn
 
+from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Needs
 from ntkengine.gram.strategies import TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
@@ -224,6 +227,8 @@ def needs_of(
     model: nn.Module,
     dtype: torch.dtype,
     sketches: Mapping[str, Sketch] | None = None,
+    *,
+    kernels: bool = False,
 ) -> Needs:
     """Return what a planned job takes.
 
@@ -233,6 +238,7 @@ def needs_of(
         model: as it is probed.
         dtype: what it will run in.
         sketches: by parameter, what is kept of its gradient.
+        kernels: whether contractions run in Triton kernels, which read a parameter's factors from one piece.
     """
     tiles = (min(row.columns * min(row.rows, 16), row.features or row.rows * row.columns) for row in plan.parameters)
     widest = plan.samples * plan.outputs * max(tiles, default=0)
@@ -242,6 +248,11 @@ def needs_of(
     segments: dict[str, int] = {}
     for row in plan.parameters:
         segments[row.segment] = segments.get(row.segment, 0) + row.rows * row.columns
+    tile = max(float(TILE_BYTES), float(widest * dtype.itemsize))
+    if kernels:
+        least = plan.samples * plan.outputs * BLOCK**2 * dtype.itemsize
+        tile = max(tile, FEATURE_BYTES, least) + max((row.bytes for row in plan.parameters), default=0.0)
+        tile += SLAB_BYTES + PANEL_BYTES
     projections = (
         [
             sum(sketches[path.parameter].bytes(dtype.itemsize) for path in paths if path.parameter in sketches)
@@ -258,7 +269,7 @@ def needs_of(
         hidden=share * plan.blocks,
         cotangents=share * plan.outputs,
         factors=_factors(plan.parameters),
-        feature_tile=max(float(TILE_BYTES), float(widest * dtype.itemsize)),
+        feature_tile=tile,
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         weights=float(sum(streamed)),
         entry=entry,

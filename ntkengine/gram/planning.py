@@ -47,7 +47,7 @@ def planned(
     sketches = choose_sketches(structure, task.samples, sketch, seed)
     plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, sketches)
     plan.probe_seconds = probed
-    needs = needs_of(plan, structure, task.model, dtype, sketches)
+    needs = needs_of(plan, structure, task.model, dtype, sketches, kernels=task.kernels)
     layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
@@ -69,7 +69,7 @@ def timed(
         samples: the same.
         sketches: the same.
     """
-    rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device)
+    rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device, kernels=task.kernels)
     plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
     kept = kept_microbatches(plan, structure)[0] if layout.keeps and not is_streamed(task.model) else 0
     on = structure.on(task.model)

@@ -92,7 +92,9 @@ def page_seconds(peak_bytes: float, device: torch.device) -> float:
     return peak_bytes / _PAGES * max(0.0, middle - start - again)
 
 
-def contraction_rate(plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device) -> float:
+def contraction_rate(
+    plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device, *, kernels: bool = False
+) -> float:
     """Return the flop/s of the job's largest contraction, on as many random samples as fit in a tenth of a second."""
     rows = [r for r in plan.parameters if r.strategy in ("materialise", "ghost") and r.tokens or r.features]
     rows = [row for row in rows if row.strategy != "lookup"]
@@ -100,23 +102,25 @@ def contraction_rate(plan: Plan, frame: Frame, dtype: torch.dtype, device: torch
         return float("nan")
     row = max(rows, key=lambda r: r.flops)
     if row.features is not None:
-        return _explicit_rate(row.features, min(_SAMPLES, plan.samples), frame, dtype, device)
+        return _explicit_rate(row.features, min(_SAMPLES, plan.samples), frame, dtype, device, kernels=kernels)
     S, C, T = min(_SAMPLES, plan.samples), plan.outputs, row.tokens
     R = min(row.rows, max(16, int(_FLOPS / (2.0 * S * S * C * row.columns))))
     a = torch.randn(S, T, row.columns, device=device).to(dtype)
     d = torch.randn(S, C, T, R, device=device).to(dtype)
     factors = ParameterFactors(row.parameter, (R, row.columns), [S], [[Outer(a, d)]])
     small = Frame((0, S), (0, S), C, frame.contraction)
-    total = Accumulator(small, device)
+    total = Accumulator(small, device, kernels=kernels)
     flops = outer_costs((R, row.columns), T, S, small)[row.strategy]
     return flops / _best(lambda: contract(factors, row.strategy, total), device, 3)
 
 
-def _explicit_rate(features: int, samples: int, frame: Frame, dtype: torch.dtype, device: torch.device) -> float:
+def _explicit_rate(
+    features: int, samples: int, frame: Frame, dtype: torch.dtype, device: torch.device, *, kernels: bool
+) -> float:
     small = Frame((0, samples), (0, samples), frame.outputs, frame.contraction)
     g = torch.randn(samples, frame.outputs, max(1, features // 8), min(8, features), device=device).to(dtype)
     factors = ParameterFactors("", (g.shape[2], g.shape[3]), [samples], [[Dense(g)]])
-    total = Accumulator(small, device)
+    total = Accumulator(small, device, kernels=kernels)
     flops = small.computed * small.outputs * small.width * 2.0 * g[0, 0].numel()
     return flops / _best(lambda: contract(factors, "explicit", total), device, 3)
 

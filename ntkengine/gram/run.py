@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,6 +70,7 @@ def sum_gram(
     layout: Layout | None = None,
     factor_bytes: Mapping[str, float] | None = None,
     roots: Mapping[str, Tensor] | None = None,
+    kernels: bool = False,
     sketches: Mapping[str, Sketch] | None = None,
 ) -> Sums:
     """Return the Gram of all samples in the frame.
@@ -87,6 +89,7 @@ def sum_gram(
         layout: where hidden states wait, and what is held at once.
         factor_bytes: by parameter, for the layout's limit.
         roots: by parameter, the square root of a diagonal preconditioner, in the parameter's shape.
+        kernels: contract in Triton kernels.
         sketches: by parameter, what is kept of its gradient; the others stay exact.
 
     Raises:
@@ -94,7 +97,7 @@ def sum_gram(
     """
     start = time.perf_counter()
     device = next(iter(model.parameters())).device
-    sums = Sums(Accumulator(frame, device))
+    sums = Sums(Accumulator(frame, device, kernels=kernels))
     steps = len(samples.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
     layout = layout or Layout()
     sweep = Sweep(
@@ -115,7 +118,8 @@ def sum_gram(
         while found:
             factors = found.pop()
             began = time.perf_counter()
-            _add(factors, sums, frame, group, sweep, samples, roots)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                _add(factors, sums, frame, group, sweep, samples, roots)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             strategy, tokens, flops, _ = sums.done[factors.name]
@@ -144,7 +148,7 @@ def _add(
     if group is not None:
         part = group(factors.name)
         if part not in sums.parts:
-            sums.parts[part] = Accumulator(frame, sweep.device, sums.total.workspace)
+            sums.parts[part] = Accumulator(frame, sweep.device, sums.total.workspace, kernels=sums.total.kernels)
         target = sums.parts[part]
     before = target.trace()
     root = None if roots is None else roots[factors.name].reshape(matrix_shape(roots[factors.name]))

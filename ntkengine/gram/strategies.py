@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ntkengine.gram import kernels
 from ntkengine.gram.tiles import Accumulator, Frame, Workspace, product
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.products import prefers_onednn
@@ -76,7 +77,7 @@ def contract(factors: ParameterFactors, strategy: str, total: Accumulator, root:
         total: where to add.
         root: (R, I), what gradients are multiplied by first: the square root of a diagonal preconditioner.
     """
-    if strategy == "zero":
+    if strategy == "zero" or total.kernels and kernels.contract(factors, strategy, total, root):
         return
     if strategy == "ghost":
         _ghost(factors, total)

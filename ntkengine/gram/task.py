@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.gram.backend import BACKENDS, uses_kernels
 from ntkengine.gram.sketching import refuse_sketch
 from ntkengine.gram.tiles import CONTRACTIONS, Frame
 from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
@@ -34,6 +35,7 @@ class Task:
         transform: the inner product's name.
         roots: by selected parameter, the square root of a diagonal preconditioner; None without one.
         two: whether rows and columns are different inputs.
+        kernels: whether contractions run in Triton kernels.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Task:
     transform: str
     roots: dict[str, Tensor] | None
     two: bool
+    kernels: bool = False
 
     @classmethod
     def prepare(
@@ -57,6 +60,7 @@ class Task:
         contraction: str,
         transform: str | Preconditioner,
         precision: str,
+        backend: str = "torch",
     ) -> Task:
         """Return the task of a call's arguments.
 
@@ -73,7 +77,10 @@ class Task:
         samples = Samples(groups)
         selected = {n: by_name[n] for n in names}
         roots = transform.roots(selected) if isinstance(transform, Preconditioner) else None
-        return cls(running, selected, samples, chosen, contraction, name_of(transform), roots, two=inputs2 is not None)
+        two = inputs2 is not None
+        task = cls(running, selected, samples, chosen, contraction, name_of(transform), roots, two)
+        task.kernels = uses_kernels(backend, task.device, torch.bfloat16 if precision == "fast" else task.dtype)
+        return task
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,7 +135,9 @@ def refuse(
     """Refuse arguments that are wrong (InputError) or not built yet (NotImplementedError, says what to use instead)."""
     _one_of("contraction", contraction, CONTRACTIONS)
     _one_of("precision", precision, ("exact", "high", "fast"))
-    _one_of("backend", backend, ("auto", "torch", "triton"))
+    _one_of("backend", backend, BACKENDS)
+    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    uses_kernels(backend, best, torch.float64 if precision == "exact" else torch.float32)
     if not isinstance(transform, Preconditioner):
         _one_of("transform", transform, TRANSFORMS)
     refuse_sketch(sketch, name_of(transform), check)
@@ -136,7 +145,6 @@ def refuse(
         msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
         raise InputError(msg)
     later = [
-        (backend == "triton", "backend='triton' is not built yet; use backend='torch'"),
         (comm is not None, "comm: runs over several processes are not built yet; leave comm=None"),
     ]
     for hit, msg in later:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ntk_kernels.planes import Planes
+from ntk_kernels.syrk import syrk
 from torch import Tensor
 
 from ntkengine.inputs.batches import Samples
@@ -122,10 +124,13 @@ class Accumulator:
         frame: what is wanted.
         device: where products run.
         workspace: shared with other accumulators of the same job.
+        kernels: run products in Triton kernels.
     """
 
-    def __init__(self, frame: Frame, device: torch.device, workspace: Workspace | None = None) -> None:
-        self.frame = frame
+    def __init__(
+        self, frame: Frame, device: torch.device, workspace: Workspace | None = None, *, kernels: bool = False
+    ) -> None:
+        self.frame, self.kernels = frame, kernels
         self.workspace = workspace or Workspace()
         w = frame.width
         self.r0, self.r1 = frame.rows[0] * w, frame.rows[1] * w
@@ -142,15 +147,38 @@ class Accumulator:
         """
         S, C, _ = phi.shape
         other = phi if other is None else other
+        same = other is phi
         if self.frame.contraction == "per-output":
-            for c in range(C):
-                self._add_products(c, phi[:, c], other[:, c])
+            parts = [(phi[:, c], other[:, c]) for c in range(C)]
         elif self.frame.contraction == "full":
-            self._add_products(0, phi.view(S * C, -1), other.view(S * C, -1))
+            parts = [(phi.view(S * C, -1), other.view(S * C, -1))]
         else:
-            self._add_products(0, phi.view(S, -1), other.view(S, -1))
+            parts = [(phi.view(S, -1), other.view(S, -1))]
+        for layer, (x, y) in enumerate(parts):
+            self._add_products(layer, x, x if same else y)
+
+    def add_planes(self, phi: Planes, other: Planes | None = None) -> None:
+        """Add the inner products of a tile of tangent features as kernels write them.
+
+        Args:
+            phi: (S, C·p), or (S·C, p) for `"full"` and `"per-output"`.
+            other: the columns' features where they are not the rows'.
+        """
+        step = self.frame.layers
+        for layer in range(step):
+            rows, columns = (
+                slice(a * step + layer, b * step, step) for a, b in ((self.r0, self.r1), (self.c0, self.c1))
+            )
+            x, y = phi.part(rows), (phi if other is None else other).part(columns)
+            same = other is None and rows == columns
+            syrk(x, self.K[layer], None if same else y, lower=self.frame.symmetric)
 
     def _add_products(self, layer: int, x: Tensor, y: Tensor) -> None:
+        if self.kernels:
+            same = x is y and (self.r0, self.r1) == (self.c0, self.c1)
+            left, right = x[self.r0 : self.r1], None if same else y[self.c0 : self.c1]
+            syrk(left, self.K[layer], right, lower=self.frame.symmetric)
+            return
         if x.dtype in HALF:
             for start, stop, last in self.frame.panels():
                 K = self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ntk_kernels import ghost, lookup, materialise, syrk
+from ntk_kernels.naive import ghost, lookup, materialise, syrk
 
 from ntkengine.gram.strategies import contract
 from ntkengine.gram.tiles import Accumulator, Frame
