@@ -25,25 +25,9 @@ JOBS = [(64, 2, 32), (256, 2, 32), (512, 2, 32), (1024, 1, 32)]  # N, C, T
 def main() -> int:
     """Time every job in float32 and bfloat16, print, and record a line each."""
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(2048, 2048).to(dtype)
-        ceiling = 2.0 * 2048**3 / min(_best(lambda: x @ x.T, 9), _best(lambda: inner_products(x, x), 9))  # noqa: B023
+        ceiling = _ceiling(dtype)
         for N, C, T in JOBS:
-            torch.manual_seed(0)
-            factors = [
-                ParameterFactors("w", (R, width), [N], [[Outer(torch.randn(N, T, width).to(dtype), d)]])
-                for R, width in MATRICES
-                for d in [torch.randn(N, C, T, R).to(dtype)]
-            ]
-            frame = Frame((0, N), (0, N), C, "trace")
-            chosen = [choose("outer", f.shape, T, N, frame)[0] for f in factors]
-            total = Accumulator(frame, torch.device("cpu"))
-
-            def run() -> None:
-                with full_rate():
-                    for f, strategy in zip(factors, chosen, strict=True):  # noqa: B023
-                        contract(f, strategy, total)  # noqa: B023
-
-            seconds = _best(run, 3)
+            seconds, chosen = _contraction(dtype, N, C, T)
             flops = sum(2.0 * N * C * (T + N) * R * width for R, width in MATRICES)
             config = {"matrices": MATRICES, "N": N, "C": C, "T": T, "dtype": str(dtype)[6:], "contraction": "trace"}
             values = {
@@ -55,6 +39,31 @@ def main() -> int:
             }
             print(json.dumps(record("contraction", config, values)))
     return 0
+
+
+def _ceiling(dtype: torch.dtype) -> float:
+    """Return the flop/s of one large product."""
+    x = torch.randn(2048, 2048).to(dtype)
+    return 2.0 * 2048**3 / min(_best(lambda: x @ x.T, 9), _best(lambda: inner_products(x, x), 9))
+
+
+def _contraction(dtype: torch.dtype, N: int, C: int, T: int) -> tuple[float, list[str]]:
+    """Return the seconds of the six matrices' contraction, and the strategy of each."""
+    torch.manual_seed(0)
+    factors = []
+    for R, width in MATRICES:
+        d = torch.randn(N, C, T, R).to(dtype)
+        factors.append(ParameterFactors("w", (R, width), [N], [[Outer(torch.randn(N, T, width).to(dtype), d)]]))
+    frame = Frame((0, N), (0, N), C, "trace")
+    chosen = [choose("outer", f.shape, T, N, frame)[0] for f in factors]
+    total = Accumulator(frame, torch.device("cpu"))
+
+    def run() -> None:
+        with full_rate():
+            for f, strategy in zip(factors, chosen, strict=True):
+                contract(f, strategy, total)
+
+    return _best(run, 3), chosen
 
 
 def _best(run: Callable[[], object], times: int) -> float:
