@@ -428,6 +428,31 @@ def test_plan_says_what_the_run_does():
     assert {r.path for r in plan.parameters} == {"outer", "lookup", "diagonal"}
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_plan_knows_which_tokens_count_in_the_top_block(kind):
+    model = tiny_model(kind)
+    inputs = tiny_inputs(model, [12] * 6, 12)
+    plan = plan_gram(model, inputs, params="all")
+    gram = compute_gram(model, inputs, params="all", check=False)
+    rows = {r.parameter: (r.strategy, r.tokens, r.flops) for r in plan.parameters}
+    assert rows == {r.parameter: (r.strategy, r.tokens, r.flops) for r in gram.plan.parameters}
+    assert {1, 12} <= {tokens for _, tokens, _ in rows.values()}  # one token at the top, all of them below
+    width, blocks = model.config.hidden_size, model.config.num_hidden_layers
+    assert plan.hidden_bytes == 6 * 12 * width * 4 * (blocks + plan.outputs)
+
+
+def test_tokens_that_many_samples_share_are_summed_once(monkeypatch):
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, LENGTHS, 12)
+    for arguments in ({}, {"contraction": "full"}, {"contraction": "per-output"}, {"transform": "asymmetric-sign"}):
+        arguments |= {"params": ["*embeddings.weight"], "precision": "exact"}
+        monkeypatch.undo()
+        mixed = compute_gram(model, inputs, **arguments)
+        for threshold in (0, 10**6):  # none, or all, as features
+            monkeypatch.setattr(strategies, "_COMMON", threshold)
+            assert max(relative_error(compute_gram(model, inputs, **arguments).values, mixed.values)) < 1e-12
+
+
 def test_a_memory_limit_keeps_no_activations(monkeypatch):
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)

@@ -67,6 +67,7 @@ class Needs:
         parameter: entries of the largest parameter.
         segment: entries of the largest segment's parameters.
         kept: activations that a job without a bound keeps rather than recomputes.
+        kept_share: share of the samples they belong to: those leave no hidden states.
         copy: a copy of the weights in another dtype.
         ghost: copies of one parameter's factors, with one token axis for all samples, that ghost products read.
         projections: a sketch's random matrices for the largest segment.
@@ -85,6 +86,7 @@ class Needs:
     parameter: int = 0
     segment: int = 0
     kept: float = 0.0
+    kept_share: float = 0.0
     copy: float = 0.0
     projections: float = 0.0
     ghost: float = 0.0
@@ -102,7 +104,7 @@ class Needs:
         kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
         resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
         if layout.keeps and self.kept:  # a block's factors take the place of the activations it no longer needs
-            kept = share * self.cotangents + self.kept
+            kept = share * self.cotangents + self.kept + (1.0 - self.kept_share) * self.hidden
             factors = max(0.0, factors - self.kept / max(1, len(self.factors)))
         sweep = kept + factors + working
         # Three samples' gradients by plain autograd, and again by the path that is tried.

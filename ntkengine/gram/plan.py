@@ -192,7 +192,7 @@ def make_plan(
             projection += S * sketch.flops(T, C)
         segment = structure.stack.segment_name(path.segment)
         name = path.parameter
-        width = max(width, shape[1]) if "norm" in kinds else width
+        width = max(width, shape[0] * shape[1]) if "norm" in kinds else width
         row = PlanRow(module_of(name), name, segment, shown, strategy, *shape, T, flops, float(held * size))
         row.features = None if sketch is None else sketch.features
         rows.append(row)
@@ -219,6 +219,25 @@ def make_plan(
         rate=1.0,
         projection_flops=projection,
     )
+
+
+def shorten(plan: Plan, structure: Structure, frame: Frame, tokens: Mapping[str, int]) -> None:
+    """Correct the rows of parameters of which fewer tokens count, as a sweep of a few samples has shown.
+
+    Args:
+        plan: changed in place.
+        structure: from the probe, which sees this only in the head.
+        frame: the wanted Gram.
+        tokens: by parameter, tokens whose output gradients are not zero.
+    """
+    for row in plan.parameters:
+        found = tokens.get(row.parameter, row.tokens)
+        if row.features is not None or found >= row.tokens or row.strategy == "zero":
+            continue
+        kind = structure.factor_kind(row.parameter)
+        row.bytes *= found / row.tokens
+        row.tokens = found
+        row.strategy, row.flops = choose(kind, (row.rows, row.columns), found, plan.samples, frame)
 
 
 def needs_of(
@@ -262,6 +281,7 @@ def needs_of(
         else []
     )
     share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
+    kept, kept_bytes = (0, 0.0) if streamed else kept_microbatches(plan, structure)
     return Needs(
         samples=plan.samples,
         tokens=plan.tokens,
@@ -275,9 +295,8 @@ def needs_of(
         entry=entry,
         parameter=max(row.rows * row.columns for row in plan.parameters) if plan.parameters else 0,
         segment=max(segments.values(), default=0),
-        kept=0.0
-        if streamed
-        else _HEAP * kept_microbatches(plan, structure)[1] * dtype.itemsize / parameter.element_size(),
+        kept=_HEAP * kept_bytes * dtype.itemsize / parameter.element_size(),
+        kept_share=kept / plan.microbatches,
         copy=0.0 if dtype == parameter.dtype else float(sum(p.numel() for p in model.parameters()) * dtype.itemsize),
         projections=float(max(projections, default=0)),
         ghost=2.0 * max((row.bytes for row in plan.parameters if row.strategy == "ghost"), default=0.0),

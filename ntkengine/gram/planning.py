@@ -9,7 +9,7 @@ import torch
 
 from ntkengine.errors import InputError
 from ntkengine.gram.layout import Layout, bounds, fit
-from ntkengine.gram.plan import Plan, kept_microbatches, make_plan, needs_of
+from ntkengine.gram.plan import Plan, kept_microbatches, make_plan, needs_of, shorten
 from ntkengine.gram.rates import contraction_rate, page_seconds, sweep_seconds
 from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
@@ -69,10 +69,12 @@ def timed(
         samples: the same.
         sketches: the same.
     """
-    rate = contraction_rate(plan, task.frame(plan.outputs), task.dtype, task.device, kernels=task.kernels)
-    plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
     kept = kept_microbatches(plan, structure)[0] if layout.keeps and not is_streamed(task.model) else 0
     on = structure.on(task.model)
-    seconds = sweep_seconds(task, on, plan, layout, samples, sketches, kept) * layout.tiles(plan.samples)
-    plan.pass_seconds = seconds + page_seconds(plan.peak_bytes, task.device)
+    frame = task.frame(plan.outputs)
+    seconds, tokens = sweep_seconds(task, on, plan, layout, samples, sketches, kept)
+    plan.pass_seconds = seconds * layout.tiles(plan.samples) + page_seconds(plan.peak_bytes, task.device)
+    shorten(plan, structure, frame, tokens)
+    rate = contraction_rate(plan, frame, task.dtype, task.device, kernels=task.kernels)
+    plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
     return plan

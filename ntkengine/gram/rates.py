@@ -32,8 +32,10 @@ def sweep_seconds(
     samples: Samples,
     sketches: Mapping[str, Sketch],
     kept: int,
-) -> float:
+) -> tuple[float, dict[str, int]]:
     """Return the seconds of the passes over all samples: a middle microbatch swept alone, at the best of two runs.
+
+    And the tokens that count for each of its parameters, where output gradients of the others are zero.
 
     Args:
         task: in the precision it will run in.
@@ -50,6 +52,7 @@ def sweep_seconds(
     few = Samples([group], microbatch=chunk.n, trim=structure.trim)
     sizes = {row.parameter: row.bytes for row in plan.parameters}
     limit = layout.factor_bytes / layout.share(plan.samples)
+    tokens: dict[str, int] = {}
 
     def run(keep: int) -> Callable[[], None]:
         def sweep() -> None:
@@ -65,8 +68,8 @@ def sweep_seconds(
                 limit=limit,
                 sketches=sketches,
             )
-            for _ in passes.segments():
-                pass
+            for _, found in passes.segments():
+                tokens.update({factors.name: factors.tokens for factors in found if factors.name not in sketches})
 
         return sweep
 
@@ -76,7 +79,8 @@ def sweep_seconds(
     for count, keep in ((kept, KEEP_BYTES), (len(samples.chunks) - kept, 0)):
         if count:
             seconds += count * each * _best(run(keep), task.device, 2)
-    return seconds
+    width = int(samples.lengths[chunk.group][chunk.rows].max())
+    return seconds, {name: found for name, found in tokens.items() if found < width}
 
 
 def page_seconds(peak_bytes: float, device: torch.device) -> float:
