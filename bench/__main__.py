@@ -14,6 +14,7 @@ CASES = {
     "plan-accuracy": "plan_accuracy",
     "scaling": "scaling",
     "minilm-2048": "minilm_2048",
+    "stream-llama": "stream_llama",
     "sketch": "sketch",
     "kernels": "kernels",
     "gpu-jobs": "gpu_jobs",
