@@ -102,7 +102,7 @@ def test_module_and_comparison_tables(found):
 def test_plan_table_folds_layers():
     def row(name, strategy="tile"):
         return SimpleNamespace(
-            parameter=name, path="outer", strategy=strategy, rows=4, columns=3, flops=1e9, bytes=2.0**20
+            parameter=name, path="outer", strategy=strategy, rows=4, columns=3, flops=1e9, seconds=0.5, bytes=2.0**20
         )
 
     plan = SimpleNamespace(
@@ -112,10 +112,10 @@ def test_plan_table_folds_layers():
         unused=["pooler.bias"], negligible=["key.bias"], frozen=["e.weight", "f.weight"],
     )  # fmt: skip
     shown = tables.plan_table(plan)
-    assert [r[:2] + r[4:6] for r in shown.rows] == [
-        ("e.*.q.weight", "2", "tile", "2.00"),
-        ("e.*.q.weight", "1", "ghost", "1.00"),
-        ("head.weight", "1", "tile", "1.00"),
+    assert [r[:2] + r[4:7] for r in shown.rows] == [
+        ("e.*.q.weight", "2", "tile", "2.00", "1.00"),
+        ("e.*.q.weight", "1", "ghost", "1.00", "0.50"),
+        ("head.weight", "1", "tile", "1.00", "0.50"),
     ]
     assert "pooler.bias" in shown.note
     assert "key.bias" in shown.note

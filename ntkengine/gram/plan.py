@@ -53,7 +53,7 @@ class PlanRow:
         tokens: token axis of its factors.
         flops: of the contraction.
         bytes: of its factors over all samples.
-        seconds: measured, after the run; None before.
+        seconds: of the contraction: estimated by `plan_gram`, measured after the run.
         features: numbers kept of a sketched gradient (of a lookup, for each token); None: it is exact.
     """
 

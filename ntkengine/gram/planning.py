@@ -77,4 +77,6 @@ def timed(
     shorten(plan, structure, frame, tokens)
     rate = contraction_rate(plan, frame, task.dtype, task.device, kernels=task.kernels)
     plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing
+    for row in plan.parameters:
+        row.seconds = row.flops / plan.rate
     return plan

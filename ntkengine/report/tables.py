@@ -94,7 +94,7 @@ def plan_table(plan: Any) -> Table:
             path,
             strategy,
             f"{sum(r.flops for r in same) / 1e9:,.2f}",
-            f"{sum(r.flops for r in same) / plan.rate:,.2f}",
+            f"{sum(r.seconds or 0.0 for r in same):,.2f}",
             f"{sum(r.bytes for r in same) / 2**20:,.1f}",
         )
         for (name, path, strategy), same in found.items()

@@ -305,6 +305,7 @@ class Sweep:
         if not targets or not out.requires_grad or cotangent is None:
             return {}
         C = cotangent.shape[1]
+        # One output at a time: batched over outputs it took 1.05 to 1.5 times as long on a CPU (C from 2 to 10).
         grads = [
             torch.autograd.grad(out, targets, cotangent[:, c], retain_graph=c < C - 1, allow_unused=True)
             for c in range(C)
