@@ -1,0 +1,332 @@
+"""When a job's sums are written down, and how they are taken up again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ntkengine import store
+from ntkengine.errors import CheckFailed, InputError, NonFinite, Stopped
+from ntkengine.gram.keeper import Keeper
+from ntkengine.gram.run import Sums
+from ntkengine.gram.stopping import Stop, stopping
+from ntkengine.gram.tiles import Accumulator, Frame
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_S = 300.0
+_SHARE = 0.02  # of the run that checkpoints may take
+_ROWS = 1024  # of a piece
+_TELL_S = 2.0
+
+Progress = Callable[[float, float, str], None]
+Region = tuple[int, int, int, int]  # rows [start, stop), columns [start, stop) on the job's sample axis
+
+
+def check_seconds(checkpoint_s: float) -> None:
+    """Refuse what is not a time."""
+    if isinstance(checkpoint_s, bool) or not isinstance(checkpoint_s, int | float) or not checkpoint_s >= 0:
+        msg = f"checkpoint_s: expected a number of seconds, 0 or more, got {checkpoint_s!r}"
+        raise InputError(msg)
+
+
+class Checkpoints:
+    """A job's work on its way to a file: held by this process alone, taken up, written down, cleared away.
+
+    Args:
+        out: the Gram file.
+        job: what defines its values.
+        resume: go on from what there is; False refuses it.
+        every_s: seconds between checkpoints; 0: one after every parameter. Where writing one takes long they are
+            further apart, so that they stay below 2 % of the run.
+
+    Attributes:
+        folder: of the parts.
+        resumed: contractions that were found done, over all tiles.
+        stop: whether this process was asked to stop.
+    """
+
+    def __init__(
+        self, out: Path, job: Mapping[str, Any], *, resume: bool = True, every_s: float = CHECKPOINT_S
+    ) -> None:
+        self.folder, self.resume, self.every_s = store.Folder(out), resume, every_s
+        self.job = json.loads(json.dumps(dict(job)))
+        self.resumed = 0
+        self.stop = Stop()
+        self._start = self._last = self._told = time.monotonic()
+        self._began, self._before_s, self._cost_s = time.time(), 0.0, 0.0
+        self._generation = 0
+        self._newest: Path | None = None
+        self._found: list[store.Saved] = []
+        self._tile: int | None = None  # of what was found
+        self._again: Callable[[], object] | None = None  # the last checkpoint, if the disk refused it
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Checkpoints:
+        """Take the folder, and read what is in it.
+
+        Raises:
+            InputError: another process is at work on it, or it holds another job, or any work and `resume` is False.
+        """
+        with ExitStack() as opening:
+            opening.enter_context(self.folder)
+            for there in store.saved_states(self.folder.out):
+                self._compare(there["job"])
+                self._tile = there["tile"]
+            self._found = store.load_newest(self.folder.path)
+            if self._found:
+                self._newest = self._found[0].path
+                self._generation = self._found[0].state["generation"]
+                self._before_s = max(saved.state["seconds"] for saved in self._found)
+            self.stop = opening.enter_context(stopping())
+            self._exit = opening.pop_all()
+        self.tell(0.0, 1.0, "starting", now=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Let go of the folder; after a stop say how to go on; keep nothing that a check has refuted."""
+        with self._exit:
+            if isinstance(error, CheckFailed | NonFinite):
+                self.clear()
+            elif isinstance(error, OSError) and self._again is not None:
+                self._again()  # the file that did not fit is gone, so there may be room now
+            kept = any(self.folder.path.glob("rank-*"))
+        if isinstance(error, Stopped):
+            how = "the same command goes on from here" if kept else "nothing was summed yet"
+            msg = f"stopped by {signal.Signals(error.signal).name}: {how}"
+            raise Stopped(error.signal, msg) from error
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the job, in this process and those before it."""
+        return self._before_s + time.monotonic() - self._start
+
+    def sweep(self, frame: Frame) -> SweepKeeper:
+        """Return the keeper of a sweep of all samples."""
+        return SweepKeeper(self, (*frame.rows, *frame.columns), 0, symmetric=frame.symmetric)
+
+    def tile(self, frame: Frame, region: Region, size: int) -> TileKeeper:
+        """Return the keeper of one tile of a job with tiles of `size` samples."""
+        return TileKeeper(self, region, size, symmetric=frame.symmetric)
+
+    def watched(self, progress: Progress | None) -> Progress:
+        """Return a progress that is also left where other processes find it."""
+
+        def report(done: float, total: float, stage: str) -> None:
+            self.tell(done, total, stage)
+            if progress is not None:
+                progress(done, total, stage)
+
+        return report
+
+    def tell(self, done: float, total: float, stage: str, *, now: bool = False) -> None:
+        """Leave word for other processes, every two seconds."""
+        if now or time.monotonic() - self._told > _TELL_S:
+            self._told = time.monotonic()
+            self.folder.tell({"done": done, "total": total, "stage": stage, "started": self._began})
+
+    def write(self, write: Callable[[Path], None]) -> None:
+        """Write the final file, and clear its parts away.
+
+        Args:
+            write: takes the name that the file has until it is complete.
+
+        Raises:
+            OSError: the disk refused; the checkpoints are still there.
+        """
+        self.tell(1.0, 1.0, "writing the file", now=True)
+        with self.stop.waits():  # a signal that comes now comes too late
+            try:
+                write(self.folder.partial)
+            except OSError as error:
+                reason = error.strerror or str(error).splitlines()[0]
+                msg = f"could not be written ({reason}); nothing is lost: the same command goes on from its checkpoint"
+                raise OSError(error.errno, msg, str(self.folder.out)) from error
+            self.folder.remove()
+
+    def clear(self) -> None:
+        """Remove all checkpoints."""
+        for item in self.folder.path.glob("rank-*"):
+            item.unlink()
+
+    def due(self) -> bool:
+        """Return whether it is time for a checkpoint."""
+        wait = max(self.every_s, self._cost_s / _SHARE) if self.every_s > 0 else 0.0
+        return time.monotonic() - self._last >= wait
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        parts: Callable[[], Iterable[store.Part]],
+        path: Path | None = None,
+        **arrays: Any,
+    ) -> bool:
+        """Write a checkpoint over the older one, or a file of its own; return whether the disk took it.
+
+        A disk that refuses is only a warning: the checkpoint before is still there.
+        """
+        began = time.monotonic()
+        a, b = store.slots(self.folder.path, 0, 1)
+        target = path or (b if self._newest == a else a)
+        full = dict(state) | {"job": self.job, "seconds": self.seconds, "rank": 0, "ranks": 1}
+        try:
+            store.save_parts(target, full | {"generation": self._generation + 1}, parts(), arrays)
+        except OSError as error:
+            log.warning("a checkpoint could not be written (%s): the job goes on, the one before it stays", error)
+            self._again = lambda: self.save(state, parts, path, **arrays)
+            return False
+        else:
+            self._again = None
+            if path is None:
+                self._generation, self._newest = self._generation + 1, target
+            return True
+        finally:
+            self._last = time.monotonic()
+            self._cost_s = self._last - began
+
+    def found(self, region: Region, tile: int) -> list[store.Saved]:
+        """Return the checkpoint of a region, rank by rank; empty if there is none.
+
+        Raises:
+            InputError: the checkpoint has other tiles.
+        """
+        if self._tile not in (None, tile):
+            had, has = (f"tiles of {n} samples" if n else "one tile" for n in (self._tile, tile))
+            msg = f"out: {self.folder.path} was laid out in {had}, this run in {has}: give the same memory_gib"
+            raise InputError(msg)
+        if tile and self._found and tuple(self._found[0].state["region"]) != region:
+            return []
+        return self._found
+
+    def _compare(self, there: Mapping[str, Any]) -> None:
+        where = f"out: {self.folder.path} holds an unfinished run"
+        if not self.resume:
+            msg = f"{where}; allow resume, or remove it"
+            raise InputError(msg)
+        difference = store.first_difference(there, self.job)
+        if difference is not None:
+            msg = f"{where} of another job: {difference}; finish that one first, or remove it"
+            raise InputError(msg)
+
+
+class SweepKeeper(Keeper):
+    """The checkpoints of one sweep.
+
+    Args:
+        owner: of the job.
+        region: the sweep's samples on the job's sample axis, which its own frame may not count from 0.
+        tile: samples of a tile; 0: there is one sweep.
+        symmetric: whether an entry of the job's Gram is its mirror image's too.
+    """
+
+    def __init__(self, owner: Checkpoints, region: Region, tile: int, *, symmetric: bool) -> None:
+        self.owner, self.region, self.size, self.symmetric = owner, region, tile, symmetric
+        self._new = False
+
+    def start(self, sums: Sums) -> None:
+        """Put the newest checkpoint into empty sums."""
+        found = self.owner.found(self.region, self.size)
+        if found:
+            self.take(found, sums)
+            log.info("going on from a checkpoint: %d parameters are summed already", len(sums.done))
+
+    def passing(self, sums: Sums) -> None:
+        """Stop between two microbatches if asked to."""
+        if self.owner.stop.signal is not None:
+            if self._new:
+                self._save(sums)
+            self.owner.stop.check()
+
+    def step(self, sums: Sums) -> None:
+        """Write a checkpoint when it is time."""
+        self._new = True
+        if self.owner.stop.signal is not None:
+            self.passing(sums)
+        elif self.owner.due():
+            self._save(sums)
+
+    def finish(self, sums: Sums) -> None:
+        """Write everything down, whatever the time: from here on a kill costs no contraction."""
+        if self._new:
+            self._save(sums)
+
+    def waits(self) -> AbstractContextManager[None]:
+        """Let signals wait."""
+        return self.owner.stop.waits()
+
+    def take(self, found: list[store.Saved], sums: Sums) -> None:
+        """Put the sums of a checkpoint's files, one for each rank, into empty sums.
+
+        Raises:
+            InputError: they do not have all entries.
+        """
+        w, (r0, r1, c0, c1) = sums.total.frame.width, self.region
+        for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
+            target = sums.part(name) if name else sums.total
+            values = target.K.cpu().numpy()
+            pieces = (part for saved in found for part in store.read_parts(saved, name))
+            store.overlay(pieces, (r0 * w, r1 * w), (c0 * w, c1 * w), values)
+            if target.K.is_cuda:
+                target.K.copy_(torch.from_numpy(values))
+        first = found[0].state
+        sums.done = {name: tuple(row) for name, row in first["done"].items()}
+        sums.pass_seconds = first["pass_seconds"]
+        for saved in found:
+            for name, value in saved.state["traces"].items():
+                sums.traces[name] = sums.traces.get(name, 0.0) + value
+        self.owner.resumed += len(sums.done)
+
+    def _save(self, sums: Sums, path: Path | None = None, **arrays: Any) -> None:
+        self._new = not self.owner.save(self._state(sums), lambda: self._pieces(sums), path, **arrays)
+
+    def _state(self, sums: Sums) -> dict[str, Any]:
+        plain = {"done": sums.done, "traces": sums.traces, "pass_seconds": sums.pass_seconds}
+        return {**json.loads(json.dumps(plain)), "region": self.region, "tile": self.size}
+
+    def _pieces(self, sums: Sums) -> Iterator[store.Part]:
+        for name, sum_ in sums.parts.items() or [("", sums.total)]:
+            yield from _pieces(name, sum_, self.region, symmetric=self.symmetric)
+
+
+class TileKeeper(SweepKeeper):
+    """The checkpoints of one tile among several: those of its sweep, and the finished tile."""
+
+    def finished(self, sums: Sums) -> bool:
+        """Put a tile that was finished before into empty sums; return whether there is one."""
+        if not self._path.is_file():
+            return False
+        try:
+            saved = store.load(self._path)
+        except OSError as error:
+            log.warning("%s: this tile is computed again", error)
+            return False
+        self.take([saved], sums)
+        sums.outputs = saved.array("outputs")
+        return True
+
+    def finish(self, sums: Sums) -> None:
+        """Write the tile down, for good."""
+        self._save(sums, self._path, outputs=sums.outputs)
+
+    @property
+    def _path(self) -> Path:
+        name = "rank-0000-of-0001.tile-" + "-".join(map(str, self.region))
+        return self.owner.folder.path / name
+
+
+def _pieces(name: str, sum_: Accumulator, region: Region, *, symmetric: bool) -> Iterator[store.Part]:
+    frame = sum_.frame
+    down, right = region[0] * frame.width - sum_.r0, region[2] * frame.width - sum_.c0
+    for start, stop, last in frame.panels(_ROWS):
+        values = sum_.K[:, start - sum_.r0 : stop - sum_.r0, : last - sum_.c0].cpu().numpy()
+        rows, columns = (start + down, stop + down), (sum_.c0 + right, last + right)
+        yield store.Part(name, rows, columns, values, lower=frame.symmetric, symmetric=symmetric)
