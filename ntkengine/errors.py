@@ -34,8 +34,10 @@ class NotConverged(RuntimeError):  # noqa: N818
         self.residual = residual
 
 
-class Stopped(RuntimeError):  # noqa: N818
+class Stopped(BaseException):  # noqa: N818
     """A signal asked the process to stop, and it did, with its work written down where it has a file.
+
+    Like KeyboardInterrupt it comes from outside, and is no `Exception` that code in between could take for its own.
 
     Attributes:
         signal: its number.

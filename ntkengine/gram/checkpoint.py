@@ -79,6 +79,8 @@ class Checkpoints:
         """
         with ExitStack() as opening:
             opening.enter_context(self.folder)
+            if self.folder.damaged.is_file() and not self.resume:
+                self._compare({})
             for there in store.saved_states(self.folder.out):
                 self._compare(there["job"])
                 self._tile = there["tile"]

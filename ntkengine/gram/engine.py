@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from ntkengine.gram.check import Check
 from ntkengine.gram.checkpoint import CHECKPOINT_S, Checkpoints, check_seconds
 from ntkengine.gram.identity import existing, identity, writable
 from ntkengine.gram.layout import Layout, tune_allocator
-from ntkengine.gram.noise import USUAL, Noise, estimate_noise
+from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
+from ntkengine.gram.repairing import fill_open_tiles
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums
 from ntkengine.gram.sketching import described
@@ -160,12 +162,20 @@ def compute_gram(
     arrays |= {} if extras is None or callable(extras) else extras
     wanted = identity(model, task, settings, arrays, job)
     if path.exists():
-        return existing(path, wanted, resume)
+        found = existing(path, wanted, resume)
+        store.tidy(path)
+        return found
     ids = {"example_id": example_ids, "eval_id": eval_ids}
     names = {k: list(v) for k, v in ids.items() if v is not None}
     with Checkpoints(path, wanted, resume=resume, every_s=checkpoint_s) as checkpoints:
+        if checkpoints.folder.damaged.is_file():
+            again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
+            again |= {"transform": transform, "per_module": per_module, "precision": precision, "backend": backend}
+            compute = partial(compute_gram, model, **again, memory_gib=memory_gib, check=check, progress=progress)
+            fill_open_tiles(checkpoints, inputs, inputs2, eval_inputs, compute)
+            return store.open_gram(path)
         gram = computed(checkpoints)
-        checkpoints.write(lambda partial: store.write_gram(path, gram, wanted, names, partial))
+        checkpoints.write(lambda name: store.write_gram(path, gram, wanted, names, name))
     return store.open_gram(path)
 
 
@@ -349,7 +359,7 @@ def _noise(
     *,
     sketched: bool,
 ) -> Noise | None:
-    expected, limit = {"exact": (USUAL, 1e-5), "high": (USUAL, 1e-2), "fast": (float("inf"), 0.5)}[precision]
+    expected, limit = float("inf") if precision == "fast" else USUAL, LIMIT[precision]
     by_name = dict(model.named_parameters())
     selected = {name: by_name[name] for name in task.selected}
     same = model is task.model

@@ -61,10 +61,10 @@ def sum_tiled(
             last = few.span(0) if same else few.span(1)
             small = Frame(few.span(0), last, frame.outputs, frame.contraction, frame.transform)
             region = (*a[1:], *b[1:])
-            tile = None if checkpoints is None else checkpoints.tile(frame, region, layout.tile)
+            keeper = None if checkpoints is None else checkpoints.tile(frame, region, layout.tile)
             found = Sums(Accumulator(small, device))
-            if tile is None or not tile.finished(found):
-                found = sum_gram(model, selected, structure, few, readout, small, keeper=tile, **options)
+            if keeper is None or not keeper.finished(found):
+                found = sum_gram(model, selected, structure, few, readout, small, keeper=keeper, **options)
             _add(whole, found, frame, (a[1], a[2]), (b[1], b[2]), square=same)
             for i, tile in enumerate([a] if same else [a, b]):
                 whole.outputs[tile[1] : tile[2]] = found.outputs[slice(*few.span(i))]

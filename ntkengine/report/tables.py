@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,21 @@ def invariance_table(rows: Sequence[Any], advice: Sequence[str]) -> Table:
     ]
     columns = ("precision", "attention", "in a batch", "padded right", "padded left", "rounding")
     return Table("Relative change of f and its gradient, against the text alone", columns, cells, "; ".join(advice))
+
+
+def progress_table(progress: Mapping[str, Any]) -> Table:
+    """Return how far an unfinished job is (`store.read_progress`)."""
+    now, running = time.time(), progress.get("running")
+    where = f"process {progress['pid']} on {progress['host']}" if "pid" in progress else "unknown"
+    state = {True: "running", False: "stopped: the same command goes on", None: "on another machine"}[running]
+    done, total = progress.get("done", 0.0), progress.get("total", 0.0)
+    rows = [("state", state), ("by", where), ("stage", str(progress.get("stage", "unknown")))]
+    if total > 1:
+        rows.append(("done", f"{done / total:.0%}"))
+    for label, key in (("started", "started"), ("last heard of", "at"), ("last checkpoint", "checkpoint")):
+        if progress.get(key):
+            rows.append((label, f"{now - progress[key]:.0f} s ago"))
+    return Table("Not complete", (), rows)
 
 
 def gram_table(gram: Any) -> Table:

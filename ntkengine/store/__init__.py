@@ -33,10 +33,10 @@ from ntkengine.store.checkpoints import (
     saved_states,
     slots,
 )
-from ntkengine.store.folder import Folder, parts_of, read_progress
+from ntkengine.store.folder import Folder, parts_of, read_progress, tidy
 from ntkengine.store.merging import merge_gram
 from ntkengine.store.reading import first_difference, open_gram, read_job
-from ntkengine.store.repair import fill_tiles, open_damaged, repair_gram
+from ntkengine.store.repair import differences, fill_tiles, open_damaged, repair_gram
 from ntkengine.store.schema import SCHEMA
 from ntkengine.store.shards import link_shards, shard_path, write_shard
 from ntkengine.store.tiles import TILE
@@ -49,6 +49,7 @@ __all__ = [
     "Folder",
     "Part",
     "Saved",
+    "differences",
     "fill_tiles",
     "find_damage",
     "first_difference",
@@ -68,6 +69,7 @@ __all__ = [
     "saved_states",
     "shard_path",
     "slots",
+    "tidy",
     "verify_gram",
     "write_gram",
     "write_shard",

@@ -119,6 +119,13 @@ class Folder:
             raise InputError(msg) from error
 
 
+def tidy(out: Path) -> None:
+    """Remove the parts of a complete file, left by a process that was killed between two names."""
+    if parts_of(out).is_dir():
+        with suppress(InputError, OSError), Folder(out) as folder:
+            folder.remove()
+
+
 def parts_of(out: Path) -> Path:
     """Return the folder of a Gram file's parts."""
     return out.with_name(f".{out.name}.parts")

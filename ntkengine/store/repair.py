@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def repair_gram(path: str | Path) -> tuple[int, int]:
 
 
 def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], dict[str, Any]]:
-    """Return a damaged file's job, its open tiles by dataset, and its meta.
+    """Return a damaged file's job, its open tiles by dataset, and its meta with `width`, rows per sample.
 
     Raises:
         InputError: as `open_gram`.
@@ -64,48 +64,71 @@ def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], di
             done = file[f"{tiles_name(name)}/done"][...]
             places = tile_places(file[name].shape)
             found[name] = [where for where, fine in zip(places, done, strict=True) if not fine]
-        return read_json(file, "job"), {name: where for name, where in found.items() if where}, read_json(file, "meta")
+        width = file["outputs"].shape[1] if file.attrs["contraction"] == "full" else 1
+        open_tiles = {name: where for name, where in found.items() if where}
+        return read_json(file, "job"), open_tiles, read_json(file, "meta") | {"width": width}
 
 
-def fill_tiles(
-    damaged: Path, path: Path, computed: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]], partial: Path
-) -> dict[str, float]:
+# By dataset: rows, columns (ascending indices into the matrix) and values (…, rows, columns).
+Computed = Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def differences(damaged: Path, computed: Computed) -> dict[str, float]:
+    """Return by dataset how far recomputed values are from sound stored ones, relative, in the Frobenius norm.
+
+    Raises:
+        InputError: as `open_gram`.
+    """
+    found = {}
+    with opened(damaged) as source:
+        for name in computed:
+            off = size = 0.0
+            for _, where, done, got, (i, j) in _recomputed(source, name, computed):
+                if done and got.size:
+                    kept = source[name][where][np.ix_(i, j)]
+                    off, size = off + float(np.square(got - kept).sum()), size + float(np.square(kept).sum())
+            found[name] = (off / size) ** 0.5 if size else 0.0
+    return found
+
+
+def fill_tiles(damaged: Path, path: Path, computed: Computed, partial: Path) -> None:
     """Write the whole file under its name, its open tiles filled from recomputed rows and columns.
 
     Args:
         damaged: the file with open tiles.
         path: the whole.
-        computed: by dataset: rows, columns (ascending indices into the matrix) and values (…, rows, columns).
+        computed: covers all open tiles.
         partial: the file's name until it is complete.
-
-    Returns:
-        By dataset, the Frobenius norm of the difference between the recomputed and the stored values, over entries
-        that had both.
 
     Raises:
         ValueError: an open tile that the recomputed rows and columns do not cover.
         OSError: the disk refused.
     """
     patches: dict[str, dict[int, np.ndarray | None]] = {}
-    off: dict[str, float] = {}
     with opened(damaged) as source:
-        for name, (rows, columns, values) in computed.items():
-            done = source[f"{tiles_name(name)}/done"][...]
-            total = 0.0
-            for k, (*layer, r, c) in enumerate(tile_places(source[name].shape)):
-                i, j = (np.flatnonzero((at >= s.start) & (at < s.stop)) for at, s in ((rows, r), (columns, c)))
-                got = values[(*layer, i[:, None], j[None, :])]
-                if not done[k]:
-                    if got.shape != (r.stop - r.start, c.stop - c.start):
-                        msg = f"tile {k} of /{name}: only {got.shape} of it was recomputed"
-                        raise ValueError(msg)
-                    patches.setdefault(name, {})[k] = np.ascontiguousarray(got)
-                elif got.size:
-                    kept = source[name][(*layer, r, c)][(rows[i] - r.start)[:, None], (columns[j] - c.start)[None, :]]
-                    total += float(np.square(got - kept).sum())
-            off[name] = total**0.5
+        for name in matrices(source):
+            for k, (*_, r, c), done, got, _ in _recomputed(source, name, computed):
+                if done:
+                    continue
+                if got.shape != (r.stop - r.start, c.stop - c.start):
+                    msg = f"tile {k} of /{name}: only {got.shape} of it was computed again"
+                    raise ValueError(msg)
+                patches.setdefault(name, {})[k] = np.ascontiguousarray(got)
         copy_gram(source, path, patches, partial=partial)
-    return off
+
+
+def _recomputed(
+    source: h5py.File, name: str, computed: Computed
+) -> Iterator[tuple[int, Where, bool, np.ndarray, tuple[np.ndarray, np.ndarray]]]:
+    """Yield each tile's number, place, flag, what there is of it in `computed`, and where in the tile that is."""
+    nothing = np.zeros(0, dtype=int)
+    rows, columns, values = computed.get(name, (nothing, nothing, np.zeros((*source[name].shape[:-2], 0, 0))))
+    done = source[f"{tiles_name(name)}/done"][...]
+    for k, where in enumerate(tile_places(source[name].shape)):
+        *layer, r, c = where
+        i, j = (np.flatnonzero((at >= s.start) & (at < s.stop)) for at, s in ((rows, r), (columns, c)))
+        got = values[(*layer, *np.ix_(i, j))]
+        yield k, where, bool(done[k]), got, (rows[i] - r.start, columns[j] - c.start)
 
 
 def _mirrored(source: h5py.File, damage: list[Damage]) -> dict[str, dict[int, np.ndarray | None]]:
