@@ -183,7 +183,8 @@ class Checkpoints:
         try:
             store.save_parts(target, full | {"generation": self._generation + 1}, parts(), arrays)
         except OSError as error:
-            log.warning("a checkpoint could not be written (%s): the job goes on, the one before it stays", error)
+            level = logging.WARNING if self._again is None else logging.INFO
+            log.log(level, "a checkpoint could not be written (%s): the job goes on, the one before it stays", error)
             self._again = lambda: self.save(state, parts, path, **arrays)
             return False
         else:
