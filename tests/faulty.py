@@ -203,10 +203,10 @@ class Campaign:
         """Run the job of a folder to whatever end."""
         return self.start(where, *flags, fault=fault, checkpoint_s=checkpoint_s).wait()
 
-    def killed(self, share: float, *, checkpoint_s: float = 0.0, pause_s: float = 0.0, signals: int = 1) -> None:
+    def killed(self, share: float, *, checkpoint_s: float = 0.0, pause_s: float = 0.0, times: int = 1) -> None:
         """SIGKILL after a share of the job's life, once or several times in a row; then let it finish."""
         where = self._new()
-        for _ in range(signals):
+        for _ in range(times):
             job = self.start(where, fault=Fault(pause_s=pause_s), checkpoint_s=checkpoint_s)
             time.sleep(share * (self.seconds + pause_s * self.total))
             job.send(signal.SIGKILL)

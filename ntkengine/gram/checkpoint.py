@@ -6,30 +6,25 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, NonFinite, Stopped
-from ntkengine.gram.keeper import Keeper
-from ntkengine.gram.run import Sums
+from ntkengine.gram.keeper import Region, SweepKeeper, TileKeeper
 from ntkengine.gram.stopping import Stop, stopping
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Frame
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_S = 300.0
 _SHARE = 0.02  # of the run that checkpoints may take
-_ROWS = 1024  # of a piece
 _TELL_S = 2.0
 
 Progress = Callable[[float, float, str], None]
-Region = tuple[int, int, int, int]  # rows [start, stop), columns [start, stop) on the job's sample axis
 
 
 def check_seconds(checkpoint_s: float) -> None:
@@ -219,117 +214,3 @@ class Checkpoints:
         if difference is not None:
             msg = f"{where} of another job: {difference}; finish that one first, or remove it"
             raise InputError(msg)
-
-
-class SweepKeeper(Keeper):
-    """The checkpoints of one sweep.
-
-    Args:
-        owner: of the job.
-        region: the sweep's samples on the job's sample axis, which its own frame may not count from 0.
-        tile: samples of a tile; 0: there is one sweep.
-        symmetric: whether an entry of the job's Gram is its mirror image's too.
-    """
-
-    def __init__(self, owner: Checkpoints, region: Region, tile: int, *, symmetric: bool) -> None:
-        self.owner, self.region, self.size, self.symmetric = owner, region, tile, symmetric
-        self._new = False
-
-    def start(self, sums: Sums) -> None:
-        """Put the newest checkpoint into empty sums."""
-        found = self.owner.found(self.region, self.size)
-        if found:
-            self.take(found, sums)
-            log.info("going on from a checkpoint: %d parameters are summed already", len(sums.done))
-
-    def passing(self, sums: Sums) -> None:
-        """Stop between two microbatches if asked to."""
-        if self.owner.stop.signal is not None:
-            if self._new:
-                self._save(sums)
-            self.owner.stop.check()
-
-    def step(self, sums: Sums) -> None:
-        """Write a checkpoint when it is time."""
-        self._new = True
-        if self.owner.stop.signal is not None:
-            self.passing(sums)
-        elif self.owner.due():
-            self._save(sums)
-
-    def finish(self, sums: Sums) -> None:
-        """Write everything down, whatever the time: from here on a kill costs no contraction."""
-        if self._new:
-            self._save(sums)
-
-    def waits(self) -> AbstractContextManager[None]:
-        """Let signals wait."""
-        return self.owner.stop.waits()
-
-    def take(self, found: list[store.Saved], sums: Sums) -> None:
-        """Put the sums of a checkpoint's files, one for each rank, into empty sums.
-
-        Raises:
-            InputError: they do not have all entries.
-        """
-        w, (r0, r1, c0, c1) = sums.total.frame.width, self.region
-        for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
-            target = sums.part(name) if name else sums.total
-            values = target.K.cpu().numpy()
-            pieces = (part for saved in found for part in store.read_parts(saved, name))
-            store.overlay(pieces, (r0 * w, r1 * w), (c0 * w, c1 * w), values)
-            if target.K.is_cuda:
-                target.K.copy_(torch.from_numpy(values))
-        first = found[0].state
-        sums.done = {name: tuple(row) for name, row in first["done"].items()}
-        sums.pass_seconds = first["pass_seconds"]
-        for saved in found:
-            for name, value in saved.state["traces"].items():
-                sums.traces[name] = sums.traces.get(name, 0.0) + value
-        self.owner.resumed += len(sums.done)
-
-    def _save(self, sums: Sums, path: Path | None = None, **arrays: Any) -> None:
-        self._new = not self.owner.save(self._state(sums), lambda: self._pieces(sums), path, **arrays)
-
-    def _state(self, sums: Sums) -> dict[str, Any]:
-        plain = {"done": sums.done, "traces": sums.traces, "pass_seconds": sums.pass_seconds}
-        return {**json.loads(json.dumps(plain)), "region": self.region, "tile": self.size}
-
-    def _pieces(self, sums: Sums) -> Iterator[store.Part]:
-        for name, sum_ in sums.parts.items() or [("", sums.total)]:
-            yield from _pieces(name, sum_, self.region, symmetric=self.symmetric)
-
-
-class TileKeeper(SweepKeeper):
-    """The checkpoints of one tile among several: those of its sweep, and the finished tile."""
-
-    def finished(self, sums: Sums) -> bool:
-        """Put a tile that was finished before into empty sums; return whether there is one."""
-        if not self._path.is_file():
-            return False
-        try:
-            saved = store.load(self._path)
-        except OSError as error:
-            log.warning("%s: this tile is computed again", error)
-            return False
-        self.take([saved], sums)
-        sums.outputs = saved.array("outputs")
-        return True
-
-    def finish(self, sums: Sums) -> None:
-        """Write the tile down, for good."""
-        self._save(sums, self._path, outputs=sums.outputs)
-
-    @property
-    def _path(self) -> Path:
-        name = "rank-0000-of-0001.tile-" + "-".join(map(str, self.region))
-        return self.owner.folder.path / name
-
-
-def _pieces(name: str, sum_: Accumulator, region: Region, *, symmetric: bool) -> Iterator[store.Part]:
-    frame = sum_.frame
-    down, right = region[0] * frame.width - sum_.r0, region[2] * frame.width - sum_.c0
-    for start, stop, last in frame.panels(_ROWS):
-        values = sum_.K[:, start - sum_.r0 : stop - sum_.r0, : last - sum_.c0].cpu().numpy()
-        rows, columns = (start + down, stop + down), (sum_.c0 + right, last + right)
-        yield store.Part(name, rows, columns, values, lower=frame.symmetric, symmetric=symmetric)

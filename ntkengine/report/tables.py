@@ -46,10 +46,13 @@ def invariance_table(rows: Sequence[Any], advice: Sequence[str]) -> Table:
 def progress_table(progress: Mapping[str, Any]) -> Table:
     """Return how far an unfinished job is (`store.read_progress`)."""
     now, running = time.time(), progress.get("running")
-    where = f"process {progress['pid']} on {progress['host']}" if "pid" in progress else "unknown"
     state = {True: "running", False: "stopped: the same command goes on", None: "on another machine"}[running]
+    if progress.get("damaged") and not running:
+        state = "damaged tiles are open: the same command computes them again"
+    rows = [("state", state)]
+    if "pid" in progress:
+        rows += [("by", f"process {progress['pid']} on {progress['host']}"), ("stage", str(progress["stage"]))]
     done, total = progress.get("done", 0.0), progress.get("total", 0.0)
-    rows = [("state", state), ("by", where), ("stage", str(progress.get("stage", "unknown")))]
     if total > 1:
         rows.append(("done", f"{done / total:.0%}"))
     for label, key in (("started", "started"), ("last heard of", "at"), ("last checkpoint", "checkpoint")):

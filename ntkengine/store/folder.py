@@ -135,8 +135,8 @@ def read_progress(out: str | Path) -> dict[str, Any] | None:
     """Return what an unfinished job last said of itself, or None when there is none.
 
     Without any lock. Besides what the job wrote (`done`, `total`: flops; `stage`, `pid`, `host`, `started`, `at`:
-    seconds since 1970): `running`, True or False, None when it ran on another machine; and `checkpoint`: the time of
-    the newest checkpoint, or None.
+    seconds since 1970): `running`, True or False, None when it ran on another machine; `checkpoint`: the time of
+    the newest checkpoint, or None; and `damaged`: whether it is a complete file whose damaged tiles are open.
     """
     parts = parts_of(Path(out))
     try:
@@ -145,12 +145,13 @@ def read_progress(out: str | Path) -> dict[str, Any] | None:
         found = {} if parts.is_dir() else None
     if found is None:
         return None
-    found["running"] = _alive(found["pid"]) if found.get("host") == socket.gethostname() else None
+    here = found.get("host", socket.gethostname()) == socket.gethostname()
+    found["running"] = "pid" in found and _alive(found["pid"]) if here else None
     times = []
     for item in parts.glob("rank-*"):
         with suppress(OSError):
             times.append(item.stat().st_mtime)
-    return found | {"checkpoint": max(times, default=None)}
+    return found | {"checkpoint": max(times, default=None), "damaged": (parts / "damaged.h5").is_file()}
 
 
 def _alive(pid: int) -> bool:
