@@ -14,6 +14,7 @@ import torch
 from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, Stopped
 from ntkengine.gram import engine, run
+from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.layout import Layout
 from tests.brute import tiny_inputs, tiny_model
@@ -144,6 +145,57 @@ def test_tiles_that_are_finished_are_not_swept_again(tmp_path, contracted, monke
     same(got, wanted)
     of_one_tile = total // 9  # 3 × 3 tiles of train and 1 of eval, without those above the diagonal
     assert got.meta["resumed"] == 2 * total // 3 - of_one_tile
+
+
+@pytest.mark.parametrize("per_module", [False, True])
+def test_another_number_of_ranks_left_the_checkpoint(tmp_path, contracted, per_module):
+    model = tiny_model("bert")
+    inputs, others = tiny_inputs(model, LENGTHS, 12), tiny_inputs(model, [4, 6, 3], 9, seed=1)
+    call = {"params": "all", "check": False, "eval_inputs": others, "per_module": per_module}
+    wanted = compute_gram(model, inputs, **call)
+    call |= {"out": tmp_path / "k.h5", "checkpoint_s": 0.0}
+    del contracted[:]
+    contracted.stop = 10
+    with pytest.raises(Killed):
+        compute_gram(model, inputs, **call)
+    parts = tmp_path / ".k.h5.parts"
+    (saved,) = store.load_newest(parts)
+    names = dict.fromkeys(part["name"] for part in saved.state["parts"])
+    for rank, (a, b) in enumerate([(0, 2), (2, 7), (7, 12)]):  # each rank its rows, rank 1 its columns right to 9
+        span = (0, 9) if rank == 1 else (0, min(b, 9))
+        pieces = []
+        for name in names:
+            values = np.full((1, b - a, span[1]), np.nan)
+            store.overlay(store.read_parts(saved, name), (a, b), span, values)
+            pieces.append(store.Part(name, (a, b), span, values, symmetric=True))
+        traces = {name: value / 3 for name, value in saved.state["traces"].items()}
+        state = saved.state | {"rank": rank, "ranks": 3, "generation": 20, "traces": traces}
+        store.save_parts(parts / f"rank-{rank:04d}-of-0003.a", state, pieces)
+    del contracted[:]
+    contracted.stop = 12
+    with pytest.raises(Killed):
+        compute_gram(model, inputs, **call)
+    assert sorted(p.name for p in parts.glob("rank-*")) == ["rank-0000-of-0001.a", "rank-0000-of-0001.b"]
+    contracted.stop = 10**9
+    got = compute_gram(model, inputs, **call)
+    assert got.meta["resumed"] == 22
+    np.testing.assert_allclose(list(got.meta.pop("module_trace").values()), list(wanted.meta["module_trace"].values()))
+    got.meta["module_trace"] = wanted.meta["module_trace"]
+    same(got, wanted)
+
+
+def test_ranks_agree_on_what_is_a_checkpoint(tmp_path):
+    """A rank whose disk is full keeps the others from counting theirs."""
+    refused = []
+    work = Checkpoints(tmp_path / "k.h5", {"a": 1}, ranks=2, agree=lambda failed: failed or bool(refused))
+    with work:
+        states = []
+        for full in (False, False, True, True, False):
+            refused[:] = [1] if full else []
+            work.save({"tile": 0, "region": (0, 1, 0, 1)}, list, None)
+            found = [store.load(p).state["generation"] for p in sorted(work.folder.path.glob("rank-0000*"))]
+            states.append(sorted(found))
+        assert states == [[1], [1, 2], [2, 3], [2, 3], [2, 3]]
 
 
 def test_damaged_checkpoints(tmp_path, contracted, caplog):

@@ -43,6 +43,9 @@ class Checkpoints:
         resume: go on from what there is; False refuses it.
         every_s: seconds between checkpoints; 0: one after every parameter. Where writing one takes long they are
             further apart, so that they stay below 2 % of the run.
+        rank: of this process among those that share the job. All enter after rank 0 has, which alone holds the folder.
+        ranks: how many there are.
+        agree: whether any rank says yes; every rank asks it at the same points of its sweep.
 
     Attributes:
         folder: of the parts.
@@ -51,8 +54,17 @@ class Checkpoints:
     """
 
     def __init__(
-        self, out: Path, job: Mapping[str, Any], *, resume: bool = True, every_s: float = CHECKPOINT_S
+        self,
+        out: Path,
+        job: Mapping[str, Any],
+        *,
+        resume: bool = True,
+        every_s: float = CHECKPOINT_S,
+        rank: int = 0,
+        ranks: int = 1,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
+        self.rank, self.ranks, self.agree = rank, ranks, agree
         self.folder, self.resume, self.every_s = store.Folder(out), resume, every_s
         self.job = json.loads(json.dumps(dict(job)))
         self.resumed = 0
@@ -73,7 +85,8 @@ class Checkpoints:
             InputError: another process is at work on it, or it holds another job, or any work and `resume` is False.
         """
         with ExitStack() as opening:
-            opening.enter_context(self.folder)
+            if self.rank == 0:
+                opening.enter_context(self.folder)
             if self.folder.damaged.is_file() and not self.resume:
                 self._compare({})
             for there in store.saved_states(self.folder.out):
@@ -81,7 +94,8 @@ class Checkpoints:
                 self._tile = there["tile"]
             self._found = store.load_newest(self.folder.path)
             if self._found:
-                self._newest = self._found[0].path
+                if len(self._found) == self.ranks:
+                    self._newest = self._found[self.rank].path
                 self._generation = self._found[0].state["generation"]
                 self._before_s = max(saved.state["seconds"] for saved in self._found)
             self.stop = opening.enter_context(stopping())
@@ -94,7 +108,7 @@ class Checkpoints:
         with self._exit:
             if isinstance(error, CheckFailed | NonFinite):
                 self.clear()
-            elif isinstance(error, OSError) and self._again is not None:
+            elif isinstance(error, OSError) and self._again is not None and self.ranks == 1:
                 self._again()  # the file that did not fit is gone, so there may be room now
             kept = any(self.folder.path.glob("rank-*"))
         if isinstance(error, Stopped):
@@ -127,7 +141,7 @@ class Checkpoints:
 
     def tell(self, done: float, total: float, stage: str, *, now: bool = False) -> None:
         """Leave word for other processes, every two seconds."""
-        if now or time.monotonic() - self._told > _TELL_S:
+        if self.rank == 0 and (now or time.monotonic() - self._told > _TELL_S):
             self._told = time.monotonic()
             self.folder.tell({"done": done, "total": total, "stage": stage, "started": self._began})
 
@@ -152,6 +166,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all checkpoints."""
+        if self.rank:
+            return
         for item in self.folder.path.glob("rank-*"):
             item.unlink()
 
@@ -172,24 +188,26 @@ class Checkpoints:
         A disk that refuses is only a warning: the checkpoint before is still there.
         """
         began = time.monotonic()
-        a, b = store.slots(self.folder.path, 0, 1)
+        a, b = store.slots(self.folder.path, self.rank, self.ranks)
         target = path or (b if self._newest == a else a)
-        full = dict(state) | {"job": self.job, "seconds": self.seconds, "rank": 0, "ranks": 1}
+        full = dict(state) | {"job": self.job, "seconds": self.seconds, "rank": self.rank, "ranks": self.ranks}
+        failed = False
         try:
             store.save_parts(target, full | {"generation": self._generation + 1}, parts(), arrays)
         except OSError as error:
             level = logging.WARNING if self._again is None else logging.INFO
             log.log(level, "a checkpoint could not be written (%s): the job goes on, the one before it stays", error)
-            self._again = lambda: self.save(state, parts, path, **arrays)
-            return False
-        else:
-            self._again = None
-            if path is None:
-                self._generation, self._newest = self._generation + 1, target
-            return True
-        finally:
-            self._last = time.monotonic()
-            self._cost_s = self._last - began
+            failed = True
+        # One that some rank lacks is written over by the next: the one before it is the last that all have.
+        failed = self.agree(failed)
+        self._again = (lambda: self.save(state, parts, path, **arrays)) if failed else None
+        if not failed and path is None:
+            self._generation, self._newest = self._generation + 1, target
+            if self.rank == 0 and len(self._found) not in (0, self.ranks):
+                self._forget()
+        self._last = time.monotonic()
+        self._cost_s = self._last - began
+        return not failed
 
     def found(self, region: Region, tile: int) -> list[store.Saved]:
         """Return the checkpoint of a region, rank by rank; empty if there is none.
@@ -204,6 +222,13 @@ class Checkpoints:
         if tile and self._found and tuple(self._found[0].state["region"]) != region:
             return []
         return self._found
+
+    def _forget(self) -> None:
+        """Remove the checkpoints of another number of ranks, now that there is a newer one of this."""
+        for item in self.folder.path.glob("rank-*"):
+            if f"-of-{self.ranks:04d}." not in item.name:
+                item.unlink()
+        self._found = []
 
     def _compare(self, there: Mapping[str, Any]) -> None:
         where = f"out: {self.folder.path} holds an unfinished run"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntkengine import store
+from ntkengine.errors import Stopped
 
 if TYPE_CHECKING:
     from ntkengine.gram.checkpoint import Checkpoints
@@ -75,18 +77,16 @@ class SweepKeeper(Keeper):
             log.info("going on from a checkpoint: %d parameters are summed already", len(sums.done))
 
     def passing(self, sums: Sums) -> None:
-        """Stop between two microbatches if asked to."""
-        if self.owner.stop.signal is not None:
-            if self._new:
-                self._save(sums)
-            self.owner.stop.check()
+        """Stop between two microbatches if asked to; ranks stop together, after the same parameter."""
+        if self.owner.ranks == 1 and self.owner.stop.signal is not None:
+            self._stop(sums)
 
     def step(self, sums: Sums) -> None:
         """Write a checkpoint when it is time."""
         self._new = True
-        if self.owner.stop.signal is not None:
-            self.passing(sums)
-        elif self.owner.due():
+        if self.owner.agree(self.owner.stop.signal is not None):
+            self._stop(sums)
+        if self.owner.agree(self.owner.due()):
             self._save(sums)
 
     def finish(self, sums: Sums) -> None:
@@ -119,6 +119,11 @@ class SweepKeeper(Keeper):
             for name, value in saved.state["traces"].items():
                 sums.traces[name] = sums.traces.get(name, 0.0) + value
         self.owner.resumed += len(sums.done)
+
+    def _stop(self, sums: Sums) -> None:
+        if self._new:
+            self._save(sums)
+        raise Stopped(self.owner.stop.signal or signal.SIGTERM)
 
     def _save(self, sums: Sums, path: Path | None = None, **arrays: Any) -> None:
         self._new = not self.owner.save(self._state(sums), lambda: self._pieces(sums), path, **arrays)
@@ -154,8 +159,9 @@ class TileKeeper(SweepKeeper):
 
     @property
     def _path(self) -> Path:
-        name = "rank-0000-of-0001.tile-" + "-".join(map(str, self.region))
-        return self.owner.folder.path / name
+        owner = self.owner
+        name = f"rank-{owner.rank:04d}-of-{owner.ranks:04d}.tile-" + "-".join(map(str, self.region))
+        return owner.folder.path / name
 
 
 def _pieces(name: str, sum_: Accumulator, region: Region, *, symmetric: bool) -> Iterator[store.Part]:

@@ -32,15 +32,6 @@ class Stop:
         finally:
             self._waits -= 1
 
-    def check(self) -> None:
-        """Stop now if asked to.
-
-        Raises:
-            Stopped: it was.
-        """
-        if self.signal is not None:
-            raise Stopped(self.signal)
-
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once

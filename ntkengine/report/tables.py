@@ -82,6 +82,7 @@ def gram_table(gram: Any) -> Table:
         ("wall time", "seconds", lambda v: f"{v:.1f} s"),
         ("  in passes", "pass_seconds", lambda v: f"{v:.1f} s"),
         ("  in contractions", "contract_seconds", lambda v: f"{v:.1f} s"),
+        ("  taken from checkpoints", "resumed", lambda v: f"{v:,} contractions" if v else ""),
         ("device", "device", str),
         ("date", "date", str),
         ("checked by autograd", "checked", lambda v: "yes" if v else "no"),

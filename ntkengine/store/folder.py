@@ -48,7 +48,10 @@ class Folder:
         """
         while self._lock is None:
             self.path.mkdir(exist_ok=True)
-            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # its owner has just finished and removed the folder
+                continue
             try:
                 self._take(handle)
             except BaseException:
