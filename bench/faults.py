@@ -25,6 +25,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), shlex.split(given.launcher), given.seed)
         _inject(campaign, given.kills)
+        heads = Campaign(Path(folder) / "heads", campaign.launcher, given.seed, flags=("--fit-head",))
+        for share in np.linspace(0.3, 0.98, max(1, given.kills // 5)):
+            heads.killed(float(share), pause_s=0.02)
+        campaign.tally["SIGKILL, with held-out heads"] = heads.tally["SIGKILL"]
+        campaign.lost += heads.lost
         print(campaign.table())
         for text in campaign.lost:
             print(text)
@@ -63,5 +68,7 @@ def _inject(campaign: Campaign, kills: int) -> None:
     for _ in range(5):
         campaign.flipped_tiles(20)
         campaign.truncated_shard()
+    for number in range(2, 40, 4):
+        campaign.killed_in_repair(number, later=number % 8 == 2)
     campaign.second_process()
     campaign.another_job()

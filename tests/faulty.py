@@ -78,7 +78,7 @@ def _install(fault: Fault) -> list[int]:
     contract, seen, counted = run.contract, [0], [0]
 
     def noted(factors: Any, strategy: str, target: Any, root: Any) -> Any:
-        if target.frame.rows[1] == sum(ROWS) or target.frame.rows == target.frame.columns == (0, ROWS[0]):
+        if target.frame.rows[1] == sum(ROWS):  # not of the check, the noise, or a held-out head
             time.sleep(fault.pause_s)
             if seen[0] == fault.room_at and fault.ballast:
                 with contextlib.suppress(OSError), Path(fault.ballast).open("wb", buffering=0) as file:
@@ -161,6 +161,7 @@ class Campaign:
         folder: for everything.
         launcher: command before the interpreter's, for several ranks.
         seed: of the moments.
+        flags: of the job, besides its own.
 
     Attributes:
         tally: by kind of fault: injected, resumed, refused, lost.
@@ -170,6 +171,7 @@ class Campaign:
     folder: Path
     launcher: list[str] = field(default_factory=list)
     seed: int = 0
+    flags: tuple[str, ...] = ("--no-fit-head",)
     tally: dict[str, list[int]] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
@@ -180,6 +182,7 @@ class Campaign:
         store.tiles.TILE = TILE
         self.rng = np.random.default_rng(self.seed)
         self.count = 0
+        self.folder.mkdir(exist_ok=True)
         save_tiny(self.folder / "model")
         for name, n, seed in (("train", ROWS[0], 0), ("dev", ROWS[1], 1)):
             rows = [f"{text}\t{('bad', 'good')[i % 2]}" for i, text in enumerate(tiny_sentences(n, seed))]
@@ -308,6 +311,25 @@ class Campaign:
         store.repair_gram(where / "k.h5")
         self._finish("flipped tiles", where, exactly=False)
 
+    def killed_in_repair(self, number: int, *, later: bool) -> None:
+        """SIGKILL before a disk operation of `verify --repair`, or of the run that computes the open tiles."""
+        from ntkengine import store
+
+        where = self._copy()
+        self._flip(where / "k.h5", 20)
+        fault = Fault(disk_at=number)
+        if later:
+            store.repair_gram(where / "k.h5")
+            code = self.run(where, fault=fault)
+        else:
+            code = Child(["verify", "--repair", str(where / "k.h5")], where / "said", fault, self.launcher).wait()
+        if code != -signal.SIGKILL:
+            self._note("SIGKILL while repairing", where, f"exit {code}")
+            return
+        if (where / "k.h5").exists():
+            store.repair_gram(where / "k.h5")
+        self._finish("SIGKILL while repairing", where, exactly=False)
+
     def truncated_shard(self) -> None:
         """Cut a shard of a sharded file."""
         from ntkengine import store
@@ -405,6 +427,7 @@ class Campaign:
         got, wanted = store.open_gram(self.out(where)), store.open_gram(self.reference / "k.h5")
         pairs = [(got.values, wanted.values), (got.cross, wanted.cross), (got.outputs, wanted.outputs)]
         pairs += [(got.modules[name], matrix) for name, matrix in wanted.modules.items()]
+        pairs += [(got.extras[name], array) for name, array in wanted.extras.items()]
         scale = np.linalg.norm(wanted.values[...])
         if exactly:
             return list(got.modules) == list(wanted.modules) and all(np.array_equal(a[...], b[...]) for a, b in pairs)
@@ -431,7 +454,7 @@ class Campaign:
     def _arguments(self, where: Path, checkpoint_s: float) -> list[str]:
         files = {"--model": "model", "--data": "train.tsv", "--eval": "dev.tsv"}
         arguments = ["gram", *(x for k, v in files.items() for x in (k, str(self.folder / v)))]
-        arguments += ["--text-column", "sentence", "--no-fit-head", "--params", "all", "--per-module"]
+        arguments += ["--text-column", "sentence", "--params", "all", "--per-module", *self.flags]
         return [*arguments, "--out", str(self.out(where)), "--checkpoint-s", str(checkpoint_s)]
 
     def _until(self, job: Child, where: Path, contractions: int) -> None:

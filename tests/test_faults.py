@@ -58,6 +58,12 @@ def test_flipped_bits_in_twenty_tiles(campaign):
     assert campaign.lost == []
 
 
+def test_sigkill_while_repairing(campaign):
+    campaign.killed_in_repair(12, later=False)
+    campaign.killed_in_repair(12, later=True)
+    assert campaign.lost == []
+
+
 def test_refusals(campaign):
     campaign.truncated_shard()
     campaign.second_process()
