@@ -198,6 +198,31 @@ def test_ranks_agree_on_what_is_a_checkpoint(tmp_path):
         assert states == [[1], [1, 2], [2, 3], [2, 3], [2, 3]]
 
 
+def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkeypatch):
+    """Blocks split into groups of parameters: what is summed is known by parameter."""
+    model = tiny_model("llama")
+    inputs = tiny_inputs(model, LENGTHS, 12)
+    call = {"params": "all", "check": False}
+    wanted = compute_gram(model, inputs, **call)
+    call |= {"out": tmp_path / "k.h5", "checkpoint_s": 0.0}
+    planned = engine.planned
+
+    def split(*args):
+        structure, plan, _, samples, sketches = planned(*args)
+        return structure, plan, Layout(factor_bytes=1.0), samples, sketches
+
+    for stop in (6, 7):
+        del contracted[:]
+        contracted.stop = stop
+        with pytest.raises(Killed):
+            compute_gram(model, inputs, **call)
+        monkeypatch.setattr(engine, "planned", split)
+    contracted.stop = 10**9
+    got = compute_gram(model, inputs, **call)
+    assert got.meta["resumed"] == 13
+    np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=0, atol=1e-6 * np.abs(wanted.values).max())
+
+
 def test_damaged_checkpoints(tmp_path, contracted, caplog):
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)

@@ -106,8 +106,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Let go of the folder; after a stop say how to go on; keep nothing that a check has refuted."""
         with self._exit:
-            if isinstance(error, CheckFailed | NonFinite):
-                self.clear()
+            if isinstance(error, CheckFailed | NonFinite) and self.rank == 0 and not self.folder.damaged.is_file():
+                self.folder.clear()
             elif isinstance(error, OSError) and self._again is not None and self.ranks == 1:
                 self._again()  # the file that did not fit is gone, so there may be room now
             kept = any(self.folder.path.glob("rank-*"))
@@ -163,13 +163,6 @@ class Checkpoints:
                 msg = f"could not be written ({reason}); nothing is lost: the same command goes on from its checkpoint"
                 raise OSError(error.errno, msg, str(self.folder.out)) from error
             self.folder.remove()
-
-    def clear(self) -> None:
-        """Remove all checkpoints."""
-        if self.rank:
-            return
-        for item in self.folder.path.glob("rank-*"):
-            item.unlink()
 
     def due(self) -> bool:
         """Return whether it is time for a checkpoint."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ROWS = 1024  # of a piece
+_PIECE_BYTES = 64 << 20
 
 Region = tuple[int, int, int, int]  # rows [start, stop), columns [start, stop) on the job's sample axis
 
@@ -141,11 +141,9 @@ class TileKeeper(SweepKeeper):
     """The checkpoints of one tile among several: those of its sweep, and the finished tile."""
 
     def finished(self, sums: Sums) -> bool:
-        """Put a tile that was finished before into empty sums; return whether there is one."""
-        if not self._path.is_file():
-            return False
+        """Put a tile that was finished before into empty sums; return False if its file, `path`, is damaged."""
         try:
-            saved = store.load(self._path)
+            saved = store.load(self.path)
         except OSError as error:
             log.warning("%s: this tile is computed again", error)
             return False
@@ -155,10 +153,11 @@ class TileKeeper(SweepKeeper):
 
     def finish(self, sums: Sums) -> None:
         """Write the tile down, for good."""
-        self._save(sums, self._path, outputs=sums.outputs)
+        self._save(sums, self.path, outputs=sums.outputs)
 
     @property
-    def _path(self) -> Path:
+    def path(self) -> Path:
+        """Where the finished tile is."""
         owner = self.owner
         name = f"rank-{owner.rank:04d}-of-{owner.ranks:04d}.tile-" + "-".join(map(str, self.region))
         return owner.folder.path / name
@@ -167,7 +166,8 @@ class TileKeeper(SweepKeeper):
 def _pieces(name: str, sum_: Accumulator, region: Region, *, symmetric: bool) -> Iterator[store.Part]:
     frame = sum_.frame
     down, right = region[0] * frame.width - sum_.r0, region[2] * frame.width - sum_.c0
-    for start, stop, last in frame.panels(_ROWS):
+    size = max(1, _PIECE_BYTES // (8 * frame.layers * max(1, sum_.c1 - sum_.c0)))
+    for start, stop, last in frame.panels(size):
         values = sum_.K[:, start - sum_.r0 : stop - sum_.r0, : last - sum_.c0].cpu().numpy()
         rows, columns = (start + down, stop + down), (sum_.c0 + right, last + right)
         yield store.Part(name, rows, columns, values, lower=frame.symmetric, symmetric=symmetric)

@@ -62,8 +62,8 @@ def sum_tiled(
             small = Frame(few.span(0), last, frame.outputs, frame.contraction, frame.transform)
             region = (*a[1:], *b[1:])
             keeper = None if checkpoints is None else checkpoints.tile(frame, region, layout.tile)
-            found = Sums(Accumulator(small, device))
-            if keeper is None or not keeper.finished(found):
+            found = Sums(Accumulator(small, device)) if keeper is not None and keeper.path.is_file() else None
+            if found is None or keeper is None or not keeper.finished(found):
                 found = sum_gram(model, selected, structure, few, readout, small, keeper=keeper, **options)
             _add(whole, found, frame, (a[1], a[2]), (b[1], b[2]), square=same)
             for i, tile in enumerate([a] if same else [a, b]):

@@ -91,11 +91,15 @@ class Folder:
         """Name of a file some tiles of which are to be recomputed."""
         return self.path / "damaged.h5"
 
-    def remove(self) -> None:
-        """Remove the folder: its work is in the complete file."""
+    def clear(self) -> None:
+        """Remove all work but the lock."""
         for item in self.path.iterdir():
             if item.name != "lock":
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def remove(self) -> None:
+        """Remove the folder: its work is in the complete file."""
+        self.clear()
         (self.path / "lock").unlink(missing_ok=True)
         if self._lock is not None:
             os.close(self._lock)
