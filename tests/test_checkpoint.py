@@ -217,6 +217,7 @@ def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkey
         with pytest.raises(Killed):
             compute_gram(model, inputs, **call)
         monkeypatch.setattr(engine, "planned", split)
+        call["memory_gib"] = 8.0
     contracted.stop = 10**9
     got = compute_gram(model, inputs, **call)
     assert got.meta["resumed"] == 13
