@@ -93,6 +93,8 @@ class SweepKeeper(Keeper):
         """Write everything down, whatever the time: from here on a kill costs no contraction."""
         if self._new:
             self._save(sums)
+        if self.owner.agree(self.owner.stop.signal is not None):
+            self._stop(sums)
 
     def waits(self) -> AbstractContextManager[None]:
         """Let signals wait."""
@@ -154,6 +156,8 @@ class TileKeeper(SweepKeeper):
     def finish(self, sums: Sums) -> None:
         """Write the tile down, for good."""
         self._save(sums, self.path, outputs=sums.outputs)
+        if self.owner.agree(self.owner.stop.signal is not None):
+            self._stop(sums)
 
     @property
     def path(self) -> Path:

@@ -111,7 +111,8 @@ def sum_gram(
     sums = Sums(Accumulator(frame, device, kernels=kernels))
     keeper = keeper or Keeper()
     keeper.start(sums)
-    tick(sum(flops for _, _, flops, _ in sums.done.values()), "checkpoint")
+    if sums.done:
+        tick(sum(flops for _, _, flops, _ in sums.done.values()), "checkpoint")
     before, spent = sums.pass_seconds, 0.0
     steps = len(samples.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
     layout = layout or Layout()

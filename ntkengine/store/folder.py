@@ -153,7 +153,7 @@ def read_progress(out: str | Path) -> dict[str, Any] | None:
     if found is None:
         return None
     here = found.get("host", socket.gethostname()) == socket.gethostname()
-    found["running"] = "pid" in found and _alive(found["pid"]) if here else None
+    found["running"] = isinstance(found.get("pid"), int) and _alive(found["pid"]) if here else None
     times = []
     for item in parts.glob("rank-*"):
         with suppress(OSError):
