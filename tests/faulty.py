@@ -275,7 +275,8 @@ class Campaign:
         held = len(self.summed(where))
         if fault.ballast:
             Path(fault.ballast).unlink()
-        fine = code == 1 and last.startswith("error:") and "nothing is lost" in last and not self.out(where).exists()
+        kept = "from the one before" if fault.room_at else "starts again"
+        fine = code == 1 and last.startswith("error:") and kept in last and not self.out(where).exists()
         if fine and held == fault.room_at:
             self._finish(kind, where)
         else:

@@ -108,8 +108,6 @@ class Checkpoints:
         with self._exit:
             if isinstance(error, CheckFailed | NonFinite) and self.rank == 0 and not self.folder.damaged.is_file():
                 self.folder.clear()
-            elif isinstance(error, OSError) and self._again is not None and self.ranks == 1:
-                self._again()  # the file that did not fit is gone, so there may be room now
             kept = any(self.folder.path.glob("rank-*"))
         if isinstance(error, Stopped):
             how = "the same command goes on from here" if kept else "nothing was summed yet"
@@ -160,7 +158,7 @@ class Checkpoints:
                 write(self.folder.partial)
             except OSError as error:
                 reason = error.strerror or str(error).splitlines()[0]
-                msg = f"could not be written ({reason}); nothing is lost: the same command goes on from its checkpoint"
+                msg = f"could not be written ({reason}); {self._kept()}"
                 raise OSError(error.errno, msg, str(self.folder.out)) from error
             self.folder.remove()
 
@@ -215,6 +213,16 @@ class Checkpoints:
         if tile and self._found and tuple(self._found[0].state["region"]) != region:
             return []
         return self._found
+
+    def _kept(self) -> str:
+        """Return what a file that could not be written leaves."""
+        if self._again is not None and self.ranks == 1:
+            self._again()  # the file that did not fit is gone, so there may be room now
+        if self._again is None:
+            return "nothing is lost: the same command goes on from its checkpoint"
+        if any(self.folder.path.glob("rank-*")):
+            return "neither could the last checkpoint: the same command goes on from the one before"
+        return "neither could a checkpoint: the same command starts again"
 
     def _forget(self) -> None:
         """Remove the checkpoints of another number of ranks, now that there is a newer one of this."""
