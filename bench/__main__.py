@@ -18,6 +18,7 @@ CASES = {
     "sketch": "sketch",
     "kernels": "kernels",
     "gpu-jobs": "gpu_jobs",
+    "faults": "faults",
 }
 
 

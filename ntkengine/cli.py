@@ -1,24 +1,24 @@
-"""The command line: `ntkengine plan | gram | info | verify | spectrum | ridge | forecast | report | doctor | demo`.
+"""The command line: `ntkengine plan | gram | info | verify | merge | spectrum | ridge | forecast | report | …`.
 
-Exit codes: 0; 1 a computation failed or a file is damaged; 2 bad input; 130 interrupted. An error is one line on
-standard error. Heavy libraries are imported by the command that needs them.
+Exit codes: 0; 1 a computation failed or a file is damaged; 2 bad input; 130 stopped by SIGINT, 143 by SIGTERM, as a
+shell says it of a process that such a signal ended. An error is one line on standard error. Heavy libraries are
+imported by the command that needs them.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
+from ntkengine.console import answered, print_json, say, show
+from ntkengine.errors import InputError
+from ntkengine.filecommands import GramFile, Json, described, info, merge, verify
 from ntkengine.jobflags import collect, job_of
 
 app = typer.Typer(
@@ -28,8 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
-GramFile = Annotated[Path, typer.Argument(help="Gram file.", metavar="K.H5", show_default=False)]
 RidgeChoice = Annotated[str | None, typer.Option(help="loo, gcv, or a number in the unit of K.", show_default="loo")]
 
 
@@ -42,41 +40,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, prog_name="ntkengine", standalone_mode=False)
     except typer.Abort:
-        code = _say("interrupted", 130)
+        code = say("interrupted", 130)
     except Exception as error:
         # Usage errors come from typer's own or from an installed click; both look like this.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        code = _say(f"{message()} (see ntkengine --help)", 2) if message() else 2
+        code = say(f"{message()} (see ntkengine --help)", 2) if message() else 2
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def answered(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a command raises into one line and an exit code; other exceptions are bugs and keep their traceback."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-            sys.stdout.flush()
-        except (InputError, NotImplementedError) as error:
-            raise typer.Exit(_say(error, 2)) from error
-        except (CheckFailed, NonFinite, NotConverged) as error:
-            raise typer.Exit(_say(error, 1)) from error
-        except BrokenPipeError as error:  # the reader had enough, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from error
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-            raise typer.Exit(_say(f"{error.filename}: {error.strerror}", 2)) from error
-        except OSError as error:
-            raise typer.Exit(_say(error, 1)) from error
-        except MemoryError as error:
-            raise typer.Exit(_say(f"out of memory: {error}", 1)) from error
-        except KeyboardInterrupt as error:
-            raise typer.Exit(_say("interrupted", 130)) from error
-
-    return run
 
 
 @app.callback()
@@ -103,9 +74,9 @@ def plan_command(**flags: Any) -> None:
     with show_progress() as progress:
         found = run_plan(job_of(path, given), progress)
     if as_json:
-        _json(found.to_dict())
+        print_json(found.to_dict())
     else:
-        _print(plan_table(found))
+        show(plan_table(found))
 
 
 @app.command("gram", help="Compute a Gram matrix and write it to a file: from a job file, flags, or both.")
@@ -124,43 +95,13 @@ def gram_command(**flags: Any) -> None:
     with show_progress() as progress:
         found = run_gram(job, progress)
     if as_json:
-        _json(_described(found))
+        print_json(described(found))
     else:
-        _print(gram_table(found))
+        show(gram_table(found))
 
 
-@app.command()
-@answered
-def info(path: GramFile, as_json: Json = False) -> None:
-    """Show everything a Gram file says about itself."""
-    from ntkengine.report.tables import gram_table, module_table
-    from ntkengine.store import open_gram
-
-    gram = open_gram(path)
-    traces = gram.meta.get("module_trace") or {}
-    if as_json:
-        _json(_described(gram))
-        return
-    _print(gram_table(gram))
-    total = sum(traces.values())
-    if total > 0:
-        _print(module_table({name: value / total for name, value in traces.items()}, total))
-
-
-@app.command()
-@answered
-def verify(path: GramFile, as_json: Json = False) -> None:
-    """Check a Gram file's checksums and that every number is finite; exit 1 if not."""
-    from ntkengine.store import verify_gram
-
-    problems = verify_gram(path)
-    if as_json:
-        _json({"path": str(path), "sound": not problems, "problems": problems})
-    elif not problems:
-        print(f"{path}: sound")
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise typer.Exit(1 if as_json else _say(f"{path}: {problems[0]}{more}", 1))
+for command in (info, verify, merge):
+    app.command()(command)
 
 
 @app.command()
@@ -182,9 +123,11 @@ def spectrum(
         found = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
         told = {name: getattr(condition, name) for name in ("lambda_max", "lambda_min", "lower", "resolved")}
         told |= {"noise": condition.noise, "upper": condition.upper if condition.resolved else None}
-        _json({"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram), **_sketch(gram)})
+        print_json(
+            {"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram), **_sketch(gram)}
+        )
         return
-    _print(spectrum_table(ritz, condition, sketch_note(gram)))
+    show(spectrum_table(ritz, condition, sketch_note(gram)))
 
 
 @app.command()
@@ -199,13 +142,13 @@ def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> N
     gram = open_gram(path)
     found = forecast_file(gram, chosen)
     if not as_json:
-        _print(ridge_table(found, sketch_note(gram)))
+        show(ridge_table(found, sketch_note(gram)))
         return
     names = ("ridge", "ridge_loo", "ridge_gcv", "ridges", "train_mse", "loo_mse", "loo_accuracy", "gcv", "eval_mse")
     plain = found.to_dict()
     dimensions = [ridge_dimension(found, i) for i in range(len(found.ridges))]
     told = {name: plain[name] for name in (*names, "eval_accuracy")}
-    _json({"path": str(path), **told, "effective_dimension": dimensions, **_sketch(gram)})
+    print_json({"path": str(path), **told, "effective_dimension": dimensions, **_sketch(gram)})
 
 
 @app.command()
@@ -228,9 +171,9 @@ def forecast(
         path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
     found = forecast_file(path, chosen)
     if as_json:
-        _json({"path": str(path), **found.to_dict()})
+        print_json({"path": str(path), **found.to_dict()})
         return
-    _print(forecast_table(found))
+    show(forecast_table(found))
     for line in found.assumptions:
         print(f"- {line}")
 
@@ -267,15 +210,15 @@ def doctor(
 
         measured = batch_invariance(load_model(model))
         if as_json:
-            _json({"invariance": [row.to_dict() for row in measured], "advice": advice(measured)})
+            print_json({"invariance": [row.to_dict() for row in measured], "advice": advice(measured)})
             return
-        _print(invariance_table(measured, advice(measured)))
+        show(invariance_table(measured, advice(measured)))
         return
     rows = examine()
     if as_json:
-        _json({row["name"]: {"found": row["found"] or None, "note": row["note"]} for row in rows})
+        print_json({row["name"]: {"found": row["found"] or None, "note": row["note"]} for row in rows})
         return
-    _print(Table("Doctor", (), [(row["name"], row["found"] or "-", row["note"]) for row in rows]))
+    show(Table("Doctor", (), [(row["name"], row["found"] or "-", row["note"]) for row in rows]))
 
 
 @app.command()
@@ -293,7 +236,7 @@ def demo(
     with show_progress() as progress:
         result = run_demo(out, train, evaluate, seed, progress)
     for table in result.tables:
-        _print(table)
+        show(table)
     console = make_console()
     for line in result.summary:
         console.print(line, markup=False)
@@ -310,35 +253,3 @@ def _ridge(given: str | None) -> str | float:
 
 def _sketch(gram: Any) -> dict[str, Any]:
     return {"sketch": gram.meta["sketch"]} if gram.meta.get("sketch") else {}
-
-
-def _described(gram: Any) -> dict[str, Any]:
-    arrays = {name: getattr(gram, name) for name in ("values", "outputs", "targets", "cross")}
-    arrays |= {name: getattr(gram, name) for name in ("eval_outputs", "eval_targets")} | dict(gram.extras)
-    shapes = {name: None if array is None else list(array.shape) for name, array in arrays.items()}
-    own = {"path": str(gram.path), "contraction": gram.contraction, "transform": gram.transform, "noise": gram.noise}
-    return own | {"shapes": shapes, "modules": list(gram.modules), "meta": gram.meta}
-
-
-def _print(table: Any) -> None:
-    from ntkengine.report.text import make_console, print_table
-
-    print_table(table, make_console())
-
-
-def _json(value: Any) -> None:
-    print(json.dumps(_finite(value), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
-
-
-def _say(error: object, code: int) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return code

@@ -32,3 +32,17 @@ class NotConverged(RuntimeError):  # noqa: N818
         super().__init__(message)
         self.partial = partial
         self.residual = residual
+
+
+class Stopped(BaseException):  # noqa: N818
+    """A signal asked the process to stop, and it did, with its work written down where it has a file.
+
+    Like KeyboardInterrupt it comes from outside, and is no `Exception` that code in between could take for its own.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int, message: str = "") -> None:
+        super().__init__(message or f"stopped by signal {signal}")
+        self.signal = signal

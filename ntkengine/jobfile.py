@@ -121,6 +121,7 @@ class GramPart:
     backend: str = "auto"
     memory_gib: float | None = None
     resume: bool = True
+    checkpoint_s: float = 300.0
     check: bool = True
     seed: int = 0
     sketch: int | None = None
@@ -160,7 +161,7 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Return what bears on the numbers, as plain JSON types: the file keeps it and tells other jobs from it."""
         found = {name: _plain(asdict(getattr(self, name))) for name in ("model", "data", "head", "gram")}
-        for name in ("memory_gib", "resume", "backend"):
+        for name in ("memory_gib", "resume", "checkpoint_s", "backend"):
             del found["gram"][name]
         # The same job may be started from another folder.
         if Path(self.model.path).exists():

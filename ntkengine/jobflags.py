@@ -59,8 +59,9 @@ def collect(
     memory_gib: Annotated[float | None, _flag(_GRAM, "Bound on memory above the model.")] = None,
     check: Annotated[bool | None, _flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,
     resume: Annotated[
-        bool | None, _flag(_GRAM, "Accept a complete file (default: yes).", "--resume/--no-resume")
+        bool | None, _flag(_GRAM, "Accept what there is of this job already (default: yes).", "--resume/--no-resume")
     ] = None,
+    checkpoint_s: Annotated[float | None, _flag(_GRAM, "Seconds between checkpoints (default: 300).")] = None,
     seed: Annotated[
         int | None, _flag(_GRAM, "Of a fresh head, the adapter's start, folds and checks (default: 0).")
     ] = None,
@@ -112,6 +113,7 @@ def collect(
             "memory_gib": memory_gib,
             "check": check,
             "resume": resume,
+            "checkpoint_s": checkpoint_s,
             "seed": seed,
         },
     }

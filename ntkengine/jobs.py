@@ -56,6 +56,7 @@ def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | Non
         **call,
         memory_gib=part.memory_gib,
         resume=part.resume,
+        checkpoint_s=part.checkpoint_s,
         check=part.check,
         out=job.out,
         progress=progress,
@@ -159,9 +160,14 @@ class _Prepared:
         return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
 
     def cross_fit(self, fit: HeadFit, progress: Progress | None) -> dict[str, np.ndarray]:
-        """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold."""
-        from ntkengine.gram.engine import compute_gram
+        """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold.
 
+        With an `out` each of them is a file among its parts until all are done.
+        """
+        from ntkengine.gram.engine import compute_gram
+        from ntkengine.store import parts_of
+
+        out, part = self.job.out, self.job.gram
         call = self.arguments() | {"per_module": False}
         call.pop("eval_inputs", None)
         grams, outputs = [], []
@@ -171,7 +177,15 @@ class _Prepared:
                 fit.write(self.model, k)
                 stage = None if progress is None else _staged(progress, f"held-out head {k + 1} of {folds}")
                 checked = call["sketch"] is not None  # the only way to a sketch
-                found = compute_gram(self.model, self.inputs, **call, check=checked, progress=stage)
+                found = compute_gram(
+                    self.model,
+                    self.inputs,
+                    **call,
+                    check=checked,
+                    progress=stage,
+                    out=None if out is None else parts_of(out) / f"held-out-{k}.h5",
+                    checkpoint_s=part.checkpoint_s,
+                )
                 grams.append(np.asarray(found))
                 outputs.append(found.outputs)
         finally:
@@ -280,23 +294,31 @@ def _read(job: Job) -> Pair:
 
 
 def _check_early(job: Job) -> None:
-    """Refuse what can be refused without reading anything large, and a file that another job has written."""
+    """Refuse what can be refused without reading anything large, and a file that another job has written or begun."""
     from ntkengine.gram.identity import writable
     from ntkengine.gram.task import refuse
     from ntkengine.inputs.readout import resolve_readout
     from ntkengine.report.tables import flat
+    from ntkengine.store import parts_of, saved_states
     from ntkengine.store import read_job as stored_job
 
     part = job.gram
     refuse(part.transform, part.precision, part.backend, None, part.contraction, None, None, part.sketch, part.check)
     resolve_readout(part.readout, part.contraction)
-    if job.out is None or not writable(job.out).exists():
+    if job.out is None:
         return
-    there, here = dict(flat(stored_job(job.out).get("settings") or {})), dict(flat(job.settings()))
+    if writable(job.out).exists():
+        stored, where = stored_job(job.out), f"{job.out} holds another job"
+    else:
+        stored = next((state["job"] for state in saved_states(job.out)), {})
+        where = f"{parts_of(job.out)} holds an unfinished run of another job"
+        if not stored:
+            return
+    there, here = dict(flat(stored.get("settings") or {})), dict(flat(job.settings()))
     for name in [*here, *(n for n in there if n not in (*here, *_ADDED))]:
         if there.get(name) != here.get(name):
             found, wanted = (repr(s[name]) if name in s else "not set" for s in (there, here))
-            raise InputError(f"out: {job.out} holds another job: {name} is {found} there, {wanted} here")
+            raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
 
 
 def _quiet(_done: float, _total: float, _stage: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import h5py
 import numpy as np
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from ntkengine import cli, jobs
-from ntkengine.errors import CheckFailed, NonFinite, NotConverged
+from ntkengine.errors import CheckFailed, NonFinite, NotConverged, Stopped
 from ntkengine.gram.engine import compute_gram
 from ntkengine.spectrum import condition_number, eigsh
-from ntkengine.store import open_gram
+from ntkengine.store import Folder, open_gram
 from tests.brute import tiny_inputs, tiny_model
 from tests.tiny import save_tiny, tiny_sentences
 
@@ -72,7 +73,19 @@ def test_help_is_quick_and_names_every_command():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
-    for name in ("plan", "gram", "info", "verify", "spectrum", "ridge", "forecast", "report", "doctor", "demo"):
+    for name in (
+        "plan",
+        "gram",
+        "info",
+        "verify",
+        "merge",
+        "spectrum",
+        "ridge",
+        "forecast",
+        "report",
+        "doctor",
+        "demo",
+    ):
         assert f" {name} " in done.stdout
 
 
@@ -124,6 +137,8 @@ def test_bad_flags_are_one_line_and_exit_2(run, arguments, message, tmp_path, mo
         (NotImplementedError("use 'sgd'"), 2),
         (FileNotFoundError(2, "No such file or directory", "x"), 2),
         (KeyboardInterrupt(), 130),
+        (Stopped(15, "stopped by SIGTERM: the same command goes on from here"), 143),
+        (Stopped(2), 130),
     ],
 )
 def test_what_fails_is_one_line_with_its_code(run, monkeypatch, gram_file, raised, code):
@@ -216,6 +231,50 @@ def test_verify(run, gram_file, tmp_path):
     code, out, err = run("verify", damaged, "--json")
     assert (code, err) == (1, "")
     assert json.loads(out)["sound"] is False
+
+
+def test_verify_repairs_or_opens_tiles_for_the_next_run(run, gram_file, tmp_path):
+    damaged = tmp_path / "k.h5"
+    damaged.write_bytes(gram_file.read_bytes())
+    assert run("verify", damaged, "--repair") == (0, f"{damaged}: sound\n", "")
+    with h5py.File(damaged, "r+") as file:
+        file["gram"][0, 0] += 1.0
+        file["cross"][0, 0] += 1.0
+    code, out, err = run("verify", damaged, "--repair")
+    assert (code, out) == (1, "")
+    assert err == f"error: {damaged}: 0 tiles repaired, 2 opened: run the same job again to compute them\n"
+    code, out, err = run("info", damaged)
+    assert (code, err) == (0, "")
+    assert "damaged tiles are open" in out
+    model = tiny_model("bert", num_labels=2)
+    call = {"readout": "margin", "params": "*.layer.*", "per_module": True, "job": {"data": {"train": "train.tsv"}}}
+    y = np.array([[-1.0], [1.0]])[[0, 1, 0, 1, 1, 0, 1]]
+    call |= {"eval_inputs": tiny_inputs(model, [4, 5, 3], 5, seed=1), "targets": y, "eval_targets": y[:3]}
+    compute_gram(model, tiny_inputs(model, [5, 3, 4, 6, 2, 7, 3], 7), out=damaged, **call)
+    assert run("verify", damaged, "--repair", "--json")[1] == json.dumps(
+        {"path": str(damaged), "sound": True, "repaired": 0, "open": 0}
+    ) + "\n"  # fmt: skip
+    np.testing.assert_allclose(np.asarray(open_gram(damaged)), np.asarray(open_gram(gram_file)), rtol=1e-5)
+
+
+def test_merge(run, gram_file, tmp_path):
+    out = tmp_path / "one.h5"
+    assert run("merge", gram_file, "-o", out, "--compress") == (0, f"{out}\n", "")
+    np.testing.assert_array_equal(np.asarray(open_gram(out)), np.asarray(open_gram(gram_file)))
+    code, _, err = run("merge", gram_file, "-o", out)
+    assert (code, err) == (2, f"error: {out}: exists\n")
+
+
+def test_info_of_a_running_job(run, tmp_path):
+    path = tmp_path / "k.h5"
+    with Folder(path) as folder:
+        folder.tell({"done": 25.0, "total": 100.0, "stage": "layer.3", "started": time.time() - 60})
+        code, out, err = run("info", path)
+        assert (code, err) == (0, "")
+        for text in ("Not complete", "running", "layer.3", "25%", "60 s ago"):
+            assert text in out
+        told = json.loads(run("info", path, "--json")[1])
+    assert (told["complete"], told["running"], told["done"], told["checkpoint"]) == (False, True, 25.0, None)
 
 
 def test_doctor(run):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ntk_kernels import runtime
 
-from ntkengine import jobs
+from ntkengine import jobs, store
 from ntkengine.errors import InputError
 from ntkengine.forecast import CrossFit, forecast
 from ntkengine.gram.engine import compute_gram
@@ -68,7 +68,7 @@ def test_job_file_and_what_overrides_it(tmp_path, monkeypatch):
     assert (job.data.limit, job.head.fit, job.gram.per_module, job.forecast.ridge) == (3, False, True, "gcv")
     assert job.gram.memory_gib == 8.0
     told = job.settings()
-    assert "memory_gib" not in told["gram"]
+    assert not {"memory_gib", "resume", "checkpoint_s", "backend"} & told["gram"].keys()
     assert "forecast" not in told
     # The same job started from elsewhere is the same job.
     monkeypatch.chdir(tmp_path)
@@ -164,6 +164,37 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
         with pytest.raises(InputError, match=message):
             jobs.run_gram(read_job(folder / "job.toml", change))
     assert (folder / "k.h5").read_bytes() == written
+
+
+def test_a_job_that_ended_among_its_held_out_heads_goes_on_there(folder, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    wanted = jobs.run_gram(read_job(folder / "job.toml", {"out": folder / "whole.h5"}))
+    write, folds = store.write_gram, []
+
+    def third(path, *rest):
+        folds.append(path.name)
+        if len(folds) == 3:
+            raise Killed
+        write(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_gram", third)
+        with pytest.raises(Killed):
+            jobs.run_gram(read_job(folder / "job.toml"))
+    assert folds == ["held-out-0.h5", "held-out-1.h5", "held-out-2.h5"]
+    with pytest.raises(InputError, match=r"parts holds an unfinished run of another job: gram.precision is 'high'"):
+        jobs.run_gram(read_job(folder / "job.toml", {"gram": {"precision": "exact"}}))
+    folds.append("")
+    monkeypatch.setattr(store, "write_gram", third)
+    got = jobs.run_gram(read_job(folder / "job.toml"))
+    assert folds[4:] == ["held-out-2.h5", "held-out-3.h5", "held-out-4.h5", "k.h5"]
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
+    for name, array in wanted.extras.items():
+        np.testing.assert_array_equal(got.extras[name], array)
+    assert got.meta["resumed"] == len(got.plan.parameters)
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
 
 
 def test_plan_is_of_the_same_job_and_writes_nothing(folder):

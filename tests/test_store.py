@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from ntkengine import store
 from ntkengine.errors import InputError
 from ntkengine.gram.engine import compute_gram
-from ntkengine.store import open_gram, verify_gram
+from ntkengine.store import open_gram, verify_gram, writing
 from tests.brute import tiny_inputs, tiny_model
 
 LENGTHS = [11, 3, 5, 7, 2, 9, 5]
@@ -84,19 +84,26 @@ def test_same_job_is_not_computed_again_and_another_is_refused(job, monkeypatch)
 
 
 @pytest.mark.parametrize("place", ["create", "replace"])
-def test_a_failed_write_leaves_nothing(job, monkeypatch, place):
+def test_a_failed_write_keeps_the_work_and_leaves_no_file(job, monkeypatch, place):
     model, inputs, arguments = job
+    out = arguments["out"]
 
     def fail(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    if place == "create":
-        monkeypatch.setattr(store, "_tiles", fail)
-    else:
-        monkeypatch.setattr(type(arguments["out"]), "replace", fail)
-    with pytest.raises(OSError, match="No space left"):
-        compute_gram(model, inputs, **arguments)
-    assert list(arguments["out"].parent.iterdir()) == []
+    with monkeypatch.context() as patch:
+        if place == "create":
+            patch.setattr(writing, "tile_shape", fail)
+        else:
+            replace = type(out).replace
+            patch.setattr(type(out), "replace", lambda a, b: fail() if b == out else replace(a, b))
+        with pytest.raises(OSError, match="No space left on device.*nothing is lost"):
+            compute_gram(model, inputs, **arguments)
+    assert [p.name for p in out.parent.iterdir()] == [".k.h5.parts"]
+    again = compute_gram(model, inputs, **arguments)
+    assert again.meta["resumed"] == len(again.plan.parameters)
+    np.testing.assert_array_equal(np.asarray(again), compute_gram(model, inputs, **{**arguments, "out": None}).values)
+    assert [p.name for p in out.parent.iterdir()] == ["k.h5"]
 
 
 def test_verify_finds_damage(job):
@@ -104,10 +111,23 @@ def test_verify_finds_damage(job):
     compute_gram(model, inputs, **arguments)
     with h5py.File(arguments["out"], "r+") as file:
         file["gram"][2, 3] += 1e-12 * file["gram"][2, 3] + 1e-300
-        file["modules/1"][0, 0] = np.nan
+        file["modules/1"][0, 0] += 1.0
+        file["cross"][1, 0] += 1.0
+        file["outputs"][0, 0] += 1.0
+        file["extras/held_out_outputs"][0, 0] = np.nan
+        file.attrs["noise"] = 0.0
+        del file["tiles/modules/2"]  # as files had none once
+        file["modules/2"][0, 0] = np.nan
     problems = verify_gram(arguments["out"])
-    assert any("tile 0 of /gram does not match its checksum" in p for p in problems)
-    assert any("/modules/1 has values that are not finite" in p for p in problems)
+    assert problems == [
+        "tile 0 of /gram does not match its checksum",
+        "tile 0 of /cross does not match its checksum",
+        "tile 0 of /modules/1 does not match its checksum",
+        "/modules/2 has values that are not finite",
+        "/extras/held_out_outputs does not match its checksum",
+        "/outputs does not match its checksum",
+        "the root's attributes do not match their checksum",
+    ]
 
 
 def test_files_that_are_not_ours(tmp_path):

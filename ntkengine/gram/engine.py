@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, NonFinite
+from ntkengine.gram.assembly import as_float, assemble, surroundings
 from ntkengine.gram.check import Check
+from ntkengine.gram.checkpoint import CHECKPOINT_S, Checkpoints, check_seconds
 from ntkengine.gram.identity import existing, identity, writable
 from ntkengine.gram.layout import Layout, tune_allocator
-from ntkengine.gram.noise import USUAL, Noise, estimate_noise
+from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
+from ntkengine.gram.repairing import fill_open_tiles
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums
 from ntkengine.gram.sketching import described
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
-from ntkengine.gram.tiles import Frame, unsorted
+from ntkengine.gram.tiles import Frame
 from ntkengine.gram.tiling import sum_tiled
 from ntkengine.gram.transforms import SIGNS, Preconditioner
 from ntkengine.inputs.batches import Samples
@@ -60,6 +61,7 @@ def compute_gram(
     memory_gib: float | None = None,
     out: str | Path | None = None,
     resume: bool = True,
+    checkpoint_s: float = CHECKPOINT_S,
     comm: Any = None,
     check: bool = True,
     progress: Progress | None = None,
@@ -94,8 +96,12 @@ def compute_gram(
         memory_gib: bound on the memory above the loaded model (an estimate is kept below it). Over it, microbatches
             get smaller, hidden states wait on the host or in a file, a block is run again for parts of its
             parameters, and samples are swept in tiles.
-        out: HDF5 file to write; it appears only when complete.
-        resume: a complete file of the same job is returned as it is; False refuses any existing file.
+        out: HDF5 file to write; it appears only when complete. Until then the work is kept in `.<name>.parts` beside
+            it, and the same call goes on from there after any kind of end.
+        resume: a complete file of the same job is returned as it is, an unfinished one is gone on with. False refuses
+            both: nothing is ever overwritten or thrown away.
+        checkpoint_s: seconds between checkpoints of the sums, with `out`; 0: one after every parameter. They are
+            further apart where they would take more than 2 % of the run.
         comm: None.
         check: compare with plain autograd before and after the sweep, and estimate the noise by recomputing in float64.
         progress: called with (flops done, flops in all, stage).
@@ -121,6 +127,8 @@ def compute_gram(
         NotImplementedError: an argument whose capability this version lacks; says what to use instead.
         CheckFailed: the sweep disagrees with plain autograd.
         NonFinite: a gradient is not finite.
+        Stopped: SIGTERM, or SIGINT, reached a call with `out`: what was summed is in a checkpoint.
+        OSError: the disk refused the file; the checkpoints are still there.
     Cost: see `plan_gram`.
     Source: the kernel, Jacot et al. 2018 (arXiv 1806.07572); factored gradients, Goodfellow 2015 (arXiv 1510.01799).
     """
@@ -133,17 +141,56 @@ def compute_gram(
     check_rows("example_ids", example_ids, task.samples.sizes[0])
     check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
     check_rows("eval_ids", eval_ids, task.samples.sizes[-1] if eval_inputs is not None else None)
-    wanted: dict[str, Any] = {}
-    path = None if out is None else writable(Path(out))
-    if path is not None:
-        settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
-        settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
-        arrays = {"targets": targets, "eval_targets": eval_targets}
-        arrays |= {f"d of {name}": root.double().cpu().numpy() for name, root in (task.roots or {}).items()}
-        arrays |= {} if extras is None or callable(extras) else extras
-        wanted = identity(model, task, settings, arrays, job)
-        if path.exists():
-            return existing(path, wanted, resume)
+    check_seconds(checkpoint_s)
+
+    def computed(checkpoints: Checkpoints | None) -> Gram:
+        report = progress if checkpoints is None else checkpoints.watched(progress)
+        gram = _computed(task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints)
+        gram.targets, gram.eval_targets = as_float(targets), as_float(eval_targets)
+        gram.extras = dict((extras() if callable(extras) else extras) or {})
+        gram.meta["settings"] = dict(job or {})
+        gram.meta["seconds"] = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
+        return gram
+
+    if out is None:
+        return computed(None)
+    path = writable(Path(out))
+    settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
+    settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
+    arrays = {"targets": targets, "eval_targets": eval_targets}
+    arrays |= {f"d of {name}": root.double().cpu().numpy() for name, root in (task.roots or {}).items()}
+    arrays |= {} if extras is None or callable(extras) else extras
+    wanted = identity(model, task, settings, arrays, job)
+    if path.exists():
+        found = existing(path, wanted, resume)
+        store.tidy(path)
+        return found
+    ids = {"example_id": example_ids, "eval_id": eval_ids}
+    names = {k: list(v) for k, v in ids.items() if v is not None}
+    with Checkpoints(path, wanted, resume=resume, every_s=checkpoint_s) as checkpoints:
+        if checkpoints.folder.damaged.is_file():
+            again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
+            again |= {"transform": transform, "per_module": per_module, "precision": precision, "backend": backend}
+            compute = partial(compute_gram, model, **again, memory_gib=memory_gib, check=check, progress=progress)
+            fill_open_tiles(checkpoints, inputs, inputs2, eval_inputs, compute)
+            return store.open_gram(path)
+        gram = computed(checkpoints)
+        checkpoints.write(lambda name: store.write_gram(path, gram, wanted, names, name))
+    return store.open_gram(path)
+
+
+def _computed(
+    task: Task,
+    precision: str,
+    per_module: bool,
+    memory_gib: float | None,
+    check: bool,
+    seed: int,
+    sketch: int | None,
+    progress: Progress | None,
+    checkpoints: Checkpoints | None,
+) -> Gram:
+    """Return the Gram of a task, swept, checked, and with its noise."""
     tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
@@ -160,7 +207,7 @@ def compute_gram(
         keep_bytes = KEEP_BYTES if memory_gib is None else 0
         swept = task.fast(running) if precision == "fast" else task
         on = structure.on(swept.model)
-        sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches)
+        sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches, checkpoints)
         if truth is not None:
             truth.allow(sketches)
             truth.entries(sums, samples, swept.dtype)
@@ -172,10 +219,8 @@ def compute_gram(
     contracting = sum(row.seconds or 0.0 for row in plan.parameters)
     plan.rate = sum(row.flops for row in plan.parameters) / max(1e-9, contracting)
     plan.pass_seconds = sums.pass_seconds
-    gram = _assemble(sums, samples, frame, plan, contraction, task.transform, two=inputs2 is not None)
+    gram = assemble(sums, samples, frame, plan, two=task.two)
     gram.noise = float("nan") if noise is None else noise.norm
-    gram.targets, gram.eval_targets = _float(targets), _float(eval_targets)
-    gram.extras = dict((extras() if callable(extras) else extras) or {})
     gram.meta = {
         "precision": precision,
         "backend": "triton" if task.kernels else "torch",
@@ -190,22 +235,11 @@ def compute_gram(
         "sketch": None if sketch is None or noise is None else described(sketch, sketches, seed, sums, noise.relative),
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,
-        "seconds": time.perf_counter() - start,
+        "resumed": 0 if checkpoints is None else checkpoints.resumed,
         "pass_seconds": sums.pass_seconds,
         "contract_seconds": sum(row.seconds or 0.0 for row in plan.parameters),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": _device_name(task.device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "settings": dict(job or {}),
+        **surroundings(task.device),
     }
-    if path is not None:
-        ids = {"example_id": example_ids, "eval_id": eval_ids}
-        store.write_gram(path, gram, wanted, {k: list(v) for k, v in ids.items() if v is not None})
-        return store.open_gram(path)
     return gram
 
 
@@ -256,6 +290,7 @@ def _sweep(
     progress: Progress | None,
     keep_bytes: int,
     sketches: Mapping[str, Sketch],
+    checkpoints: Checkpoints | None,
 ) -> Sums:
     done = 0.0
     total = max(plan.flops, 1.0)
@@ -282,6 +317,7 @@ def _sweep(
         roots=task.roots,
         kernels=task.kernels,
         sketches=sketches,
+        checkpoints=checkpoints,
     )
     if per_module:
         for part in sums.parts.values():
@@ -323,7 +359,7 @@ def _noise(
     *,
     sketched: bool,
 ) -> Noise | None:
-    expected, limit = {"exact": (USUAL, 1e-5), "high": (USUAL, 1e-2), "fast": (float("inf"), 0.5)}[precision]
+    expected, limit = float("inf") if precision == "fast" else USUAL, LIMIT[precision]
     by_name = dict(model.named_parameters())
     selected = {name: by_name[name] for name in task.selected}
     same = model is task.model
@@ -352,33 +388,3 @@ def _noise(
             return _noise(task, structure, samples, frame, sums, seed, task.model, precision, sketched=True)
         log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
         return None
-
-
-def _assemble(
-    sums: Sums, samples: Samples, frame: Frame, plan: Plan, contraction: str, transform: str, *, two: bool
-) -> Gram:
-    rows = samples.sizes[0] * frame.width
-
-    def order(matrix: np.ndarray, group: int, columns: int) -> np.ndarray:
-        found = unsorted(matrix, samples, group, columns, frame.width)
-        return found if contraction == "per-output" else found[0]
-
-    K = sums.total.K.cpu().numpy()
-    outputs = [sums.outputs[slice(*samples.span(g))][samples.unsort(g)] for g in range(len(samples.sizes))]
-    gram = Gram(order(K[:, :rows], 0, 1 if two else 0), outputs[0], contraction, transform, float("nan"), plan=plan)
-    gram.modules = {
-        name: order(part.K.cpu().numpy()[:, :rows], 0, 1 if two else 0) for name, part in sums.parts.items()
-    }
-    if two:
-        gram.eval_outputs = outputs[1]
-    elif len(samples.sizes) > 1:
-        gram.cross, gram.eval_outputs = order(K[:, rows:], 1, 0), outputs[1]
-    return gram
-
-
-def _float(array: Any) -> np.ndarray | None:
-    return None if array is None else np.asarray(array, dtype=np.float64)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -20,6 +20,7 @@ from ntkengine.tangents.structure import Structure
 log = logging.getLogger(__name__)
 
 USUAL = 1e-5  # relative error that float32 passes stay below in most models
+LIMIT = {"exact": 1e-5, "high": 1e-2, "fast": 0.5}  # by precision: relative error that is no rounding any more
 
 
 @dataclass(frozen=True)

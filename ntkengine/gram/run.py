@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import NonFinite
+from ntkengine.gram.keeper import Keeper
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.strategies import choose, contract
 from ntkengine.gram.tiles import Accumulator, Frame
@@ -46,6 +47,13 @@ class Sums:
     done: dict[str, tuple[str, int, float, float]] = field(default_factory=dict)
     pass_seconds: float = 0.0
 
+    def part(self, name: str) -> Accumulator:
+        """Return the sums of a group, empty ones the first time."""
+        if name not in self.parts:
+            total = self.total
+            self.parts[name] = Accumulator(total.frame, total.K.device, total.workspace, kernels=total.kernels)
+        return self.parts[name]
+
     @property
     def module_traces(self) -> dict[str, float]:
         """Trace over the square by module."""
@@ -72,6 +80,7 @@ def sum_gram(
     roots: Mapping[str, Tensor] | None = None,
     kernels: bool = False,
     sketches: Mapping[str, Sketch] | None = None,
+    keeper: Keeper | None = None,
 ) -> Sums:
     """Return the Gram of all samples in the frame.
 
@@ -91,43 +100,59 @@ def sum_gram(
         roots: by parameter, the square root of a diagonal preconditioner, in the parameter's shape.
         kernels: contract in Triton kernels.
         sketches: by parameter, what is kept of its gradient; the others stay exact.
+        keeper: told of the sums as they grow; may have some of them from before.
 
     Raises:
         NonFinite: naming the parameter and the example.
+        Stopped: the keeper was asked to stop.
     """
     start = time.perf_counter()
     device = next(iter(model.parameters())).device
     sums = Sums(Accumulator(frame, device, kernels=kernels))
+    keeper = keeper or Keeper()
+    keeper.start(sums)
+    if sums.done:
+        tick(sum(flops for _, _, flops, _ in sums.done.values()), "checkpoint")
+    before, spent = sums.pass_seconds, 0.0
     steps = len(samples.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
     layout = layout or Layout()
+
+    def passed() -> None:
+        tick(pass_flops / steps, "passes")
+        keeper.passing(sums)
+
     sweep = Sweep(
         model,
         selected,
         structure,
         samples,
         readout,
-        lambda: tick(pass_flops / steps, "passes"),
+        passed,
         keep_bytes,
         layout.hidden,
         factor_bytes,
         layout.factor_bytes,
         sketches,
+        frozenset(sums.done),
     )
-    spent = 0.0
-    for segment, found in sweep.segments():
-        while found:
-            factors = found.pop()
-            began = time.perf_counter()
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                _add(factors, sums, frame, group, sweep, samples, roots)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            strategy, tokens, flops, _ = sums.done[factors.name]
-            sums.done[factors.name] = strategy, tokens, flops, time.perf_counter() - began
-            spent += time.perf_counter() - began
-            tick(flops, segment)
-    sums.outputs = sweep.outputs
-    sums.pass_seconds = time.perf_counter() - start - spent
+    with keeper.waits():
+        for segment, found in sweep.segments():
+            while found:
+                factors = found.pop()
+                began = time.perf_counter()
+                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                    _add(factors, sums, frame, group, sweep, samples, roots)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                strategy, tokens, flops, _ = sums.done[factors.name]
+                sums.done[factors.name] = strategy, tokens, flops, time.perf_counter() - began
+                spent += time.perf_counter() - began
+                sums.pass_seconds = before + time.perf_counter() - start - spent
+                tick(flops, segment)
+                keeper.step(sums)
+        sums.outputs = sweep.outputs
+        sums.pass_seconds = before + time.perf_counter() - start - spent
+        keeper.finish(sums)
     return sums
 
 
@@ -144,12 +169,7 @@ def _add(
     kind = "zero" if unsigned else factors.kind
     strategy, flops = choose(kind, factors.shape, factors.tokens, samples.total, frame)
     sums.done[factors.name] = strategy, factors.tokens, flops, 0.0
-    target = sums.total
-    if group is not None:
-        part = group(factors.name)
-        if part not in sums.parts:
-            sums.parts[part] = Accumulator(frame, sweep.device, sums.total.workspace, kernels=sums.total.kernels)
-        target = sums.parts[part]
+    target = sums.total if group is None else sums.part(group(factors.name))
     before = target.trace()
     root = None if roots is None else roots[factors.name].reshape(matrix_shape(roots[factors.name]))
     if root is not None and sweep.structure.transposed[factors.name]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.tiles import Accumulator, Frame
@@ -27,6 +28,7 @@ def sum_tiled(
     layout: Layout,
     *,
     group: Callable[[str], str] | None = None,
+    checkpoints: Checkpoints | None = None,
     **options: Any,
 ) -> Sums:
     """Return `sum_gram`'s sums of all samples, from one sweep if the layout has one tile, else one for each tile pair.
@@ -40,10 +42,13 @@ def sum_tiled(
         frame: the wanted Gram.
         layout: its tile.
         group: as `sum_gram`.
+        checkpoints: where the sums are written down, and taken up again.
         options: of `sum_gram`.
     """
+    options |= {"group": group, "layout": layout}
     if not layout.tile:
-        return sum_gram(model, selected, structure, samples, readout, frame, group=group, layout=layout, **options)
+        keeper = None if checkpoints is None else checkpoints.sweep(frame)
+        return sum_gram(model, selected, structure, samples, readout, frame, keeper=keeper, **options)
     device = next(iter(model.parameters())).device
     whole = Sums(Accumulator(frame, device), outputs=np.full((samples.total, structure.outputs), np.nan))
     rows, columns = (_tiles(samples, *span, layout.tile) for span in (frame.rows, frame.columns))
@@ -55,8 +60,12 @@ def sum_tiled(
             few = _part(samples, [a] if same else [a, b], structure, layout)
             last = few.span(0) if same else few.span(1)
             small = Frame(few.span(0), last, frame.outputs, frame.contraction, frame.transform)
-            found = sum_gram(model, selected, structure, few, readout, small, group=group, layout=layout, **options)
-            _add(whole, found, frame, (a[1], a[2]), (b[1], b[2]), device, square=same)
+            region = (*a[1:], *b[1:])
+            keeper = None if checkpoints is None else checkpoints.tile(frame, region, layout.tile)
+            found = Sums(Accumulator(small, device)) if keeper is not None and keeper.path.is_file() else None
+            if found is None or keeper is None or not keeper.finished(found):
+                found = sum_gram(model, selected, structure, few, readout, small, keeper=keeper, **options)
+            _add(whole, found, frame, (a[1], a[2]), (b[1], b[2]), square=same)
             for i, tile in enumerate([a] if same else [a, b]):
                 whole.outputs[tile[1] : tile[2]] = found.outputs[slice(*few.span(i))]
     return whole
@@ -90,7 +99,6 @@ def _add(
     frame: Frame,
     rows: tuple[int, int],
     columns: tuple[int, int],
-    device: torch.device,
     *,
     square: bool,
 ) -> None:
@@ -99,9 +107,7 @@ def _add(
     c = slice((columns[0] - frame.columns[0]) * w, (columns[1] - frame.columns[0]) * w)
     whole.total.K[:, r, c] += found.total.K
     for name, part in found.parts.items():
-        if name not in whole.parts:
-            whole.parts[name] = Accumulator(frame, device)
-        whole.parts[name].K[:, r, c] += part.K
+        whole.part(name).K[:, r, c] += part.K
     for name, (strategy, tokens, flops, seconds) in found.done.items():
         before = whole.done.get(name, (strategy, 0, 0.0, 0.0))
         whole.done[name] = strategy, max(tokens, before[1]), flops + before[2], seconds + before[3]

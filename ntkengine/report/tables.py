@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,24 @@ def invariance_table(rows: Sequence[Any], advice: Sequence[str]) -> Table:
     return Table("Relative change of f and its gradient, against the text alone", columns, cells, "; ".join(advice))
 
 
+def progress_table(progress: Mapping[str, Any]) -> Table:
+    """Return how far an unfinished job is (`store.read_progress`)."""
+    now, running = time.time(), progress.get("running")
+    state = {True: "running", False: "stopped: the same command goes on", None: "on another machine"}[running]
+    if progress.get("damaged") and not running:
+        state = "damaged tiles are open: the same command computes them again"
+    rows = [("state", state)]
+    if "pid" in progress:
+        rows += [("by", f"process {progress['pid']} on {progress['host']}"), ("stage", str(progress["stage"]))]
+    done, total = progress.get("done", 0.0), progress.get("total", 0.0)
+    if total > 1:
+        rows.append(("done", f"{done / total:.0%}"))
+    for label, key in (("started", "started"), ("last heard of", "at"), ("last checkpoint", "checkpoint")):
+        if progress.get(key):
+            rows.append((label, f"{now - progress[key]:.0f} s ago"))
+    return Table("Not complete", (), rows)
+
+
 def gram_table(gram: Any) -> Table:
     """Return the facts of a Gram: what it is of, how it was computed, how far to trust it."""
     meta, shape = gram.meta, tuple(gram.shape)
@@ -63,6 +82,7 @@ def gram_table(gram: Any) -> Table:
         ("wall time", "seconds", lambda v: f"{v:.1f} s"),
         ("  in passes", "pass_seconds", lambda v: f"{v:.1f} s"),
         ("  in contractions", "contract_seconds", lambda v: f"{v:.1f} s"),
+        ("  taken from checkpoints", "resumed", lambda v: f"{v:,} contractions" if v else ""),
         ("device", "device", str),
         ("date", "date", str),
         ("checked by autograd", "checked", lambda v: "yes" if v else "no"),

@@ -11,7 +11,7 @@ the recomputed forward. Shape suffixes: n samples of a microbatch, C outputs, T 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -56,6 +56,7 @@ class Sweep:
         factor_bytes: by parameter, what its factors take; only needed with a limit.
         limit: bytes of factors held at once: a block over it is run again for each group of its parameters.
         sketches: by parameter, what is kept of its gradient; the others stay exact.
+        skip: parameters whose factors nobody wants any more.
 
     Attributes:
         outputs: (S, C) float64, f in sweep order; complete after the first segment was yielded.
@@ -74,6 +75,7 @@ class Sweep:
         factor_bytes: Mapping[str, float] | None = None,
         limit: float = float("inf"),
         sketches: Mapping[str, Sketch] | None = None,
+        skip: Collection[str] = (),
     ) -> None:
         self.model, self.selected, self.structure = model, selected, structure
         self.samples, self.readout, self.tick = samples, readout, tick
@@ -89,7 +91,7 @@ class Sweep:
         self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
         self._kept: list[Recording | None] = [None for _ in samples.chunks]
         self._keep_bytes = 0 if is_streamed(model) else keep_bytes  # kept graphs would hold its weights
-        self._sketches = sketches or {}
+        self._sketches, self._skip = sketches or {}, skip
 
     def segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
         """Yield (segment name, factors of the parameters whose last use it was), from the head down to the input."""
@@ -110,10 +112,12 @@ class Sweep:
                 projections = {
                     path.parameter: Projection(self._sketches[path.parameter], self.dtype, self.device)
                     for path in paths
-                    if path.parameter in self._sketches
+                    if path.parameter in self._sketches and path.parameter not in self._skip
                 }
                 for i, chunk in enumerate(self.samples.chunks):
                     for name, uses in self._run(segment, i, chunk, paths, last=k == len(groups) - 1).items():
+                        if name in self._skip:
+                            continue
                         if name in projections:
                             uses = projections[name](uses)
                         if name not in factors:
@@ -125,7 +129,7 @@ class Sweep:
                 done = []
                 for path in paths:
                     remaining[path.parameter] -= 1
-                    if remaining[path.parameter] == 0:
+                    if remaining[path.parameter] == 0 and path.parameter not in self._skip:
                         done.append(factors.pop(path.parameter))
                 projections.clear()
                 yield self.stack.segment_name(segment), done

@@ -1,0 +1,70 @@
+"""What commands say, and the exit codes they say it with."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, Stopped
+
+
+def answered(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a command raises into one line and an exit code; other exceptions are bugs and keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except (InputError, NotImplementedError) as error:
+            raise typer.Exit(say(error, 2)) from error
+        except (CheckFailed, NonFinite, NotConverged) as error:
+            raise typer.Exit(say(error, 1)) from error
+        except BrokenPipeError as error:  # the reader had enough, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise typer.Exit(say(f"{error.filename}: {error.strerror}", 2)) from error
+        except OSError as error:
+            raise typer.Exit(say(error, 1)) from error
+        except MemoryError as error:
+            raise typer.Exit(say(f"out of memory: {error}", 1)) from error
+        except Stopped as error:
+            raise typer.Exit(say(error, 128 + error.signal)) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(say("interrupted", 130)) from error
+
+    return run
+
+
+def show(table: Any) -> None:
+    """Print a table."""
+    from ntkengine.report.text import make_console, print_table
+
+    print_table(table, make_console())
+
+
+def print_json(value: Any) -> None:
+    """Print plain values as one line of JSON."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON lacks, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+
+
+def say(error: object, code: int) -> int:
+    """Print one line on standard error and return the exit code."""
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code

@@ -1,0 +1,177 @@
+"""Who is told of a sweep's sums as they grow: nobody, or who writes them down."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ntkengine import store
+from ntkengine.errors import Stopped
+
+if TYPE_CHECKING:
+    from ntkengine.gram.checkpoint import Checkpoints
+    from ntkengine.gram.run import Sums
+    from ntkengine.gram.tiles import Accumulator
+
+log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 64 << 20
+
+Region = tuple[int, int, int, int]  # rows [start, stop), columns [start, stop) on the job's sample axis
+
+
+class Keeper:
+    """Nobody: these sums are not written down."""
+
+    def start(self, sums: Sums) -> None:
+        """Put what was summed before into empty sums: the parameters in `sums.done` are not contracted again."""
+
+    def passing(self, sums: Sums) -> None:
+        """Note that a microbatch has passed.
+
+        Raises:
+            Stopped: the job was asked to stop; the sums are written down.
+        """
+
+    def step(self, sums: Sums) -> None:
+        """Note that a parameter has been added.
+
+        Raises:
+            Stopped: as `passing`.
+        """
+
+    def finish(self, sums: Sums) -> None:
+        """Note that all parameters are in."""
+
+    def waits(self) -> AbstractContextManager[None]:
+        """Return what the sweep runs in: a signal to stop waits for `passing` or `step`."""
+        return nullcontext()
+
+
+class SweepKeeper(Keeper):
+    """The checkpoints of one sweep.
+
+    Args:
+        owner: of the job.
+        region: the sweep's samples on the job's sample axis, which its own frame may not count from 0.
+        tile: samples of a tile; 0: there is one sweep.
+        symmetric: whether an entry of the job's Gram is its mirror image's too.
+    """
+
+    def __init__(self, owner: Checkpoints, region: Region, tile: int, *, symmetric: bool) -> None:
+        self.owner, self.region, self.size, self.symmetric = owner, region, tile, symmetric
+        self._new = False
+
+    def start(self, sums: Sums) -> None:
+        """Put the newest checkpoint into empty sums."""
+        found = self.owner.found(self.region, self.size)
+        if found:
+            self.take(found, sums)
+            log.info("going on from a checkpoint: %d parameters are summed already", len(sums.done))
+
+    def passing(self, sums: Sums) -> None:
+        """Stop between two microbatches if asked to; ranks stop together, after the same parameter."""
+        if self.owner.ranks == 1 and self.owner.stop.signal is not None:
+            self._stop(sums)
+
+    def step(self, sums: Sums) -> None:
+        """Write a checkpoint when it is time."""
+        self._new = True
+        if self.owner.agree(self.owner.stop.signal is not None):
+            self._stop(sums)
+        if self.owner.agree(self.owner.due()):
+            self._save(sums)
+
+    def finish(self, sums: Sums) -> None:
+        """Write everything down, whatever the time: from here on a kill costs no contraction."""
+        if self._new:
+            self._save(sums)
+        if self.owner.agree(self.owner.stop.signal is not None):
+            self._stop(sums)
+
+    def waits(self) -> AbstractContextManager[None]:
+        """Let signals wait."""
+        return self.owner.stop.waits()
+
+    def take(self, found: list[store.Saved], sums: Sums) -> None:
+        """Put the sums of a checkpoint's files, one for each rank, into empty sums.
+
+        Raises:
+            InputError: they do not have all entries.
+        """
+        w, (r0, r1, c0, c1) = sums.total.frame.width, self.region
+        for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
+            target = sums.part(name) if name else sums.total
+            values = target.K.cpu().numpy()
+            pieces = (part for saved in found for part in store.read_parts(saved, name))
+            store.overlay(pieces, (r0 * w, r1 * w), (c0 * w, c1 * w), values)
+            if target.K.is_cuda:
+                target.K.copy_(torch.from_numpy(values))
+        first = found[0].state
+        sums.done = {name: tuple(row) for name, row in first["done"].items()}
+        sums.pass_seconds = first["pass_seconds"]
+        for saved in found:
+            for name, value in saved.state["traces"].items():
+                sums.traces[name] = sums.traces.get(name, 0.0) + value
+        self.owner.resumed += len(sums.done)
+
+    def _stop(self, sums: Sums) -> None:
+        if self._new:
+            self._save(sums)
+        raise Stopped(self.owner.stop.signal or signal.SIGTERM)
+
+    def _save(self, sums: Sums, path: Path | None = None, **arrays: Any) -> None:
+        self._new = not self.owner.save(self._state(sums), lambda: self._pieces(sums), path, **arrays)
+
+    def _state(self, sums: Sums) -> dict[str, Any]:
+        plain = {"done": sums.done, "traces": sums.traces, "pass_seconds": sums.pass_seconds}
+        return {**json.loads(json.dumps(plain)), "region": self.region, "tile": self.size}
+
+    def _pieces(self, sums: Sums) -> Iterator[store.Part]:
+        for name, sum_ in sums.parts.items() or [("", sums.total)]:
+            yield from _pieces(name, sum_, self.region, symmetric=self.symmetric)
+
+
+class TileKeeper(SweepKeeper):
+    """The checkpoints of one tile among several: those of its sweep, and the finished tile."""
+
+    def finished(self, sums: Sums) -> bool:
+        """Put a tile that was finished before into empty sums; return False if its file, `path`, is damaged."""
+        try:
+            saved = store.load(self.path)
+        except OSError as error:
+            log.warning("%s: this tile is computed again", error)
+            return False
+        self.take([saved], sums)
+        sums.outputs = saved.array("outputs")
+        return True
+
+    def finish(self, sums: Sums) -> None:
+        """Write the tile down, for good."""
+        self._save(sums, self.path, outputs=sums.outputs)
+        if self.owner.agree(self.owner.stop.signal is not None):
+            self._stop(sums)
+
+    @property
+    def path(self) -> Path:
+        """Where the finished tile is."""
+        owner = self.owner
+        name = f"rank-{owner.rank:04d}-of-{owner.ranks:04d}.tile-" + "-".join(map(str, self.region))
+        return owner.folder.path / name
+
+
+def _pieces(name: str, sum_: Accumulator, region: Region, *, symmetric: bool) -> Iterator[store.Part]:
+    frame = sum_.frame
+    down, right = region[0] * frame.width - sum_.r0, region[2] * frame.width - sum_.c0
+    size = max(1, _PIECE_BYTES // (8 * frame.layers * max(1, sum_.c1 - sum_.c0)))
+    for start, stop, last in frame.panels(size):
+        values = sum_.K[:, start - sum_.r0 : stop - sum_.r0, : last - sum_.c0].cpu().numpy()
+        rows, columns = (start + down, stop + down), (sum_.c0 + right, last + right)
+        yield store.Part(name, rows, columns, values, lower=frame.symmetric, symmetric=symmetric)

@@ -1,0 +1,76 @@
+"""Files that survive a kill: Gram matrices in HDF5, checkpoints of unfinished ones. The only h5py import.
+
+A Gram file, readable with plain h5py, HDFView or MATLAB (HDF5 1.10 format, whose own structures have checksums):
+
+/gram                 float64, (N, M), (N·C, M·C) or (C, N, M); chunks are tiles
+/cross                eval × train in the same layout, when there is an eval set
+/modules/<i>          per-module Grams, attribute `name`
+/outputs /targets     (N, C) float64;   /eval_outputs /eval_targets  (M, C)
+/example_id           N strings;        /eval_id  M strings
+/tiles/crc32          checksum of each tile of /gram;   /tiles/done  its flag
+/tiles/<dataset>/...  the same of /cross and /modules/<i>
+/extras/<name>        further arrays
+/json/<name>          job (what defines the values), meta, plan; of a sharded file also shards
+Root attributes: schema, contraction, transform, precision, noise; sketch, its features, when there is one. Datasets
+without tiles, and the root, carry a checksum of their own in the attribute `crc32`.
+
+A sharded file has its rows in one file for each rank, `<name>.rank-0000-of-0004.h5` beside it, and virtual datasets
+over them. A file appears under its name only when it is complete. Until then `.<name>.parts/` holds what there is
+(`store.folder`): checkpoints, finished tiles, who is at work and how far.
+"""
+
+from __future__ import annotations
+
+from ntkengine.store.checking import Damage, find_damage, verify_gram
+from ntkengine.store.checkpoints import (
+    Part,
+    Saved,
+    load,
+    load_newest,
+    overlay,
+    read_parts,
+    save_parts,
+    saved_states,
+    slots,
+)
+from ntkengine.store.folder import Folder, parts_of, read_progress, tidy
+from ntkengine.store.merging import merge_gram
+from ntkengine.store.reading import first_difference, open_gram, read_job
+from ntkengine.store.repair import differences, fill_tiles, open_damaged, repair_gram
+from ntkengine.store.schema import SCHEMA
+from ntkengine.store.shards import link_shards, shard_path, write_shard
+from ntkengine.store.tiles import TILE
+from ntkengine.store.writing import write_gram
+
+__all__ = [
+    "SCHEMA",
+    "TILE",
+    "Damage",
+    "Folder",
+    "Part",
+    "Saved",
+    "differences",
+    "fill_tiles",
+    "find_damage",
+    "first_difference",
+    "link_shards",
+    "load",
+    "load_newest",
+    "merge_gram",
+    "open_damaged",
+    "open_gram",
+    "overlay",
+    "parts_of",
+    "read_job",
+    "read_parts",
+    "read_progress",
+    "repair_gram",
+    "save_parts",
+    "saved_states",
+    "shard_path",
+    "slots",
+    "tidy",
+    "verify_gram",
+    "write_gram",
+    "write_shard",
+]

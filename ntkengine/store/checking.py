@@ -1,0 +1,132 @@
+"""What is wrong with a Gram file: every checksum compared, every number looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ntkengine.errors import InputError
+from ntkengine.store.schema import SHARD_SCHEMA, matrices, opened, read_json
+from ntkengine.store.shards import check_shards, shards_of
+from ntkengine.store.tiles import Where, checksum, checksum_of, tile_places, tiles_name
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something wrong.
+
+    Attributes:
+        text: what, in one line.
+        dataset: the matrix whose tile it is; None when it is no tile.
+        where: the tile's place in that matrix.
+    """
+
+    text: str
+    dataset: str | None = None
+    where: Where | None = None
+
+
+def verify_gram(path: str | Path) -> list[str]:
+    """Return what is wrong with a file; an empty list when everything has its checksum and every number is finite.
+
+    Raises:
+        InputError: no such file, not HDF5, or another schema.
+    Cost: reads the whole file once, and its shards.
+    """
+    return [damage.text for damage in find_damage(path)]
+
+
+def find_damage(path: str | Path) -> list[Damage]:
+    """Return what is wrong with a file.
+
+    Raises:
+        InputError: as `verify_gram`.
+    """
+    path = Path(path)
+    with opened(path) as file:
+        try:
+            return list(_all_damage(file, path))
+        except (KeyError, OSError, ValueError, RuntimeError) as error:
+            return [Damage(f"a dataset is missing or unreadable: {error}")]
+
+
+def damaged_tiles(file: h5py.File, name: str, first_row: int = 0, of: str = "") -> Iterator[Damage]:
+    """Yield the damaged tiles of one matrix.
+
+    Args:
+        file: it is in.
+        name: of its dataset.
+        first_row: of a shard, the row of the whole that its row 0 is.
+        of: said after the dataset's name.
+    """
+    dataset, group = file[name], tiles_name(name)
+    places = tile_places(dataset.shape, first_row)
+    if f"{group}/crc32" not in file:
+        if name == "gram":
+            yield Damage("a dataset is missing or unreadable: /tiles/crc32")
+        elif not np.isfinite(dataset[...]).all():  # files from before other matrices had checksums
+            yield Damage(f"/{name} has values that are not finite")
+        return
+    sums, done = file[f"{group}/crc32"][...], file[f"{group}/done"][...]
+    if len(places) != len(sums) or len(places) != len(done):
+        yield Damage(f"{len(places)} tiles of /{name}{of} but {len(sums)} checksums")
+        return
+    for k, (here, there) in enumerate(zip(tile_places(dataset.shape), places, strict=True)):
+        said = f"tile {k} of /{name}{of}"
+        if not done[k]:
+            yield Damage(f"{said} is not done", name, there)
+            continue
+        try:
+            tile = dataset[here]
+        except OSError as error:
+            yield Damage(f"{said} cannot be read ({str(error).splitlines()[0]})", name, there)
+            continue
+        if checksum(tile) != sums[k]:
+            yield Damage(f"{said} does not match its checksum", name, there)
+        elif not np.isfinite(tile).all():
+            yield Damage(f"{said} has values that are not finite", name, there)
+
+
+def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
+    shards = shards_of(file, path)
+    if shards:
+        try:
+            check_shards(file, path)
+        except InputError as error:
+            yield Damage(str(error))
+            return
+    for shard, _ in shards:
+        with opened(shard, SHARD_SCHEMA) as part:
+            for name in matrices(part):
+                yield from damaged_tiles(part, name, int(part[name].attrs["start"]), f" in {shard.name}")
+    for name in matrices(file):
+        if not file[name].is_virtual:
+            yield from damaged_tiles(file, name)
+    found: list[h5py.Dataset] = []
+    file.visititems(lambda _name, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
+    tiled = set(matrices(file))
+    for dataset in found:
+        name = str(dataset.name).lstrip("/")
+        if name in tiled or name.startswith("tiles/"):
+            continue
+        texts = h5py.check_string_dtype(dataset.dtype) is not None
+        values = dataset.asstr()[()] if texts else dataset[...]
+        if texts:
+            values = values.tolist() if isinstance(values, np.ndarray) else values
+        if "crc32" in dataset.attrs and dataset.attrs["crc32"] != (checksum_of if texts else checksum)(values):
+            yield Damage(f"/{name} does not match its checksum")
+        elif dataset.dtype.kind == "f" and not np.isfinite(values).all():
+            yield Damage(f"/{name} has values that are not finite")
+    for name in ("job", "meta", "plan"):
+        read_json(file, name)
+    noise = float(file.attrs.get("noise", np.nan))
+    if not np.isfinite(noise):
+        yield Damage("the noise is not a finite number")
+    if "crc32" in file.attrs:
+        given = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items() if k != "crc32"}
+        if checksum_of(given) != file.attrs["crc32"]:
+            yield Damage("the root's attributes do not match their checksum")

@@ -1,0 +1,234 @@
+"""Checkpoints: pieces of sums in one file each, checked to the last bit before anything is taken from it.
+
+A file is an uncompressed zip archive, as `numpy.savez` writes them, whose format has a checksum of every member:
+`state.json`, what the sums hold; `part-<i>.npy`, pieces of Gram matrices; and further arrays. Pieces say which rows and
+columns of the whole they are, so that another number of ranks can put its own together from them.
+Each rank has two files and overwrites the older; a checkpoint counts when every rank has its file of one generation.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ntkengine.errors import InputError
+from ntkengine.store.disk import sync_folder
+from ntkengine.store.folder import parts_of
+
+log = logging.getLogger(__name__)
+
+SCHEMA = "ntkengine-checkpoint/1"
+_SLOT = re.compile(r"rank-(\d{4})-of-(\d{4})\.[ab]")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a Gram matrix.
+
+    Attributes:
+        name: of the module; empty for the whole Gram.
+        rows: [start, stop), on the axis of the whole Gram, all ranks and tiles together, in sweep order.
+        columns: [start, stop) likewise.
+        values: (layers, rows, columns) float64.
+        lower: entries right of the whole Gram's diagonal are not computed here.
+        symmetric: an entry is its mirror image's too.
+    """
+
+    name: str
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    values: np.ndarray
+    lower: bool = False
+    symmetric: bool = False
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint file, whole.
+
+    Attributes:
+        path: where it is.
+        state: what was given to `save_parts`, and `generation`, `rank`, `ranks`.
+    """
+
+    path: Path
+    state: dict[str, Any]
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a further array."""
+        with zipfile.ZipFile(self.path) as archive:
+            return _read(archive, name)
+
+
+def save_parts(
+    path: Path, state: Mapping[str, Any], parts: Iterable[Part], arrays: Mapping[str, np.ndarray] | None = None
+) -> None:
+    """Write a checkpoint file under its name, atomically; it is on the disk when this returns.
+
+    Args:
+        path: the name.
+        state: plain JSON types.
+        parts: one after the other, so that only one needs to be in memory.
+        arrays: further arrays by name.
+
+    Raises:
+        OSError: the disk refused; what was under `path` is still there.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    index = []
+    try:
+        with partial.open("wb") as handle:
+            with zipfile.ZipFile(handle, "w") as archive:
+                for i, part in enumerate(parts):
+                    _write(archive, f"part-{i}", part.values)
+                    index.append({name: value for name, value in vars(part).items() if name != "values"})
+                for name, array in (arrays or {}).items():
+                    _write(archive, name, array)
+                archive.writestr("state.json", json.dumps({"schema": SCHEMA, **state, "parts": index}))
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def load(path: Path) -> Saved:
+    """Return a checkpoint file after comparing every checksum in it.
+
+    Raises:
+        OSError: not one, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                msg = "packed"
+                raise ValueError(msg)
+            broken = archive.testzip()
+            state = json.loads(archive.read("state.json"))
+            if broken is None and state.get("schema") == SCHEMA:
+                return Saved(path, state)
+            msg = f"member {broken}" if broken else f"schema {state.get('schema')!r}"
+            raise ValueError(msg)
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+        msg = f"{path}: is damaged ({error})"
+        raise OSError(msg) from error
+
+
+def load_newest(folder: Path) -> list[Saved]:
+    """Return the files of the newest checkpoint that is whole, rank by rank; empty without one.
+
+    Damaged files are passed over, with a warning.
+    """
+    found: dict[tuple[int, int], dict[int, Saved]] = {}
+    damaged = []
+    for path in sorted(folder.glob("rank-*")):
+        match = _SLOT.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            saved = load(path)
+            state = saved.state
+            found.setdefault((state["generation"], state["ranks"]), {})[state["rank"]] = saved
+        except (OSError, KeyError) as error:
+            damaged.append(str(error))
+    whole = [key for key, files in found.items() if len(files) == key[1]]
+    best = max(whole, default=None)
+    for text in damaged:
+        log.warning("%s: %s", text, "starting again" if best is None else f"going on from checkpoint {best[0]}")
+    return [] if best is None else [found[best][rank] for rank in range(best[1])]
+
+
+def read_parts(saved: Saved, name: str) -> Iterable[Part]:
+    """Yield the pieces of one matrix in a checkpoint file, one after the other."""
+    with zipfile.ZipFile(saved.path) as archive:
+        for i, entry in enumerate(saved.state["parts"]):
+            if entry["name"] != name:
+                continue
+            rows, columns = tuple(entry["rows"]), tuple(entry["columns"])
+            values = _read(archive, f"part-{i}")
+            yield Part(entry["name"], rows, columns, values, entry["lower"], entry["symmetric"])
+
+
+def overlay(parts: Iterable[Part], rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray) -> None:
+    """Put a piece of a Gram together from the pieces of a checkpoint, whatever their shapes.
+
+    Args:
+        parts: pieces of one matrix; each entry in one of them, or its mirror image.
+        rows: wanted, [start, stop).
+        columns: wanted, [start, stop).
+        out: (layers, rows, columns), written to.
+
+    Raises:
+        InputError: an entry is in none of the pieces.
+    """
+    missing = np.ones(out.shape[1:], dtype=bool)
+    for part in parts:
+        for flip in (False, True) if part.symmetric else (False,):
+            (r0, r1), (c0, c1) = (part.columns, part.rows) if flip else (part.rows, part.columns)
+            a, b, c, d = max(r0, rows[0]), min(r1, rows[1]), max(c0, columns[0]), min(c1, columns[1])
+            if a >= b or c >= d:
+                continue
+            values = part.values.transpose(0, 2, 1) if flip else part.values
+            values = values[:, a - r0 : b - r0, c - c0 : d - c0]
+            here = np.s_[a - rows[0] : b - rows[0], c - columns[0] : d - columns[0]]
+            if not part.lower or (c >= b - 1 if flip else a >= d - 1):
+                out[(slice(None), *here)] = values
+                missing[here] = False
+                continue
+            i, j = np.arange(a, b)[:, None], np.arange(c, d)[None, :]
+            valid = i <= j if flip else i >= j
+            out[(slice(None), *here)] = np.where(valid, values, out[(slice(None), *here)])
+            missing[here] &= ~valid
+    if missing.any():
+        at = np.argwhere(missing)[0]
+        msg = f"checkpoint: has no entry ({at[0] + rows[0]}, {at[1] + columns[0]}) of the Gram"
+        raise InputError(msg)
+
+
+def saved_states(out: str | Path) -> list[dict[str, Any]]:
+    """Return what the files of an unfinished Gram say of themselves, `job` and `tile`; files that cannot are left out.
+
+    Cost: reads one small member of each file; the sums are not checked.
+    """
+    found = []
+    for path in sorted(parts_of(Path(out)).glob("rank-*")):
+        with (
+            suppress(OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile),
+            zipfile.ZipFile(path) as archive,
+        ):
+            state = json.loads(archive.read("state.json"))
+            found.append({"job": state["job"], "tile": state["tile"]})
+    return found
+
+
+def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    array = np.ascontiguousarray(array)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_2_0(header, np.lib.format.header_data_from_array_1_0(array))
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        member.write(header.getvalue())
+        member.write(array.data.cast("B") if array.size else b"")
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def slots(folder: Path, rank: int, ranks: int) -> Sequence[Path]:
+    """Return a rank's two files."""
+    return [folder / f"rank-{rank:04d}-of-{ranks:04d}.{slot}" for slot in "ab"]

@@ -1,0 +1,179 @@
+"""What there is of a file that is not complete: the folder `.<name>.parts/` beside it.
+
+lock                      held by the process at work (flock: a killed process holds nothing), with its pid and host
+progress.json             how far it is, for `ntkengine info`
+rank-0000-of-0001.a, .b   alternating checkpoints of a rank (`store.checkpoints`)
+rank-0000-of-0001.tile-…  its finished tiles, when the job has several
+damaged.h5                a complete file some tiles of which were damaged and are to be recomputed
+*.partial                 being written; removed when another process takes over
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ntkengine.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+class Folder:
+    """A Gram file's folder of parts, with this process alone at work in it.
+
+    Args:
+        out: the Gram file's name.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = parts_of(out)
+        self._lock: int | None = None
+
+    def __enter__(self) -> Folder:
+        """Take the lock, and remove what a killed process left half-written.
+
+        Raises:
+            InputError: another process is at work.
+            OSError: the folder cannot be made.
+        """
+        while self._lock is None:
+            self.path.mkdir(exist_ok=True)
+            try:
+                handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # its owner has just finished and removed the folder
+                continue
+            try:
+                self._take(handle)
+            except BaseException:
+                os.close(handle)
+                raise
+            with suppress(FileNotFoundError):
+                if os.fstat(handle).st_ino == (self.path / "lock").stat().st_ino:
+                    self._lock = handle
+                    break
+            os.close(handle)  # its owner has just finished and removed it
+        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        with suppress(OSError):  # a full disk: only the message to a second process gets shorter
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, text.encode(), 0)
+        for stale in self.path.glob("*.partial"):
+            stale.unlink()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go; a folder without work in it is removed."""
+        if self._lock is None:
+            return
+        kept = [p for p in self.path.iterdir() if p.name not in ("lock", "progress.json")]
+        if not kept:
+            self.remove()
+        else:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def partial(self) -> Path:
+        """Name of the whole file until it is complete."""
+        return self.path / f"{self.out.name}.partial"
+
+    @property
+    def damaged(self) -> Path:
+        """Name of a file some tiles of which are to be recomputed."""
+        return self.path / "damaged.h5"
+
+    def clear(self) -> None:
+        """Remove all work but the lock."""
+        for item in self.path.iterdir():
+            if item.name != "lock":
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def remove(self) -> None:
+        """Remove the folder: its work is in the complete file."""
+        self.clear()
+        (self.path / "lock").unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        with suppress(OSError):  # somebody waiting has made a new lock in it
+            self.path.rmdir()
+
+    def tell(self, progress: dict[str, Any]) -> None:
+        """Write how far the job is; a disk that refuses is no reason to stop."""
+        told = {"pid": os.getpid(), "host": socket.gethostname(), "at": time.time()} | progress
+        with suppress(OSError):
+            partial = self.path / "progress.json.partial"
+            partial.write_text(json.dumps(told))
+            partial.replace(self.path / "progress.json")
+
+    def _take(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                log.warning("%s: no locks on this file system (%s): start one job at a time", self.path, error.strerror)
+                return
+            msg = f"out: {self.out} is being computed by {_owner(self.path)}; wait for it or choose another name"
+            raise InputError(msg) from error
+
+
+def tidy(out: Path) -> None:
+    """Remove the parts of a complete file, left by a process that was killed between two names."""
+    if parts_of(out).is_dir():
+        with suppress(InputError, OSError), Folder(out) as folder:
+            folder.remove()
+
+
+def parts_of(out: Path) -> Path:
+    """Return the folder of a Gram file's parts."""
+    return out.with_name(f".{out.name}.parts")
+
+
+def read_progress(out: str | Path) -> dict[str, Any] | None:
+    """Return what an unfinished job last said of itself, or None when there is none.
+
+    Without any lock. Besides what the job wrote (`done`, `total`: flops; `stage`, `pid`, `host`, `started`, `at`:
+    seconds since 1970): `running`, True or False, None when it ran on another machine; `checkpoint`: the time of
+    the newest checkpoint, or None; and `damaged`: whether it is a complete file whose damaged tiles are open.
+    """
+    parts = parts_of(Path(out))
+    try:
+        found = json.loads((parts / "progress.json").read_text())
+    except (OSError, ValueError):
+        found = {} if parts.is_dir() else None
+    if found is None:
+        return None
+    here = found.get("host", socket.gethostname()) == socket.gethostname()
+    found["running"] = isinstance(found.get("pid"), int) and _alive(found["pid"]) if here else None
+    times = []
+    for item in parts.glob("rank-*"):
+        with suppress(OSError):
+            times.append(item.stat().st_mtime)
+    return found | {"checkpoint": max(times, default=None), "damaged": (parts / "damaged.h5").is_file()}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _owner(parts: Path) -> str:
+    try:
+        found = json.loads((parts / "lock").read_text())
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {found['pid']} on {found['host']}"
