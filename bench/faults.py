@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.record import record
-from tests.faulty import ROWS, TILE, Campaign
+from tests.campaign import Campaign
+from tests.faulty import ROWS, TILE
+
+LIMIT_S = 60.0  # nothing may hang longer
 
 
 def main() -> int:
@@ -23,9 +26,9 @@ def main() -> int:
     given = parser.parse_args(sys.argv[2:])
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign(Path(folder), shlex.split(given.launcher), given.seed)
+        campaign = Campaign(Path(folder), shlex.split(given.launcher), given.seed, limit_s=LIMIT_S)
         _inject(campaign, given.kills)
-        heads = Campaign(Path(folder) / "heads", campaign.launcher, given.seed, flags=("--fit-head",))
+        heads = Campaign(Path(folder) / "heads", campaign.launcher, given.seed, flags=("--fit-head",), limit_s=LIMIT_S)
         for share in np.linspace(0.3, 0.98, max(1, given.kills // 5)):
             heads.killed(float(share), pause_s=0.02)
         campaign.tally["SIGKILL, with held-out heads"] = heads.tally["SIGKILL"]

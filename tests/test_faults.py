@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faulty import Campaign
+from ntkengine import store
+from tests.campaign import Campaign
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    return Campaign(tmp_path_factory.mktemp("faults"))
+    tile = store.tiles.TILE
+    yield Campaign(tmp_path_factory.mktemp("faults"))
+    store.tiles.TILE = tile
 
 
 @pytest.fixture

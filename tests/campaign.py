@@ -1,0 +1,343 @@
+"""Jobs killed, stopped, out of disk, damaged; and what must hold of them afterwards.
+
+Every fault ends in a resumed file that is the uninterrupted one to the last bit (to the noise, where tiles were
+computed again), or in a refusal in one line. Anything else is `lost`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from ntkengine import store
+from ntkengine.errors import InputError
+from tests.faulty import LIMIT_S, ROWS, TILE, Child, Fault
+from tests.tiny import save_tiny, tiny_sentences
+
+
+@dataclass
+class Campaign:
+    """Faults injected into jobs on one model, each in a folder of its own.
+
+    Args:
+        folder: for everything.
+        launcher: command before the interpreter's, for several ranks.
+        seed: of the moments.
+        flags: of the job, besides its own.
+        limit_s: seconds after which a job has hung.
+
+    Attributes:
+        tally: by kind of fault: injected, resumed, refused, lost.
+        lost: what was wrong, in words.
+    """
+
+    folder: Path
+    launcher: list[str] = field(default_factory=list)
+    seed: int = 0
+    flags: tuple[str, ...] = ("--no-fit-head",)
+    limit_s: float = LIMIT_S
+    tally: dict[str, list[int]] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        store.tiles.TILE = TILE
+        self.rng = np.random.default_rng(self.seed)
+        self.count = 0
+        self.folder.mkdir(exist_ok=True)
+        save_tiny(self.folder / "model")
+        for name, n, seed in (("train", ROWS[0], 0), ("dev", ROWS[1], 1)):
+            rows = [f"{text}\t{('bad', 'good')[i % 2]}" for i, text in enumerate(tiny_sentences(n, seed))]
+            (self.folder / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+        self.reference = self._new()
+        began = time.monotonic()
+        if self.run(self.reference) != 0:
+            msg = f"the uninterrupted job failed: {self.said(self.reference)}"
+            raise RuntimeError(msg)
+        self.seconds = time.monotonic() - began
+        self.total = len(self.contractions(self.reference))
+
+    def start(self, where: Path, *flags: str, fault: Fault | None = None, checkpoint_s: float = 0.0) -> Child:
+        """Start the job of a folder."""
+        arguments = [*self._arguments(where, checkpoint_s), *flags]
+        fault = fault or Fault()
+        fault.contractions = str(where / "contractions")
+        (where / "contractions").unlink(missing_ok=True)
+        return Child(arguments, where / "said", fault, self.launcher, self.limit_s)
+
+    def run(self, where: Path, *flags: str, fault: Fault | None = None, checkpoint_s: float = 0.0) -> int | None:
+        """Run the job of a folder to whatever end."""
+        return self.start(where, *flags, fault=fault, checkpoint_s=checkpoint_s).wait()
+
+    def killed(self, share: float, *, checkpoint_s: float = 0.0, pause_s: float = 0.0, times: int = 1) -> None:
+        """SIGKILL after a share of the job's life, once or several times in a row; then let it finish."""
+        where = self._new()
+        for _ in range(times):
+            job = self.start(where, fault=Fault(pause_s=pause_s), checkpoint_s=checkpoint_s)
+            time.sleep(share * (self.seconds + pause_s * self.total))
+            job.send(signal.SIGKILL)
+            if job.wait() is None:
+                self._note("SIGKILL", where, "it hung")
+                return
+        self._finish("SIGKILL", where)
+
+    def killed_at_operation(self, number: int) -> None:
+        """SIGKILL right before a disk operation."""
+        where = self._new()
+        if self.run(where, fault=Fault(disk_at=number)) != -signal.SIGKILL:
+            self._note("SIGKILL at a disk operation", where, "it lived")
+            return
+        self._finish("SIGKILL at a disk operation", where)
+
+    def operations(self) -> int:
+        """Return how many disk operations the job has."""
+        where = self._new()
+        self.run(where, fault=Fault(operations=str(where / "operations")))
+        return int((where / "operations").read_text())
+
+    def stopped(self, share: float) -> None:
+        """SIGTERM while it sums."""
+        where = self._new()
+        job = self.start(where, fault=Fault(pause_s=0.05), checkpoint_s=300.0)
+        self._until(job, where, int(share * self.total))
+        job.send(signal.SIGTERM)
+        code = job.wait()
+        last = self.said(where).splitlines()[-1]
+        fine = code == 128 + signal.SIGTERM and last == "error: stopped by SIGTERM: the same command goes on from here"
+        if fine and self.summed(where):
+            self._finish("SIGTERM", where)
+        else:
+            self._note("SIGTERM", where, f"exit {code}: {last}")
+
+    def full_disk(self, share: float, room: int = 4000) -> None:
+        """No file may grow beyond some bytes once a share of the job is summed."""
+        where = self._new()
+        self._without_room(
+            "full disk (limit on the file size)", where, Fault(room_at=int(share * self.total), room=room)
+        )
+
+    def full_tmpfs(self, share: float) -> bool:
+        """Fill a small file system once a share of the job is summed; return False where none can be mounted."""
+        where = self._new()
+        disk = where / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            return False
+        try:
+            ballast = disk / "ballast"
+            fault = Fault(room_at=int(share * self.total), ballast=str(ballast))
+            self._without_room("full disk (tmpfs)", where, fault)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        return True
+
+    def _without_room(self, kind: str, where: Path, fault: Fault) -> None:
+        code = self.run(where, fault=fault)
+        last = self.said(where).splitlines()[-1]
+        held = len(self.summed(where))
+        if fault.ballast:
+            Path(fault.ballast).unlink()
+        kept = "from the one before" if fault.room_at else "starts again"
+        fine = code == 1 and last.startswith("error:") and kept in last and not self.out(where).exists()
+        if fine and held == fault.room_at:
+            self._finish(kind, where)
+        else:
+            self._note(kind, where, f"exit {code}, {held} of {fault.room_at} kept: {last}")
+
+    def damaged_checkpoint(self, *, both: bool = False, truncated: bool = False) -> None:
+        """Kill, then flip a bit of the newest checkpoint or cut it, or of both."""
+        where = self._new()
+        self.run(where, fault=Fault(disk_at=60))
+        (newest,) = store.load_newest(where / ".k.h5.parts")
+        for path in sorted((where / ".k.h5.parts").glob("rank-*")) if both else [newest.path]:
+            whole = bytearray(path.read_bytes())
+            whole[int(self.rng.integers(len(whole) // 4, len(whole) // 2))] ^= 1 << int(self.rng.integers(8))
+            path.write_bytes(whole[: len(whole) // 2] if truncated else whole)
+        left = self.summed(where)
+        if bool(left) == both:
+            self._note("damaged checkpoint", where, "the damage was not seen")
+            return
+        self._finish("damaged checkpoint", where)
+
+    def flipped_tiles(self, count: int) -> None:
+        """Flip a bit in each of some tiles of the finished file."""
+        where = self._copy()
+        names = self._flip(where / "k.h5", count)
+        problems = store.verify_gram(where / "k.h5")
+        if len(problems) != count or not all("does not match its checksum" in text for text in problems):
+            self._note("flipped tiles", where, f"{len(problems)} of {count} found in {names}")
+            return
+        store.repair_gram(where / "k.h5")
+        self._finish("flipped tiles", where, exactly=False)
+
+    def killed_in_repair(self, number: int, *, later: bool) -> None:
+        """SIGKILL before a disk operation of `verify --repair`, or of the run that computes the open tiles."""
+        where = self._copy()
+        self._flip(where / "k.h5", 20)
+        fault = Fault(disk_at=number)
+        if later:
+            store.repair_gram(where / "k.h5")
+            code = self.run(where, fault=fault)
+        else:
+            code = Child(
+                ["verify", "--repair", str(where / "k.h5")], where / "said", fault, self.launcher, self.limit_s
+            ).wait()
+        if code != -signal.SIGKILL:
+            self._note("SIGKILL while repairing", where, f"exit {code}")
+            return
+        if (where / "k.h5").exists():
+            store.repair_gram(where / "k.h5")
+        self._finish("SIGKILL while repairing", where, exactly=False)
+
+    def truncated_shard(self) -> None:
+        """Cut a shard of a sharded file."""
+        where = self._new()
+        with_all, half = store.open_gram(self.reference / "k.h5"), ROWS[0] // 2
+        for rank, rows in enumerate((slice(0, half), slice(half, ROWS[0]))):
+            store.write_shard(where / "k.h5", rank, 2, {"gram": (rows.start, with_all.values[rows])}, {"a": 1})
+        with_all.modules, with_all.cross = {}, None
+        store.link_shards(where / "k.h5", 2, with_all, {"a": 1}, {})
+        shard = store.shard_path(where / "k.h5", int(self.rng.integers(2)), 2)
+        os.truncate(shard, int(self.rng.integers(1, shard.stat().st_size)))
+        try:
+            store.open_gram(where / "k.h5")
+        except InputError:
+            self._note("truncated shard", where)
+        else:
+            self._note("truncated shard", where, "it was read")
+
+    def second_process(self) -> None:
+        """Start the same job twice."""
+        where = self._new()
+        job = self.start(where, fault=Fault(pause_s=0.05))
+        self._until(job, where, 1)
+        (where / "second").mkdir()
+        there = Child(self._arguments(where, 0.0), where / "second" / "said", Fault(), self.launcher, self.limit_s)
+        code, last = there.wait(), (where / "second" / "said").read_text().splitlines()[-1]
+        if code != 2 or "is being computed by process" not in last:
+            self._note("second process", where, f"exit {code}: {last}")
+        elif job.wait() != 0 or not self._right(where, exactly=True):
+            self._note("second process", where, "the first one was harmed")
+        else:
+            self._note("second process", where)
+
+    def another_job(self) -> None:
+        """Kill, then start a job of other settings on the same file."""
+        where = self._new()
+        self.run(where, fault=Fault(disk_at=60))
+        code = self.run(where, "--contraction", "full")
+        last = self.said(where).splitlines()[-1]
+        fine = code == 2 and "unfinished run of another job" in last and "contraction" in last
+        self._note("another job", where, "" if fine else f"exit {code}: {last}")
+
+    def table(self) -> str:
+        """Return the tally as text."""
+        lines = [f"{'fault':<30}{'injected':>9}{'resumed':>9}{'refused':>9}{'lost':>6}"]
+        lines += [f"{kind:<30}{a:>9}{b:>9}{c:>9}{d:>6}" for kind, (a, b, c, d) in self.tally.items()]
+        sums = [sum(column) for column in zip(*self.tally.values(), strict=True)]
+        return "\n".join([*lines, f"{'all':<30}{sums[0]:>9}{sums[1]:>9}{sums[2]:>9}{sums[3]:>6}"])
+
+    def out(self, where: Path) -> Path:
+        """Return the Gram file of a folder."""
+        return (where / "disk" if (where / "disk").exists() else where) / "k.h5"
+
+    def said(self, where: Path) -> str:
+        """Return what the jobs of a folder have printed."""
+        return (where / "said").read_text()
+
+    def contractions(self, where: Path) -> list[str]:
+        """Return the contractions of the folder's last job."""
+        path = where / "contractions"
+        return path.read_text().split() if path.exists() else []
+
+    def summed(self, where: Path) -> set[str]:
+        """Return the parameters that the folder's newest checkpoint holds."""
+        return {name for saved in store.load_newest(store.parts_of(self.out(where))) for name in saved.state["done"]}
+
+    def _finish(self, kind: str, where: Path, *, exactly: bool = True) -> None:
+        path = self.out(where)
+        if path.exists() and not self._right(where, exactly=exactly):
+            self._note(kind, where, "a file under its name is wrong")
+            return
+        before = set() if path.exists() else self.summed(where)
+        code = self.run(where)
+        twice = before & set(self.contractions(where))
+        if code != 0:
+            self._note(kind, where, f"exit {code}: {self.said(where).splitlines()[-1]}")
+        elif twice and exactly:
+            self._note(kind, where, f"{len(twice)} of {len(before)} contractions were repeated")
+        elif not self._right(where, exactly=exactly):
+            self._note(kind, where, "the resumed file is wrong")
+        elif [p.name for p in path.parent.iterdir() if p.name.startswith(".") or "partial" in p.name]:
+            self._note(kind, where, "something is left behind")
+        else:
+            self._note(kind, where, resumed=True)
+
+    def _right(self, where: Path, *, exactly: bool) -> bool:
+        if store.verify_gram(self.out(where)):
+            return False
+        got, wanted = store.open_gram(self.out(where)), store.open_gram(self.reference / "k.h5")
+        pairs = [(got.values, wanted.values), (got.cross, wanted.cross), (got.outputs, wanted.outputs)]
+        pairs += [(got.modules[name], matrix) for name, matrix in wanted.modules.items()]
+        pairs += [(got.extras[name], array) for name, array in wanted.extras.items()]
+        scale = np.linalg.norm(wanted.values[...])
+        if exactly:
+            return list(got.modules) == list(wanted.modules) and all(np.array_equal(a[...], b[...]) for a, b in pairs)
+        return all(np.linalg.norm(a[...] - b[...]) <= 1e-5 * scale for a, b in pairs)
+
+    def _note(self, kind: str, where: Path, wrong: str = "", *, resumed: bool = False) -> None:
+        row = self.tally.setdefault(kind, [0, 0, 0, 0])
+        row[0] += 1
+        row[3 if wrong else 1 if resumed else 2] += 1
+        if wrong:
+            self.lost.append(f"{kind} in {where}: {wrong}")
+
+    def _new(self) -> Path:
+        self.count += 1
+        where = self.folder / f"{self.count:03d}"
+        where.mkdir()
+        return where
+
+    def _copy(self) -> Path:
+        where = self._new()
+        shutil.copy(self.reference / "k.h5", where)
+        return where
+
+    def _arguments(self, where: Path, checkpoint_s: float) -> list[str]:
+        files = {"--model": "model", "--data": "train.tsv", "--eval": "dev.tsv"}
+        arguments = ["gram", *(x for k, v in files.items() for x in (k, str(self.folder / v)))]
+        arguments += ["--text-column", "sentence", "--params", "all", "--per-module", *self.flags]
+        return [*arguments, "--out", str(self.out(where)), "--checkpoint-s", str(checkpoint_s)]
+
+    def _until(self, job: Child, where: Path, contractions: int) -> None:
+        while job.alive() and len(self.contractions(where)) < contractions:
+            time.sleep(0.01)
+
+    def _flip(self, path: Path, count: int) -> list[str]:
+        """Flip a bit in each of `count` tiles; return their datasets."""
+        with h5py.File(path) as file:
+            names = ["gram", "cross", *(f"modules/{i}" for i in file["modules"])]
+            chunks = [(name, k) for name in names for k in range(file[name].id.get_num_chunks())]
+            chosen = [chunks[i] for i in self.rng.choice(len(chunks), count, replace=False)]
+            places = []
+            for name, k in chosen:
+                info, dataset = file[name].id.get_chunk_info(k), file[name]
+                rows, columns = (
+                    min(chunk, size - at)
+                    for chunk, size, at in zip(dataset.chunks, dataset.shape, info.chunk_offset, strict=True)
+                )
+                entry = int(self.rng.integers(rows)) * dataset.chunks[1] + int(self.rng.integers(columns))
+                places.append(info.byte_offset + 8 * entry + int(self.rng.integers(8)))
+        whole = bytearray(path.read_bytes())
+        for at in places:
+            whole[at] ^= 1 << int(self.rng.integers(8))
+        path.write_bytes(whole)
+        return [name for name, _ in chosen]
