@@ -32,3 +32,17 @@ class NotConverged(RuntimeError):  # noqa: N818
         super().__init__(message)
         self.partial = partial
         self.residual = residual
+
+
+class RankFailed(RuntimeError):  # noqa: N818
+    """Another process of the job failed: the message names its rank, its host and the reason.
+
+    Attributes:
+        rank: of the process.
+        traceback: its stack, as text.
+    """
+
+    def __init__(self, message: str, rank: int = 0, stack: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.traceback = stack
