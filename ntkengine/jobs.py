@@ -288,7 +288,7 @@ def _check_early(job: Job) -> None:
     from ntkengine.store import read_job as stored_job
 
     part = job.gram
-    refuse(part.transform, part.precision, part.backend, None, part.contraction, None, None, part.sketch, part.check)
+    refuse(part.transform, part.precision, part.backend, part.contraction, None, None, part.sketch, part.check)
     resolve_readout(part.readout, part.contraction)
     if job.out is None or not writable(job.out).exists():
         return

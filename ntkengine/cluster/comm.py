@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -130,21 +130,23 @@ class Team:
         self.waited += time.perf_counter() - start
         return found
 
-    def same(self, what: str, value: Any) -> None:
-        """Refuse a job that is not the same on all ranks.
+    def same(self, told: Mapping[str, Any], advice: str, kind: type[Exception] = InputError) -> None:
+        """Refuse what is not the same on all ranks.
 
         Args:
-            what: what is compared.
-            value: plain Python, compared by equality.
+            told: plain Python by name, compared by equality.
+            advice: what should be done.
+            kind: of the error.
 
         Raises:
-            InputError: naming the first rank whose value is another than rank 0's.
+            Exception: of that kind, naming the first rank and item that differ from rank 0's.
         """
-        found = self.exchange(value)
-        other = next((r for r, v in enumerate(found) if v != found[0]), None)
-        if other is not None:
-            msg = f"{what}: rank {other} has another than rank 0; every rank must be given the same"
-            raise InputError(msg)
+        found = self.exchange(dict(told))
+        for rank, theirs in enumerate(found):
+            for name, value in found[0].items():
+                if theirs.get(name) != value:
+                    msg = f"{name}: rank {rank} has another than rank 0; {advice}"
+                    raise kind(msg)
 
     def send(self, buffer: torch.Tensor, to: int, tag: int) -> Any:
         """Start sending a flat uint8 tensor and return the request; the buffer stays as it is until that is done."""
@@ -167,6 +169,16 @@ class Team:
                 time.sleep(_NAP_S)
         self.waited += time.perf_counter() - start
 
+    def abort(self, error: BaseException) -> None:
+        """End all ranks: what failed here cannot be told at a place where they meet."""
+        sys.stdout.flush()
+        print(f"error: rank {self.rank} ({self.host}): {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        self._comm.Abort(1)
+
+    def broken(self, error: BaseException) -> bool:
+        """Return whether it is MPI that failed."""
+        return isinstance(error, self._mpi.Exception)
+
     def leave(self) -> None:
         """Wait for all ranks and shut MPI down: an exit code other than 0 then ends no rank before it has spoken."""
         self._comm.Barrier()
@@ -174,6 +186,11 @@ class Team:
 
     def _spec(self, buffer: torch.Tensor) -> list[Any]:
         return [buffer.numpy() if buffer.device.type == "cpu" else buffer, self._mpi.BYTE]
+
+
+def together(team: Team | None) -> AbstractContextManager[None]:
+    """Return `team.together()`, or for a process alone a context that does nothing."""
+    return nullcontext() if team is None else team.together()
 
 
 def team_of(comm: Any) -> Team | None:
@@ -210,8 +227,8 @@ def launched() -> Team | None:
     if count > world.Get_size():
         name = MPI.get_vendor()[0]
         msg = (
-            f"the launcher started {count} processes, but {name}, which mpi4py has loaded, sees {world.Get_size()}: use "
-            f"{name}'s own mpirun, or name the launcher's library in MPI4PY_LIBMPI"
+            f"the launcher started {count} processes, but {name}, which mpi4py has loaded, sees {world.Get_size()}: "
+            f"use {name}'s own mpirun, or name the launcher's library in MPI4PY_LIBMPI"
         )
         raise InputError(msg)
     return team_of(world)
@@ -242,5 +259,3 @@ def says_device() -> bool:
 def _told(error: BaseException) -> Told:
     lines = traceback.format_exception(error)
     return type(error).__name__, str(error) or "no reason given", "".join(lines)
-
-

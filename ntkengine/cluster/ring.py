@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ntkengine.cluster.comm import Team
@@ -110,9 +109,9 @@ class Queue:
         start = bundle * self._hops + window * self.window
         stop = min(start + self.window, (bundle + 1) * self._hops)
         self._open(stop)
-        self.team.wait(lambda: self.poll() or all(item.here for item in self._items[start:stop]))
+        self._until(lambda: all(item.here for item in self._items[start:stop]))
         ahead = min(stop + self.window, (stop // self._hops + 1) * self._hops)
-        self._open(min(ahead, len(self._items)))
+        self._open(ahead)
         found = []
         for item in self._items[start:stop]:
             if item.wire is not None:
@@ -123,19 +122,26 @@ class Queue:
     def finish(self) -> None:
         """Return when all that this rank passes on is gone."""
         self._open(len(self._items))
-        self.team.wait(lambda: self.poll() or not self._sends and all(item.here for item in self._items))
+        self._until(lambda: not self._sends and all(item.here for item in self._items))
 
     def poll(self) -> None:
-        """Pass on what has come, and let MPI go on."""
+        """Pass on what has come, and let MPI go on; called now and then by whoever computes."""
         for item in self._items[: self._opened]:
             if not item.here and (item.request is None or self.team.done(item.request)):
                 item.here, item.request = True, None
                 self._pass_on(item)
         self._sends = [(request, kept) for request, kept in self._sends if not self.team.done(request)]
 
+    def _until(self, ready: Callable[[], bool]) -> None:
+        def look() -> bool:
+            self.poll()
+            return ready()
+
+        self.team.wait(look)
+
     def _open(self, stop: int) -> None:
         """Start receiving the items before `stop`, and sending what this rank itself has of their bundles."""
-        while self._opened < stop:
+        while self._opened < min(stop, len(self._items)):
             item = self._items[self._opened]
             if item.hop.k == 1:
                 self._send(item.bundle, 1, self.team.rank, self.wire.leaving(self.own(item.bundle)), item.tag)

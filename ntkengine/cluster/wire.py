@@ -62,8 +62,8 @@ def _knows_device(team: Team, device: torch.device) -> bool:
     got = torch.full_like(sent, 255)
     torch.cuda.synchronize(device)
     try:
-        requests = [team.receive(got, right, 1), team.send(sent, left, 1)]
-        team.wait(lambda: all([team.done(r) for r in requests]))
+        for request in [team.receive(got, right, 1), team.send(sent, left, 1)]:
+            team.wait(lambda r=request: team.done(r))  # type: ignore[misc]
         good = bool((got == right % 251).all())
     except Exception as error:  # noqa: BLE001  (whatever it says, the host's memory still works)
         log.info("MPI says that it takes device memory, but: %s", error)

@@ -6,7 +6,8 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from ntkengine import store
+from ntkengine.cluster.comm import Team, team_of, together
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
@@ -24,9 +26,10 @@ from ntkengine.gram.layout import Layout, tune_allocator
 from ntkengine.gram.noise import USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
-from ntkengine.gram.result import Gram
-from ntkengine.gram.run import Sums
+from ntkengine.gram.result import Elsewhere, Gram
+from ntkengine.gram.run import Sums, by_module
 from ntkengine.gram.sketching import described
+from ntkengine.gram.spread import Spread, sum_spread
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
 from ntkengine.gram.tiles import Frame, unsorted
 from ntkengine.gram.tiling import sum_tiled
@@ -96,7 +99,10 @@ def compute_gram(
             parameters, and samples are swept in tiles.
         out: HDF5 file to write; it appears only when complete.
         resume: a complete file of the same job is returned as it is; False refuses any existing file.
-        comm: None.
+        comm: an mpi4py communicator whose processes share the job: each calls this with the same arguments, sweeps its
+            own samples (`cluster.shards`) and keeps its own part of the Gram until rank 0 gathers it. `memory_gib` is
+            that of each process. On the other ranks `values`, `cross` and `modules` are shapes without entries
+            (`result.Elsewhere`). Rank 0 writes `out`.
         check: compare with plain autograd before and after the sweep, and estimate the noise by recomputing in float64.
         progress: called with (flops done, flops in all, stage).
         eval_inputs: further inputs swept along: adds `cross` (eval × train) and `eval_outputs`.
@@ -121,61 +127,83 @@ def compute_gram(
         NotImplementedError: an argument whose capability this version lacks; says what to use instead.
         CheckFailed: the sweep disagrees with plain autograd.
         NonFinite: a gradient is not finite.
+        RankFailed: something else failed on another process. What fails on one is raised on all.
     Cost: see `plan_gram`.
     Source: the kernel, Jacot et al. 2018 (arXiv 1806.07572); factored gradients, Goodfellow 2015 (arXiv 1510.01799).
     """
     start = time.perf_counter()
-    refuse(transform, precision, backend, comm, contraction, inputs2, eval_inputs, sketch, check)
-    task = Task.prepare(
-        model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
-    )
-    check_rows("targets", targets, task.samples.sizes[0])
-    check_rows("example_ids", example_ids, task.samples.sizes[0])
-    check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
-    check_rows("eval_ids", eval_ids, task.samples.sizes[-1] if eval_inputs is not None else None)
+    team = team_of(comm)
+    root = team is None or team.root
     wanted: dict[str, Any] = {}
-    path = None if out is None else writable(Path(out))
-    if path is not None:
-        settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
-        settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
-        arrays = {"targets": targets, "eval_targets": eval_targets}
-        arrays |= {f"d of {name}": root.double().cpu().numpy() for name, root in (task.roots or {}).items()}
-        arrays |= {} if extras is None or callable(extras) else extras
-        wanted = identity(model, task, settings, arrays, job)
-        if path.exists():
+    with together(team):
+        refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
+        task = Task.prepare(
+            model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
+        )
+        check_rows("targets", targets, task.samples.sizes[0])
+        check_rows("example_ids", example_ids, task.samples.sizes[0])
+        check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
+        check_rows("eval_ids", eval_ids, task.samples.sizes[-1] if eval_inputs is not None else None)
+        path = None if out is None else writable(Path(out)) if root else Path(out)
+        if path is not None or team is not None:
+            settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
+            settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
+            arrays = {"targets": targets, "eval_targets": eval_targets}
+            arrays |= {f"d of {name}": d.double().cpu().numpy() for name, d in (task.roots or {}).items()}
+            arrays |= {} if extras is None or callable(extras) else extras
+            wanted = identity(model, task, settings, arrays, job)
+    if team is not None:
+        team.same(wanted | {"memory_gib": memory_gib, "out": str(out)}, "every rank must be given the same")
+    if path is not None and (path.exists() if team is None else team.broadcast(path.exists())):
+        if team is None:
             return existing(path, wanted, resume)
+        with team.together():
+            there = existing(path, wanted, resume) if root else None
+        return shared(team, there)
     tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure, plan, layout, samples, sketches = planned(task, precision, per_module, memory_gib, seed, sketch)
+        structure, plan, layout, samples, sketches = planned(
+            task, precision, per_module, memory_gib, seed, sketch, team
+        )
         frame = task.frame(structure.outputs)
-        double = _double(task, running, lazy=memory_gib is not None) if check or task.transform in SIGNS else None
-        if task.transform in SIGNS and double is not None:
-            structure.negligible = _negligible(task, structure, double, seed)
-        truth = None
-        if check:
-            truth = Check(task, samples, frame, structure, seed, layout.gradients)
-            truth.sweep()
+        truth = double = None
+        with together(team):
+            if check and root or task.transform in SIGNS:
+                double = _double(task, running, lazy=memory_gib is not None)
+            if task.transform in SIGNS and double is not None:
+                structure.negligible = _negligible(task, structure, double, seed)
+            if check and root:
+                truth = Check(task, samples, frame, structure, seed, layout.gradients)
+                truth.sweep()
+        if team is not None:
+            team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
         # The layout does not count kept activations, so a bounded job recomputes them.
         keep_bytes = KEEP_BYTES if memory_gib is None else 0
         swept = task.fast(running) if precision == "fast" else task
         on = structure.on(swept.model)
-        sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches)
-        if truth is not None:
-            truth.allow(sketches)
-            truth.entries(sums, samples, swept.dtype)
-        noise = None
-        if check and double is not None:
-            noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
+        sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches, team)
+        noise, of_sketch = None, None
+        with together(team), sums.asking() if root else nullcontext():
+            if not root:
+                sums.serve()
+            if truth is not None:
+                truth.allow(sketches)
+                truth.entries(sums, samples, swept.dtype)
+            if truth is not None and double is not None:
+                noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
+            if sketch is not None and noise is not None:
+                of_sketch = described(sketch, sketches, seed, sums, noise.relative)
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     contracting = sum(row.seconds or 0.0 for row in plan.parameters)
     plan.rate = sum(row.flops for row in plan.parameters) / max(1e-9, contracting)
     plan.pass_seconds = sums.pass_seconds
-    gram = _assemble(sums, samples, frame, plan, contraction, task.transform, two=inputs2 is not None)
+    gram = _assemble(sums, samples, plan, contraction, task.transform, two=inputs2 is not None)
     gram.noise = float("nan") if noise is None else noise.norm
     gram.targets, gram.eval_targets = _float(targets), _float(eval_targets)
     gram.extras = dict((extras() if callable(extras) else extras) or {})
+    seconds = time.perf_counter() - start
     gram.meta = {
         "precision": precision,
         "backend": "triton" if task.kernels else "torch",
@@ -183,14 +211,14 @@ def compute_gram(
         "parameters": sum(p.numel() for p in task.selected.values()),
         "unused_parameters": structure.unused,
         "negligible_parameters": structure.negligible,
-        "module_trace": sums.module_traces,
+        "module_trace": by_module(sums.traces),
         "noise_relative": None if noise is None else noise.relative,
         "outputs_error": None if noise is None else noise.outputs,
         "checked": check,
-        "sketch": None if sketch is None or noise is None else described(sketch, sketches, seed, sums, noise.relative),
+        "sketch": of_sketch,
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "pass_seconds": sums.pass_seconds,
         "contract_seconds": sum(row.seconds or 0.0 for row in plan.parameters),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -202,11 +230,14 @@ def compute_gram(
         },
         "settings": dict(job or {}),
     }
-    if path is not None:
-        ids = {"example_id": example_ids, "eval_id": eval_ids}
-        store.write_gram(path, gram, wanted, {k: list(v) for k, v in ids.items() if v is not None})
-        return store.open_gram(path)
-    return gram
+    if isinstance(sums, Spread):
+        gram.meta["ranks"] = sums.told(seconds)
+    with together(team):
+        if path is not None and root:
+            ids = {"example_id": example_ids, "eval_id": eval_ids}
+            store.write_gram(path, gram, wanted, {k: list(v) for k, v in ids.items() if v is not None})
+            gram = store.open_gram(path)
+    return gram if team is None else shared(team, gram)
 
 
 def plan_gram(
@@ -234,7 +265,7 @@ def plan_gram(
     Raises:
         InputError, NotImplementedError: as `compute_gram`.
     """
-    refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs, sketch)
+    refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch)
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
@@ -256,9 +287,12 @@ def _sweep(
     progress: Progress | None,
     keep_bytes: int,
     sketches: Mapping[str, Sketch],
-) -> Sums:
+    team: Team | None,
+) -> Sums | Spread:
     done = 0.0
-    total = max(plan.flops, 1.0)
+    total = max(plan.flops / plan.ranks, 1.0)
+    if team is not None and not team.root:
+        progress = None
 
     def tick(flops: float, stage: str) -> None:
         nonlocal done
@@ -266,6 +300,26 @@ def _sweep(
         if progress is not None:
             progress(min(done, total), total, stage)
 
+    options: dict[str, Any] = {"group": module_of if per_module else None, "tick": tick}
+    options |= {"roots": task.roots, "kernels": task.kernels}
+    sizes = {row.parameter: row.bytes for row in plan.parameters}
+    pass_flops = plan.pass_flops + plan.projection_flops
+    if team is not None:
+        return sum_spread(
+            team,
+            task.model,
+            task.selected,
+            structure,
+            samples,
+            task.readout,
+            frame,
+            layout,
+            factor_bytes=sizes,
+            pass_flops=pass_flops,
+            keep_bytes=keep_bytes,
+            sketches=sketches,
+            **options,
+        )
     sums = sum_tiled(
         task.model,
         task.selected,
@@ -274,14 +328,11 @@ def _sweep(
         task.readout,
         frame,
         layout,
-        group=module_of if per_module else None,
-        factor_bytes={row.parameter: row.bytes for row in plan.parameters},
-        tick=tick,
-        pass_flops=plan.pass_flops + plan.projection_flops,
+        factor_bytes=sizes,
+        pass_flops=pass_flops,
         keep_bytes=keep_bytes,
-        roots=task.roots,
-        kernels=task.kernels,
         sketches=sketches,
+        **options,
     )
     if per_module:
         for part in sums.parts.values():
@@ -316,7 +367,7 @@ def _noise(
     structure: Structure,
     samples: Samples,
     frame: Frame,
-    sums: Sums,
+    sums: Sums | Spread,
     seed: int,
     model: nn.Module,
     precision: str,
@@ -355,25 +406,43 @@ def _noise(
 
 
 def _assemble(
-    sums: Sums, samples: Samples, frame: Frame, plan: Plan, contraction: str, transform: str, *, two: bool
+    sums: Sums | Spread, samples: Samples, plan: Plan, contraction: str, transform: str, *, two: bool
 ) -> Gram:
+    frame = sums.frame
     rows = samples.sizes[0] * frame.width
 
-    def order(matrix: np.ndarray, group: int, columns: int) -> np.ndarray:
-        found = unsorted(matrix, samples, group, columns, frame.width)
+    def order(K: np.ndarray | None, group: int, columns: int) -> Any:
+        if K is None:
+            shape = tuple(samples.sizes[g] * frame.width for g in (group, columns))
+            return Elsewhere((frame.layers, *shape) if contraction == "per-output" else shape)
+        found = unsorted(K[:, :rows] if group == 0 else K[:, rows:], samples, group, columns, frame.width)
         return found if contraction == "per-output" else found[0]
 
-    K = sums.total.K.cpu().numpy()
+    K = sums.whole()
     outputs = [sums.outputs[slice(*samples.span(g))][samples.unsort(g)] for g in range(len(samples.sizes))]
-    gram = Gram(order(K[:, :rows], 0, 1 if two else 0), outputs[0], contraction, transform, float("nan"), plan=plan)
-    gram.modules = {
-        name: order(part.K.cpu().numpy()[:, :rows], 0, 1 if two else 0) for name, part in sums.parts.items()
-    }
+    gram = Gram(order(K, 0, 1 if two else 0), outputs[0], contraction, transform, float("nan"), plan=plan)
+    gram.modules = {name: order(sums.whole(name), 0, 1 if two else 0) for name in sums.parts}
     if two:
         gram.eval_outputs = outputs[1]
     elif len(samples.sizes) > 1:
-        gram.cross, gram.eval_outputs = order(K[:, rows:], 1, 0), outputs[1]
+        gram.cross, gram.eval_outputs = order(K, 1, 0), outputs[1]
     return gram
+
+
+def shared(team: Team, gram: Gram | None) -> Gram:
+    """Return rank 0's Gram; on the other ranks the same without the entries that rank 0 has.
+
+    Args:
+        team: the ranks.
+        gram: on rank 0 the finished one.
+    """
+    told = None
+    if gram is not None and team.root:
+        far = {name: Elsewhere(matrix.shape) for name, matrix in gram.modules.items()}
+        cross = None if gram.cross is None else Elsewhere(gram.cross.shape)
+        told = replace(gram, values=Elsewhere(gram.shape), cross=cross, modules=far, extras={})
+    found: Gram = team.broadcast(told)
+    return gram if gram is not None and team.root else found
 
 
 def _float(array: Any) -> np.ndarray | None:

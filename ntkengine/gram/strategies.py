@@ -61,9 +61,7 @@ def choose(
     return "materialise", costs["materialise"]
 
 
-def outer_costs(
-    shape: tuple[int, int], tokens: int, samples: int, frame: Frame, *others: Frame
-) -> dict[str, float]:
+def outer_costs(shape: tuple[int, int], tokens: int, samples: int, frame: Frame, *others: Frame) -> dict[str, float]:
     """Return the flops of each strategy for an outer product's factors; arguments as `choose`."""
     R, I = shape  # noqa: E741
     outputs = frame.outputs * frame.width
@@ -208,9 +206,7 @@ def _lookup(summed: tuple[Tensor, Tensor, Tensor], total: Accumulator, root: Ten
             left, i = _runs_of(rows, samples, mine[part[:, :1] + torch.arange(m, device=device)], w)
             right, j = _runs_of(columns, samples, theirs[part[:, 1:] + torch.arange(n, device=device)], w)
             for layer in range(frame.layers):
-                x, z = (
-                    y[:, :, layer] if frame.contraction == "per-output" else y.flatten(2) for y in (left, right)
-                )
+                x, z = (y[:, :, layer] if frame.contraction == "per-output" else y.flatten(2) for y in (left, right))
                 values = x @ z.transpose(1, 2)
                 at = i[:, :, None].expand_as(values), j[:, None, :].expand_as(values)
                 total.add_entries(layer, at[0].reshape(-1), at[1].reshape(-1), values.reshape(-1))
