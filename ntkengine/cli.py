@@ -11,15 +11,18 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
-from ntkengine.jobflags import collect, job_of
+from ntkengine.cluster.launch import launched, launcher_rank, ranks
+from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, RankFailed
+from ntkengine.jobflags import collect, job_of, takes_job
 
 app = typer.Typer(
     help="Exact empirical neural tangent kernels of language models, and what they forecast of fine-tuning.",
@@ -62,6 +65,9 @@ def answered(command: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except (InputError, NotImplementedError) as error:
             raise typer.Exit(_say(error, 2)) from error
+        except RankFailed as error:
+            logging.getLogger(__name__).info("on rank %d:\n%s", error.rank, error.traceback)
+            raise typer.Exit(_say(error, 1)) from error
         except (CheckFailed, NonFinite, NotConverged) as error:
             raise typer.Exit(_say(error, 1)) from error
         except BrokenPipeError as error:  # the reader had enough, as in `| head`
@@ -110,23 +116,60 @@ def plan_command(**flags: Any) -> None:
 
 @app.command("gram", help="Compute a Gram matrix and write it to a file: from a job file, flags, or both.")
 @answered
-@functools.wraps(collect)
-def gram_command(**flags: Any) -> None:
+@takes_job
+def gram_command(
+    *,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder: each process of an MPI job logs to its own file.", show_default=False)
+    ] = None,
+    **flags: Any,
+) -> None:
     """Run the job."""
+    began = time.perf_counter()
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    team = launched()
+    with ranks(team, log_dir):
+        _log_to(log_dir, 0 if team is None else team.rank)
+        found = _run(team, flags)
+        if team is not None and not team.root:
+            return
+        _tell(found, flags["as_json"], time.perf_counter() - began)
+
+
+def _run(team: Any, flags: dict[str, Any]) -> Any:
     from ntkengine.jobs import run_gram
-    from ntkengine.report.tables import gram_table
     from ntkengine.report.text import show_progress
 
-    path, given, as_json = collect(**flags)
-    job = job_of(path, given)
-    if job.out is None:
-        raise InputError("--out: is missing; name the HDF5 file to write")
-    with show_progress() as progress:
-        found = run_gram(job, progress)
+    root = team is None or team.root
+    with nullcontext() if team is None else team.together():
+        path, given, _ = collect(**flags)
+        job = job_of(path, given)
+        if job.out is None:
+            raise InputError("--out: is missing; name the HDF5 file to write")
+    with show_progress() if root else nullcontext() as progress:
+        return run_gram(job, progress, team=team)
+
+
+def _tell(found: Any, as_json: bool, seconds: float) -> None:
+    from ntkengine.report.tables import gram_table, ranks_line
+
     if as_json:
         _json(_described(found))
-    else:
-        _print(gram_table(found))
+        return
+    _print(gram_table(found))
+    if found.meta.get("ranks"):
+        print(ranks_line(found, seconds))
+
+
+def _log_to(folder: Path | None, rank: int) -> None:
+    """Log to a file of this rank's own."""
+    if folder is None:
+        return
+    handler = logging.FileHandler(folder / f"rank-{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("ntkengine").addHandler(handler)
+    logging.getLogger("ntkengine").setLevel(logging.INFO)
 
 
 @app.command()
@@ -340,5 +383,6 @@ def _finite(value: Any) -> Any:
 
 
 def _say(error: object, code: int) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    if launcher_rank() in (None, 0):  # one process of a job speaks for all
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code

@@ -21,9 +21,6 @@ import torch
 
 from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
 
-# What launchers tell the processes they start: Hydra and Slurm's PMI, Open MPI, PMIx, MVAPICH.
-_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 _TOLD: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (InputError, NotImplementedError, CheckFailed, NonFinite)
 }
@@ -48,6 +45,7 @@ class Team:
         local: its number among the processes of this host.
         waited: seconds spent in MPI calls that had to wait.
         sent: bytes sent by `send`.
+        agreed: whether an error is being raised on all ranks.
     """
 
     def __init__(self, comm: Any) -> None:
@@ -59,7 +57,7 @@ class Team:
         near = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local = int(near.Get_rank())
         near.Free()
-        self.waited, self.sent = 0.0, 0
+        self.waited, self.sent, self.agreed = 0.0, 0, False
 
     @property
     def root(self) -> bool:
@@ -87,6 +85,7 @@ class Team:
         told = [t for t, _ in found]
         if all(t is None for t in told):
             return [v for _, v in found]
+        self.agreed = True
         if error is not None and len({t and t[:2] for t in told}) == 1:
             raise error
         rank, first = next((r, t) for r, t in enumerate(told) if t is not None)
@@ -145,6 +144,7 @@ class Team:
         for rank, theirs in enumerate(found):
             for name, value in found[0].items():
                 if theirs.get(name) != value:
+                    self.agreed = True
                     msg = f"{name}: rank {rank} has another than rank 0; {advice}"
                     raise kind(msg)
 
@@ -169,10 +169,15 @@ class Team:
                 time.sleep(_NAP_S)
         self.waited += time.perf_counter() - start
 
-    def abort(self, error: BaseException) -> None:
-        """End all ranks: what failed here cannot be told at a place where they meet."""
-        sys.stdout.flush()
-        print(f"error: rank {self.rank} ({self.host}): {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    def abort(self, error: BaseException, speak: Callable[[str], None] | None = None) -> None:
+        """End all ranks: what failed here cannot be told at a place where they meet.
+
+        Args:
+            error: what failed.
+            speak: prints a line; default to standard error.
+        """
+        say = speak or (lambda line: print(line, file=sys.stderr, flush=True))
+        say(f"error: rank {self.rank} ({self.host}): {type(error).__name__}: {error}")
         self._comm.Abort(1)
 
     def broken(self, error: BaseException) -> bool:
@@ -207,36 +212,15 @@ def team_of(comm: Any) -> Team | None:
     return Team(comm) if comm.Get_size() > 1 else None
 
 
-def launched() -> Team | None:
-    """Return the team of the processes that an MPI launcher started; None where this is the only one.
+def world() -> tuple[Any, str]:
+    """Return MPI's communicator of all processes, and the name of the library.
 
     Raises:
-        InputError: a launcher started several, but mpi4py is missing, or has loaded the library of another launcher.
+        ImportError, RuntimeError: no mpi4py, or no library for it.
     """
-    count = max((int(os.environ.get(name, "0") or 0) for name in _SIZES), default=0)
-    if "mpi4py.MPI" not in sys.modules and launcher_rank() is None:
-        return None
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        if count == 1:
-            return None
-        msg = f"started by an MPI launcher, but mpi4py cannot be used ({str(error).splitlines()[0]}); "
-        raise InputError(msg + "pip install 'ntkengine[mpi]'") from error
-    world = MPI.COMM_WORLD
-    if count > world.Get_size():
-        name = MPI.get_vendor()[0]
-        msg = (
-            f"the launcher started {count} processes, but {name}, which mpi4py has loaded, sees {world.Get_size()}: "
-            f"use {name}'s own mpirun, or name the launcher's library in MPI4PY_LIBMPI"
-        )
-        raise InputError(msg)
-    return team_of(world)
+    from mpi4py import MPI
 
-
-def launcher_rank() -> int | None:
-    """Return the rank a launcher gave this process, None without one."""
-    return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdigit()), None)
+    return MPI.COMM_WORLD, str(MPI.get_vendor()[0])
 
 
 def says_device() -> bool:

@@ -134,6 +134,7 @@ def compute_gram(
     start = time.perf_counter()
     team = team_of(comm)
     root = team is None or team.root
+    waited = 0.0 if team is None else team.waited
     wanted: dict[str, Any] = {}
     with together(team):
         refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
@@ -231,7 +232,7 @@ def compute_gram(
         "settings": dict(job or {}),
     }
     if isinstance(sums, Spread):
-        gram.meta["ranks"] = sums.told(seconds)
+        gram.meta["ranks"] = sums.told(seconds, waited)
     with together(team):
         if path is not None and root:
             ids = {"example_id": example_ids, "eval_id": eval_ids}

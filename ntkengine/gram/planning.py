@@ -118,7 +118,11 @@ def share_of(
     share = max(shard.tokens for shard in shards) / plan.tokens
     most = max(shard.size for shard in shards)
     rows = [replace(row, bytes=row.bytes * share) for row in plan.parameters]
-    parcel = max(BUNDLE_BYTES, *(row.bytes for row in rows)) if rows else BUNDLE_BYTES
+    segments: dict[str, float] = {}
+    for row in rows:
+        segments[row.segment] = segments.get(row.segment, 0.0) + row.bytes
+    small = min(float(BUNDLE_BYTES), max(segments.values(), default=0.0))
+    parcel = max([small, 1.0, *(row.bytes for row in rows)])
     room = WINDOW_BYTES if memory_gib is None else memory_gib * GIB / 8
     window = max(1, min(ranks // 2, int(room / (2 * parcel))))
     own = [meetings(shards, r, task.samples, frame, window) for r in range(ranks)]

@@ -50,7 +50,8 @@ class Spread:
         done: by parameter: (strategy, tokens, flops of all ranks, seconds on average).
         pass_seconds: time outside contractions and waiting, on average.
         sent_bytes: that travelled on the ring.
-        waited: seconds of waiting for others, on average.
+        seconds: of the sweep.
+        waited: seconds of waiting for others in it, on average.
     """
 
     team: Team
@@ -62,6 +63,7 @@ class Spread:
     done: dict[str, Work] = field(default_factory=dict)
     pass_seconds: float = 0.0
     sent_bytes: list[int] = field(default_factory=list)
+    seconds: float = 0.0
     waited: float = 0.0
 
     def blocks(self) -> Iterator[Block]:
@@ -69,18 +71,22 @@ class Spread:
         for panels in (self.total, *self.parts.values()):
             yield from panels.blocks()
 
-    def told(self, seconds: float) -> dict[str, Any]:
+    def told(self, seconds: float, waited: float) -> dict[str, Any]:
         """Return how the ranks shared the work, as plain JSON types.
 
         Args:
             seconds: of the whole job.
+            waited: what a rank had waited before it.
         """
+        mean = sum(self.team.exchange(self.team.waited - waited)) / self.team.size
         return {
             "count": self.team.size,
             "rank_seconds": seconds * self.team.size,
             "sent_bytes": self.sent_bytes,
-            "waited_seconds": self.waited,
-            "communication_share": self.waited / seconds,
+            "sweep_seconds": self.seconds,
+            "sweep_waited_seconds": self.waited,
+            "waited_seconds": mean,
+            "communication_share": mean / seconds,
         }
 
     def pick(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -373,6 +379,7 @@ class Spreading:
         sums.done = {name: _together([t[1][name] for t in told if name in t[1]], team.size) for name in names}
         sums.traces = {n: sum(t[0].get(n, 0.0) for t in told) for n in names} if self.frame.square else {}
         sums.pass_seconds, sums.waited = (sum(t[k] for t in told) / team.size for k in (2, 4))
+        sums.seconds = seconds
         sums.sent_bytes = [t[3] for t in told]
         return sums
 
