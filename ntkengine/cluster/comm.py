@@ -109,6 +109,7 @@ class Team:
 
     def exchange(self, value: Any) -> list[Any]:
         """Return every rank's value, plain Python."""
+        self._gather_round()
         start = time.perf_counter()
         found = self._comm.allgather(value)
         self.waited += time.perf_counter() - start
@@ -116,6 +117,7 @@ class Team:
 
     def broadcast(self, value: Any = None) -> Any:
         """Return rank 0's value, plain Python."""
+        self._gather_round()
         start = time.perf_counter()
         found = self._comm.bcast(value)
         self.waited += time.perf_counter() - start
@@ -123,6 +125,7 @@ class Team:
 
     def total(self, array: np.ndarray) -> np.ndarray:
         """Return the sum over ranks, on every rank."""
+        self._gather_round()
         start = time.perf_counter()
         given, found = np.ascontiguousarray(array), np.empty_like(array, order="C")
         self._comm.Allreduce(given, found)
@@ -188,6 +191,11 @@ class Team:
         """Wait for all ranks and shut MPI down: an exit code other than 0 then ends no rank before it has spoken."""
         self._comm.Barrier()
         self._mpi.Finalize()
+
+    def _gather_round(self) -> None:
+        """Wait for all ranks without holding a core, which a collective call would."""
+        request = self._comm.Ibarrier()
+        self.wait(request.Test)
 
     def _spec(self, buffer: torch.Tensor) -> list[Any]:
         return [buffer.numpy() if buffer.device.type == "cpu" else buffer, self._mpi.BYTE]

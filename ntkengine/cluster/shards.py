@@ -16,8 +16,8 @@ import numpy as np
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import Samples
 
-_STRIPES = 4  # of each rank and group; more would cut a Gram into more blocks
-_HALF = {1: (0,), 2: (0, 1), 4: (0, 1, 1, 0)}  # short and long stripes in both halves
+_STRIPES = (8, 4, 2, 1)  # of each rank and group, as samples allow; more would cut a Gram into more blocks
+_HALF = (0, 1, 1, 0)  # of stripes in turn: short and long ones in both halves
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def deal(samples: Samples, ranks: int) -> list[Shard]:
     load = np.zeros(ranks, dtype=np.int64)
     dealt: list[list[Stripe]] = [[] for _ in range(ranks)]
     for group, n in enumerate(samples.sizes):
-        each = next((s for s in (_STRIPES, 2, 1) if n >= s * ranks), 1)
+        each = next((s for s in _STRIPES if n >= s * ranks), 1)
         first = samples.span(group)[0]
         widths = samples.widths(group)[samples.order[group]]
         parts = np.array_split(np.arange(n), min(n, each * ranks))
@@ -130,7 +130,7 @@ def deal(samples: Samples, ranks: int) -> list[Shard]:
         for rank, hand in enumerate(hands):
             for i, k in enumerate(sorted(hand)):
                 start, stop = first + int(parts[k][0]), first + int(parts[k][-1]) + 1
-                dealt[rank].append(Stripe(group, start, stop, _HALF[each][i]))
+                dealt[rank].append(Stripe(group, start, stop, _HALF[i % len(_HALF)]))
     return [Shard(rank, tuple(dealt[rank]), int(load[rank])) for rank in range(ranks)]
 
 
