@@ -10,16 +10,19 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ntkengine.cluster.launch import launched, ranks
 from ntkengine.console import answered, print_json, say, show
 from ntkengine.errors import InputError
 from ntkengine.filecommands import GramFile, Json, described, info, merge, verify
-from ntkengine.jobflags import collect, job_of
+from ntkengine.jobflags import collect, job_of, takes_job
 
 app = typer.Typer(
     help="Exact empirical neural tangent kernels of language models, and what they forecast of fine-tuning.",
@@ -81,23 +84,60 @@ def plan_command(**flags: Any) -> None:
 
 @app.command("gram", help="Compute a Gram matrix and write it to a file: from a job file, flags, or both.")
 @answered
-@functools.wraps(collect)
-def gram_command(**flags: Any) -> None:
+@takes_job
+def gram_command(
+    *,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Folder: each process of an MPI job logs to its own file.", show_default=False)
+    ] = None,
+    **flags: Any,
+) -> None:
     """Run the job."""
+    began = time.perf_counter()
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    team = launched()
+    with ranks(team, log_dir):
+        _log_to(log_dir, 0 if team is None else team.rank)
+        found = _run(team, flags)
+        if team is not None and not team.root:
+            return
+        _tell(found, flags["as_json"], time.perf_counter() - began)
+
+
+def _run(team: Any, flags: dict[str, Any]) -> Any:
     from ntkengine.jobs import run_gram
-    from ntkengine.report.tables import gram_table
     from ntkengine.report.text import show_progress
 
-    path, given, as_json = collect(**flags)
-    job = job_of(path, given)
-    if job.out is None:
-        raise InputError("--out: is missing; name the HDF5 file to write")
-    with show_progress() as progress:
-        found = run_gram(job, progress)
+    root = team is None or team.root
+    with nullcontext() if team is None else team.together():
+        path, given, _ = collect(**flags)
+        job = job_of(path, given)
+        if job.out is None:
+            raise InputError("--out: is missing; name the HDF5 file to write")
+    with show_progress() if root else nullcontext() as progress:
+        return run_gram(job, progress, team=team)
+
+
+def _tell(found: Any, as_json: bool, seconds: float) -> None:
+    from ntkengine.report.tables import gram_table, ranks_line
+
     if as_json:
         print_json(described(found))
-    else:
-        show(gram_table(found))
+        return
+    show(gram_table(found))
+    if found.meta.get("ranks"):
+        print(ranks_line(found, seconds))
+
+
+def _log_to(folder: Path | None, rank: int) -> None:
+    """Log to a file of this rank's own."""
+    if folder is None:
+        return
+    handler = logging.FileHandler(folder / f"rank-{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("ntkengine").addHandler(handler)
+    logging.getLogger("ntkengine").setLevel(logging.INFO)
 
 
 for command in (info, verify, merge):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 
 import typer
 
-from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, Stopped
+from ntkengine.cluster.launch import launcher_rank
+from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, RankFailed, Stopped
 
 
 def answered(command: Callable[..., None]) -> Callable[..., None]:
@@ -24,6 +26,9 @@ def answered(command: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except (InputError, NotImplementedError) as error:
             raise typer.Exit(say(error, 2)) from error
+        except RankFailed as error:
+            logging.getLogger(__name__).info("on rank %d:\n%s", error.rank, error.traceback)
+            raise typer.Exit(say(error, 1)) from error
         except (CheckFailed, NonFinite, NotConverged) as error:
             raise typer.Exit(say(error, 1)) from error
         except BrokenPipeError as error:  # the reader had enough, as in `| head`
@@ -65,6 +70,7 @@ def _finite(value: Any) -> Any:
 
 
 def say(error: object, code: int) -> int:
-    """Print one line on standard error and return the exit code."""
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    """Print one line on standard error, one process of a job for all, and return the exit code."""
+    if launcher_rank() in (None, 0):
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code

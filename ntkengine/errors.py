@@ -46,3 +46,17 @@ class Stopped(BaseException):  # noqa: N818
     def __init__(self, signal: int, message: str = "") -> None:
         super().__init__(message or f"stopped by signal {signal}")
         self.signal = signal
+
+
+class RankFailed(RuntimeError):  # noqa: N818
+    """Another process of the job failed: the message names its rank, its host and the reason.
+
+    Attributes:
+        rank: of the process.
+        traceback: its stack, as text.
+    """
+
+    def __init__(self, message: str, rank: int = 0, stack: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.traceback = stack

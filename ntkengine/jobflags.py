@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +121,22 @@ def collect(
         },
     }
     return job, flags, as_json
+
+
+def takes_job(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `collect`'s flags besides its own keyword-only ones; it gets them as keywords."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    shared = inspect.signature(collect, eval_str=True).parameters.values()
+    every = [*shared, *(p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own if p.kind is p.KEYWORD_ONLY)]
+
+    @functools.wraps(command)
+    def run(**flags: Any) -> None:
+        command(**flags)
+
+    del run.__wrapped__
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in every}
+    return run
 
 
 def job_of(path: Path | None, flags: dict[str, Any]) -> Job:

@@ -13,6 +13,7 @@ from ntkengine.errors import InputError
 from ntkengine.jobfile import Job
 
 if TYPE_CHECKING:
+    from ntkengine.cluster.comm import Team
     from ntkengine.forecast import CrossFit, Forecast
     from ntkengine.gram.plan import Plan
     from ntkengine.gram.result import Gram
@@ -25,7 +26,9 @@ Pair = tuple["Examples", "Examples | None"]
 _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 
 
-def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | None = None) -> Gram:
+def run_gram(
+    job: Job, progress: Progress | None = None, *, examples: Pair | None = None, team: Team | None = None
+) -> Gram:
     """Run a job: model, data, token ids, head, Gram, file.
 
     Whatever can be refused is refused before the first long computation, and a failed job leaves no file.
@@ -34,6 +37,7 @@ def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | Non
         job: the job.
         progress: called with (flops done, flops in all, stage); loading has a total of 1.
         examples: (train, eval or None) to use instead of the job's files, which then only name them.
+        team: the processes that share the job; each makes this call, and loads the model on its own GPU.
 
     Returns:
         The Gram, backed by its file when the job has an `out`.
@@ -41,13 +45,19 @@ def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | Non
     Raises:
         InputError, NotImplementedError, CheckFailed, NonFinite: as `compute_gram`, `load_model`, `read_examples`.
     """
+    from ntkengine.cluster.comm import together
     from ntkengine.gram.engine import compute_gram
 
     tell = progress or _quiet
-    _check_early(job)
-    prepared = _Prepared(job, tell, examples)
-    call = prepared.arguments()
-    fit = prepared.fit_head(tell)
+    with together(team):
+        _check_early(job)
+        prepared = _Prepared(job, tell, examples, team)
+        call = prepared.arguments()
+        fit = prepared.fit_head(tell) if team is None or team.root else None
+    if team is not None:
+        fit = team.broadcast(fit)
+        if fit is not None and not team.root:
+            fit.write(prepared.model, -1)
     head = job.settings()["head"] | {"fitted": fit is not None}
     part = job.gram
     return compute_gram(
@@ -65,7 +75,8 @@ def run_gram(job: Job, progress: Progress | None = None, *, examples: Pair | Non
         example_ids=prepared.train.ids,
         eval_ids=None if prepared.eval is None else prepared.eval.ids,
         job=job.settings() | {"head": head, "classes": list(prepared.train.label_names)},
-        extras=None if fit is None else lambda: prepared.cross_fit(fit, progress),
+        extras=None if fit is None else lambda: prepared.cross_fit(fit, progress, team),
+        comm=team,
     )
 
 
@@ -81,7 +92,7 @@ def run_plan(job: Job, progress: Progress | None = None) -> Plan:
 class _Prepared:
     """A job's model and data, loaded and checked against each other."""
 
-    def __init__(self, job: Job, tell: Progress, examples: Pair | None) -> None:
+    def __init__(self, job: Job, tell: Progress, examples: Pair | None, team: Team | None = None) -> None:
         from ntkengine.inputs.examples import tokenize
         from ntkengine.inputs.models import load_model
         from ntkengine.inputs.parameters import select_parameters
@@ -105,7 +116,7 @@ class _Prepared:
             num_labels=self.num_labels,
             peft=part.peft,
             dtype=part.dtype,
-            device=part.device,
+            device=str(team.device) if team is not None and part.device in ("auto", "cuda") else part.device,
             trust_remote_code=part.trust_remote_code,
             allow_pickle=part.allow_pickle,
             seed=part.seed,
@@ -159,10 +170,15 @@ class _Prepared:
         part = self.job.head
         return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
 
-    def cross_fit(self, fit: HeadFit, progress: Progress | None) -> dict[str, np.ndarray]:
+    def cross_fit(self, fit: HeadFit, progress: Progress | None, team: Team | None = None) -> dict[str, np.ndarray]:
         """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold.
 
         With an `out` each of them is a file among its parts until all are done.
+
+        Args:
+            fit: of the head.
+            progress: as `run_gram`.
+            team: likewise; only rank 0 has the arrays.
         """
         from ntkengine.gram.engine import compute_gram
         from ntkengine.store import parts_of
@@ -185,11 +201,15 @@ class _Prepared:
                     progress=stage,
                     out=None if out is None else parts_of(out) / f"held-out-{k}.h5",
                     checkpoint_s=part.checkpoint_s,
+                    comm=team,
                 )
-                grams.append(np.asarray(found))
-                outputs.append(found.outputs)
+                if team is None or team.root:
+                    grams.append(np.asarray(found))
+                    outputs.append(found.outputs)
         finally:
             fit.write(self.model, -1)
+        if not grams:
+            return {}
         return {"fold": fit.fold, "fold_grams": np.stack(grams), "fold_outputs": np.stack(outputs)}
 
 
@@ -303,7 +323,7 @@ def _check_early(job: Job) -> None:
     from ntkengine.store import read_job as stored_job
 
     part = job.gram
-    refuse(part.transform, part.precision, part.backend, None, part.contraction, None, None, part.sketch, part.check)
+    refuse(part.transform, part.precision, part.backend, part.contraction, None, None, part.sketch, part.check)
     resolve_readout(part.readout, part.contraction)
     if job.out is None:
         return

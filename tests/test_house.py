@@ -16,14 +16,15 @@ ALLOWED = {
     "products": set(),
     "inputs": {"errors", "products"},
     "tangents": {"errors", "inputs"},
-    "gram": {"errors", "products", "inputs", "tangents", "store"},
+    "cluster": {"errors", "inputs", "tangents"},
+    "gram": {"errors", "products", "inputs", "tangents", "cluster", "store"},
     "store": {"errors", "gram"},
     "spectrum": {"errors"},
     "ridge": {"errors", "spectrum"},
     "forecast": {"errors", "spectrum", "ridge", "report"},
     "report": {"errors"},
 }
-ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": set(), "ntk_kernels": {"gram"}, "triton": set()}
+ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": {"cluster"}, "ntk_kernels": {"gram"}, "triton": set()}
 
 
 def modules():

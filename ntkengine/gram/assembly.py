@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,41 +11,63 @@ import numpy as np
 import torch
 import transformers
 
+from ntkengine.cluster.comm import Team
 from ntkengine.gram.plan import Plan
-from ntkengine.gram.result import Gram
+from ntkengine.gram.result import Elsewhere, Gram
 from ntkengine.gram.run import Sums
-from ntkengine.gram.tiles import Frame, unsorted
+from ntkengine.gram.spread import Spread
+from ntkengine.gram.tiles import unsorted
 from ntkengine.inputs.batches import Samples
 
 
-def assemble(sums: Sums, samples: Samples, frame: Frame, plan: Plan, *, two: bool) -> Gram:
+def assemble(sums: Sums | Spread, samples: Samples, plan: Plan, *, two: bool) -> Gram:
     """Return the Gram of finished sums, its rows and columns in the order of the examples.
 
     Args:
-        sums: finished.
+        sums: finished; over ranks every rank makes this call, and rank 0 gets the entries.
         samples: of the job.
-        frame: of the job.
         plan: kept with it.
         two: rows and columns are different inputs.
     """
+    frame = sums.frame
     rows = samples.sizes[0] * frame.width
 
-    def order(matrix: np.ndarray, group: int, columns: int) -> np.ndarray:
-        found = unsorted(matrix, samples, group, columns, frame.width)
+    def order(K: np.ndarray | None, group: int, columns: int) -> Any:
+        if K is None:
+            shape = tuple(samples.sizes[g] * frame.width for g in (group, columns))
+            return Elsewhere((frame.layers, *shape) if frame.contraction == "per-output" else shape)
+        found = unsorted(K[:, :rows] if group == 0 else K[:, rows:], samples, group, columns, frame.width)
         return found if frame.contraction == "per-output" else found[0]
 
-    K = sums.total.K.cpu().numpy()
+    K = sums.whole()
     outputs = [sums.outputs[slice(*samples.span(g))][samples.unsort(g)] for g in range(len(samples.sizes))]
-    values = order(K[:, :rows], 0, 1 if two else 0)
+    values = order(K, 0, 1 if two else 0)
     gram = Gram(values, outputs[0], frame.contraction, frame.transform, float("nan"), plan=plan)
-    gram.modules = {
-        name: order(part.K.cpu().numpy()[:, :rows], 0, 1 if two else 0) for name, part in sums.parts.items()
-    }
+    gram.modules = {name: order(sums.whole(name), 0, 1 if two else 0) for name in sums.parts}
     if two:
         gram.eval_outputs = outputs[1]
     elif len(samples.sizes) > 1:
-        gram.cross, gram.eval_outputs = order(K[:, rows:], 1, 0), outputs[1]
+        gram.cross, gram.eval_outputs = order(K, 1, 0), outputs[1]
     return gram
+
+
+def shared(team: Team | None, gram: Gram | None) -> Gram:
+    """Return rank 0's Gram; on the other ranks the same without the entries that rank 0 has.
+
+    Args:
+        team: the ranks; None: this process alone, which has it.
+        gram: on rank 0 the finished one.
+    """
+    if team is None:
+        assert gram is not None
+        return gram
+    told = None
+    if gram is not None and team.root:
+        far = {name: Elsewhere(matrix.shape) for name, matrix in gram.modules.items()}
+        cross = None if gram.cross is None else Elsewhere(gram.cross.shape)
+        told = replace(gram, values=Elsewhere(gram.shape), cross=cross, modules=far, extras={})
+    found: Gram = team.broadcast(told)
+    return gram if gram is not None and team.root else found
 
 
 def as_float(array: Any) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
@@ -182,7 +183,7 @@ class Check:
             variance += sketches[name].variance * size[:, :, None] * size[:, None, :]
         self.slack += DEVIATIONS * variance.sqrt()
 
-    def entries(self, sums: Sums, samples: Samples, dtype: torch.dtype) -> None:
+    def entries(self, sums: Sums | Spread, samples: Samples, dtype: torch.dtype) -> None:
         """Compare the finished Gram's entries between drawn samples with plain autograd.
 
         Args:
@@ -200,13 +201,13 @@ class Check:
         rows = [i for i, p in enumerate(places) if frame.rows[0] <= p < frame.rows[1]]
         columns = [i for i, p in enumerate(places) if frame.columns[0] <= p < frame.columns[1]]
 
-        def index(which: Sequence[int], start: int) -> Tensor:
-            return torch.tensor([(places[i] - start) * w + k for i in which for k in range(w)], device=self.device)
+        def index(which: Sequence[int]) -> np.ndarray:
+            return np.array([places[i] * w + k for i in which for k in range(w)], dtype=np.int64)
 
         def local(which: Sequence[int]) -> Tensor:
             return torch.tensor([i * w + k for i in which for k in range(w)], device=self.device)
 
-        got = sums.total.K[:, index(rows, frame.rows[0])][:, :, index(columns, frame.columns[0])]
+        got = torch.from_numpy(sums.pick(index(rows), index(columns))).to(self.device)
         truth, slack = (x[:, local(rows)][:, :, local(columns)] for x in (self.total, self.slack))
         left, right = (x.diagonal(dim1=1, dim2=2).sqrt() for x in (self.left, self.right))
         got = truth + (got - truth).sign() * ((got - truth).abs() - slack).clamp_min(0)  # NaN stays NaN

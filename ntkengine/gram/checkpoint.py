@@ -51,6 +51,7 @@ class Checkpoints:
         folder: of the parts.
         resumed: contractions that were found done, over all tiles.
         stop: whether this process was asked to stop.
+        repairs: whether what there is to do is to fill the open tiles of a file.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Checkpoints:
         self.folder, self.resume, self.every_s = store.Folder(out), resume, every_s
         self.job = json.loads(json.dumps(dict(job)))
         self.resumed = 0
-        self.stop = Stop()
+        self.stop, self.repairs = Stop(), False
         self._start = self._last = self._told = time.monotonic()
         self._began, self._before_s, self._cost_s = time.time(), 0.0, 0.0
         self._generation = 0
@@ -87,7 +88,8 @@ class Checkpoints:
         with ExitStack() as opening:
             if self.rank == 0:
                 opening.enter_context(self.folder)
-            if self.folder.damaged.is_file() and not self.resume:
+            self.repairs = self.folder.damaged.is_file()
+            if self.repairs and not self.resume:
                 self._compare({})
             for there in store.saved_states(self.folder.out):
                 self._compare(there["job"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine import store
+from ntkengine.cluster.comm import Team, team_of, together
 from ntkengine.errors import CheckFailed, InputError, NonFinite
-from ntkengine.gram.assembly import as_float, assemble, surroundings
+from ntkengine.gram.assembly import as_float, assemble, shared, surroundings
 from ntkengine.gram.check import Check
 from ntkengine.gram.checkpoint import CHECKPOINT_S, Checkpoints, check_seconds
 from ntkengine.gram.identity import existing, identity, writable
@@ -26,9 +27,11 @@ from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
 from ntkengine.gram.repairing import fill_open_tiles
 from ntkengine.gram.result import Gram
-from ntkengine.gram.run import Sums
+from ntkengine.gram.run import Sums, by_module
 from ntkengine.gram.sketching import described
+from ntkengine.gram.spread import Spread, sum_spread
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
+from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.tiling import sum_tiled
 from ntkengine.gram.transforms import SIGNS, Preconditioner
@@ -97,12 +100,15 @@ def compute_gram(
             get smaller, hidden states wait on the host or in a file, a block is run again for parts of its
             parameters, and samples are swept in tiles.
         out: HDF5 file to write; it appears only when complete. Until then the work is kept in `.<name>.parts` beside
-            it, and the same call goes on from there after any kind of end.
+            it, and the same call goes on from there after any kind of end, over any number of ranks.
         resume: a complete file of the same job is returned as it is, an unfinished one is gone on with. False refuses
             both: nothing is ever overwritten or thrown away.
-        checkpoint_s: seconds between checkpoints of the sums, with `out`; 0: one after every parameter. They are
-            further apart where they would take more than 2 % of the run.
-        comm: None.
+        checkpoint_s: seconds between checkpoints of the sums, with `out`; 0: one after every parameter (over ranks,
+            after every block). They are further apart where they would take more than 2 % of the run.
+        comm: an mpi4py communicator whose processes share the job: each calls this with the same arguments, sweeps its
+            own samples (`cluster.shards`) and keeps its own part of the Gram until rank 0 gathers it. `memory_gib` is
+            that of each process. On the other ranks `values`, `cross` and `modules` are shapes without entries
+            (`result.Elsewhere`). Rank 0 writes `out`.
         check: compare with plain autograd before and after the sweep, and estimate the noise by recomputing in float64.
         progress: called with (flops done, flops in all, stage).
         eval_inputs: further inputs swept along: adds `cross` (eval × train) and `eval_outputs`.
@@ -129,54 +135,68 @@ def compute_gram(
         NonFinite: a gradient is not finite.
         Stopped: SIGTERM, or SIGINT, reached a call with `out`: what was summed is in a checkpoint.
         OSError: the disk refused the file; the checkpoints are still there.
+        RankFailed: something else failed on another process. What fails on one is raised on all.
     Cost: see `plan_gram`.
     Source: the kernel, Jacot et al. 2018 (arXiv 1806.07572); factored gradients, Goodfellow 2015 (arXiv 1510.01799).
     """
     start = time.perf_counter()
-    refuse(transform, precision, backend, comm, contraction, inputs2, eval_inputs, sketch, check)
-    task = Task.prepare(
-        model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
-    )
-    check_rows("targets", targets, task.samples.sizes[0])
-    check_rows("example_ids", example_ids, task.samples.sizes[0])
-    check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
-    check_rows("eval_ids", eval_ids, task.samples.sizes[-1] if eval_inputs is not None else None)
-    check_seconds(checkpoint_s)
+    team = team_of(comm)
+    root = team is None or team.root
+    wanted: dict[str, Any] = {}
+    with together(team):
+        refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
+        task = Task.prepare(
+            model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
+        )
+        check_rows("targets", targets, task.samples.sizes[0])
+        check_rows("example_ids", example_ids, task.samples.sizes[0])
+        check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
+        check_rows("eval_ids", eval_ids, task.samples.sizes[-1] if eval_inputs is not None else None)
+        check_seconds(checkpoint_s)
+        path = None if out is None else writable(Path(out)) if root else Path(out)
+        if path is not None or team is not None:
+            settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
+            settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
+            arrays = {"targets": targets, "eval_targets": eval_targets}
+            arrays |= {f"d of {name}": d.double().cpu().numpy() for name, d in (task.roots or {}).items()}
+            arrays |= {} if extras is None or callable(extras) else extras
+            wanted = identity(model, task, settings, arrays, job)
+    if team is not None:
+        team.same(wanted | {"memory_gib": memory_gib, "out": str(out)}, "every rank must be given the same")
 
     def computed(checkpoints: Checkpoints | None) -> Gram:
         report = progress if checkpoints is None else checkpoints.watched(progress)
-        gram = _computed(task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints)
+        gram = _computed(task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints, team, start)
         gram.targets, gram.eval_targets = as_float(targets), as_float(eval_targets)
         gram.extras = dict((extras() if callable(extras) else extras) or {})
         gram.meta["settings"] = dict(job or {})
         gram.meta["seconds"] = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
         return gram
 
-    if out is None:
-        return computed(None)
-    path = writable(Path(out))
-    settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
-    settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
-    arrays = {"targets": targets, "eval_targets": eval_targets}
-    arrays |= {f"d of {name}": root.double().cpu().numpy() for name, root in (task.roots or {}).items()}
-    arrays |= {} if extras is None or callable(extras) else extras
-    wanted = identity(model, task, settings, arrays, job)
-    if path.exists():
-        found = existing(path, wanted, resume)
-        store.tidy(path)
-        return found
+    if path is None:
+        return shared(team, computed(None))
+    if path.exists() if team is None else team.broadcast(path.exists()):
+        with together(team):
+            there = existing(path, wanted, resume) if root else None
+            if root:
+                store.tidy(path)
+        return shared(team, there)
     ids = {"example_id": example_ids, "eval_id": eval_ids}
     names = {k: list(v) for k, v in ids.items() if v is not None}
-    with Checkpoints(path, wanted, resume=resume, every_s=checkpoint_s) as checkpoints:
-        if checkpoints.folder.damaged.is_file():
+    with checkpointing(path, wanted, team, resume=resume, every_s=checkpoint_s) as checkpoints:
+        if checkpoints.repairs:
             again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
             again |= {"transform": transform, "per_module": per_module, "precision": precision, "backend": backend}
             compute = partial(compute_gram, model, **again, memory_gib=memory_gib, check=check, progress=progress)
-            fill_open_tiles(checkpoints, inputs, inputs2, eval_inputs, compute)
-            return store.open_gram(path)
-        gram = computed(checkpoints)
-        checkpoints.write(lambda name: store.write_gram(path, gram, wanted, names, name))
-    return store.open_gram(path)
+            with together(team):
+                if root:
+                    fill_open_tiles(checkpoints, inputs, inputs2, eval_inputs, compute)
+        else:
+            gram = computed(checkpoints)
+            with together(team):
+                if root:
+                    checkpoints.write(lambda name: store.write_gram(path, gram, wanted, names, name))
+    return shared(team, store.open_gram(path) if root else None)
 
 
 def _computed(
@@ -189,37 +209,54 @@ def _computed(
     sketch: int | None,
     progress: Progress | None,
     checkpoints: Checkpoints | None,
+    team: Team | None,
+    start: float,
 ) -> Gram:
-    """Return the Gram of a task, swept, checked, and with its noise."""
+    """Return the Gram of a task, swept, checked, and with its noise; on ranks other than 0 without its entries."""
+    root = team is None or team.root
+    waited = 0.0 if team is None else team.waited
     tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure, plan, layout, samples, sketches = planned(task, precision, per_module, memory_gib, seed, sketch)
+        structure, plan, layout, samples, sketches = planned(
+            task, precision, per_module, memory_gib, seed, sketch, team
+        )
         frame = task.frame(structure.outputs)
-        double = _double(task, running, lazy=memory_gib is not None) if check or task.transform in SIGNS else None
-        if task.transform in SIGNS and double is not None:
-            structure.negligible = _negligible(task, structure, double, seed)
-        truth = None
-        if check:
-            truth = Check(task, samples, frame, structure, seed, layout.gradients)
-            truth.sweep()
+        truth = double = None
+        with together(team):
+            if check and root or task.transform in SIGNS:
+                double = _double(task, running, lazy=memory_gib is not None)
+            if task.transform in SIGNS and double is not None:
+                structure.negligible = _negligible(task, structure, double, seed)
+            if check and root:
+                truth = Check(task, samples, frame, structure, seed, layout.gradients)
+                truth.sweep()
+        if team is not None:
+            team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
         # The layout does not count kept activations, so a bounded job recomputes them.
         keep_bytes = KEEP_BYTES if memory_gib is None else 0
         swept = task.fast(running) if precision == "fast" else task
         on = structure.on(swept.model)
-        sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches, checkpoints)
-        if truth is not None:
-            truth.allow(sketches)
-            truth.entries(sums, samples, swept.dtype)
-        noise = None
-        if check and double is not None:
-            noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
+        sums = _sweep(
+            swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches, checkpoints, team
+        )
+        noise, of_sketch = None, None
+        with together(team), sums.asking() if root else nullcontext():
+            if not root:
+                sums.serve()
+            if truth is not None:
+                truth.allow(sketches)
+                truth.entries(sums, samples, swept.dtype)
+            if truth is not None and double is not None:
+                noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
+            if sketch is not None and noise is not None:
+                of_sketch = described(sketch, sketches, seed, sums, noise.relative)
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     contracting = sum(row.seconds or 0.0 for row in plan.parameters)
     plan.rate = sum(row.flops for row in plan.parameters) / max(1e-9, contracting)
     plan.pass_seconds = sums.pass_seconds
-    gram = assemble(sums, samples, frame, plan, two=task.two)
+    gram = assemble(sums, samples, plan, two=task.two)
     gram.noise = float("nan") if noise is None else noise.norm
     gram.meta = {
         "precision": precision,
@@ -228,11 +265,11 @@ def _computed(
         "parameters": sum(p.numel() for p in task.selected.values()),
         "unused_parameters": structure.unused,
         "negligible_parameters": structure.negligible,
-        "module_trace": sums.module_traces,
+        "module_trace": by_module(sums.traces),
         "noise_relative": None if noise is None else noise.relative,
         "outputs_error": None if noise is None else noise.outputs,
         "checked": check,
-        "sketch": None if sketch is None or noise is None else described(sketch, sketches, seed, sums, noise.relative),
+        "sketch": of_sketch,
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,
         "resumed": 0 if checkpoints is None else checkpoints.resumed,
@@ -240,6 +277,8 @@ def _computed(
         "contract_seconds": sum(row.seconds or 0.0 for row in plan.parameters),
         **surroundings(task.device),
     }
+    if isinstance(sums, Spread):
+        gram.meta["ranks"] = sums.told(time.perf_counter() - start, waited)
     return gram
 
 
@@ -268,7 +307,7 @@ def plan_gram(
     Raises:
         InputError, NotImplementedError: as `compute_gram`.
     """
-    refuse(transform, precision, backend, None, contraction, inputs2, eval_inputs, sketch)
+    refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch)
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
@@ -291,9 +330,12 @@ def _sweep(
     keep_bytes: int,
     sketches: Mapping[str, Sketch],
     checkpoints: Checkpoints | None,
-) -> Sums:
+    team: Team | None,
+) -> Sums | Spread:
     done = 0.0
-    total = max(plan.flops, 1.0)
+    total = max(plan.flops / plan.ranks, 1.0)
+    if team is not None and not team.root:
+        progress = None
 
     def tick(flops: float, stage: str) -> None:
         nonlocal done
@@ -301,6 +343,27 @@ def _sweep(
         if progress is not None:
             progress(min(done, total), total, stage)
 
+    options: dict[str, Any] = {"group": module_of if per_module else None, "tick": tick}
+    options |= {"roots": task.roots, "kernels": task.kernels}
+    sizes = {row.parameter: row.bytes for row in plan.parameters}
+    pass_flops = plan.pass_flops + plan.projection_flops
+    if team is not None:
+        return sum_spread(
+            team,
+            task.model,
+            task.selected,
+            structure,
+            samples,
+            task.readout,
+            frame,
+            layout,
+            factor_bytes=sizes,
+            pass_flops=pass_flops,
+            keep_bytes=keep_bytes,
+            sketches=sketches,
+            checkpoints=checkpoints,
+            **options,
+        )
     sums = sum_tiled(
         task.model,
         task.selected,
@@ -309,15 +372,12 @@ def _sweep(
         task.readout,
         frame,
         layout,
-        group=module_of if per_module else None,
-        factor_bytes={row.parameter: row.bytes for row in plan.parameters},
-        tick=tick,
-        pass_flops=plan.pass_flops + plan.projection_flops,
+        factor_bytes=sizes,
+        pass_flops=pass_flops,
         keep_bytes=keep_bytes,
-        roots=task.roots,
-        kernels=task.kernels,
         sketches=sketches,
         checkpoints=checkpoints,
+        **options,
     )
     if per_module:
         for part in sums.parts.values():
@@ -352,7 +412,7 @@ def _noise(
     structure: Structure,
     samples: Samples,
     frame: Frame,
-    sums: Sums,
+    sums: Sums | Spread,
     seed: int,
     model: nn.Module,
     precision: str,

@@ -114,12 +114,8 @@ class SweepKeeper(Keeper):
             store.overlay(pieces, (r0 * w, r1 * w), (c0 * w, c1 * w), values)
             if target.K.is_cuda:
                 target.K.copy_(torch.from_numpy(values))
-        first = found[0].state
-        sums.done = {name: tuple(row) for name, row in first["done"].items()}
-        sums.pass_seconds = first["pass_seconds"]
-        for saved in found:
-            for name, value in saved.state["traces"].items():
-                sums.traces[name] = sums.traces.get(name, 0.0) + value
+        sums.done, sums.traces = work_of(found)
+        sums.pass_seconds = sum(saved.state["pass_seconds"] for saved in found) / len(found)
         self.owner.resumed += len(sums.done)
 
     def _stop(self, sums: Sums) -> None:
@@ -165,6 +161,19 @@ class TileKeeper(SweepKeeper):
         owner = self.owner
         name = f"rank-{owner.rank:04d}-of-{owner.ranks:04d}.tile-" + "-".join(map(str, self.region))
         return owner.folder.path / name
+
+
+def work_of(found: list[store.Saved]) -> tuple[dict[str, tuple[str, int, float, float]], dict[str, float]]:
+    """Return a checkpoint's contractions by parameter, (strategy, tokens, flops, seconds), and traces, of all ranks."""
+    done: dict[str, tuple[str, int, float, float]] = {}
+    traces: dict[str, float] = {}
+    for saved in found:
+        for name, (strategy, tokens, flops, seconds) in saved.state["done"].items():
+            before = done.get(name, (strategy, 0, 0.0, 0.0))
+            done[name] = before[0], max(tokens, before[1]), flops + before[2], seconds + before[3]
+        for name, value in saved.state["traces"].items():
+            traces[name] = traces.get(name, 0.0) + value
+    return done, traces
 
 
 def _pieces(name: str, sum_: Accumulator, region: Region, *, symmetric: bool) -> Iterator[store.Part]:

@@ -5,6 +5,7 @@ Shape suffixes: S samples, C outputs, T tokens, R and I rows and columns of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,25 +28,34 @@ FEATURE_BYTES = 256 << 20
 BLOCK = 128  # of rows and columns that a tile has at least: what a program makes
 
 
-def contract(factors: ParameterFactors, strategy: str, total: Accumulator, root: Tensor | None) -> bool:
-    """Add one parameter's inner products to the Gram; return False, and do nothing, where no kernel does that.
+def contract(
+    factors: ParameterFactors,
+    strategy: str,
+    totals: Sequence[Accumulator],
+    root: Tensor | None,
+    poll: Callable[[], None],
+) -> bool:
+    """Add one parameter's inner products to Grams; return False, and do nothing, where no kernel does that.
 
     Args:
         factors: all samples' gradient of the parameter.
         strategy: from `strategies.choose`.
-        total: where to add.
+        totals: where to add: Grams of the same samples, outputs and inner product.
         root: (R, I), what gradients are multiplied by first, or None.
+        poll: called now and then.
     """
     if strategy == "lookup":
-        _lookup(factors, total, root)
+        _lookup(factors, totals, root)
         return True
     if factors.kind != "outer" or root is not None or strategy not in ("ghost", "materialise"):
         return False
     packed = pack(_chunks(factors))
     if strategy == "ghost":
-        _ghost(packed, total)
+        for total in totals:
+            _ghost(packed, total)
+            poll()
     else:
-        _materialise(packed, factors.shape, total)
+        _materialise(packed, factors.shape, totals, poll)
     return True
 
 
@@ -78,8 +88,10 @@ def _ghost(packed: Factors, total: Accumulator) -> None:
         )
 
 
-def _materialise(packed: Factors, shape: tuple[int, int], total: Accumulator) -> None:
-    frame = total.frame
+def _materialise(
+    packed: Factors, shape: tuple[int, int], totals: Sequence[Accumulator], poll: Callable[[], None]
+) -> None:
+    frame = totals[0].frame
     R, I = shape  # noqa: E741
     S, C = packed.d_hi.shape[:2]
     separate = frame.contraction in ("full", "per-output")
@@ -95,7 +107,9 @@ def _materialise(packed: Factors, shape: tuple[int, int], total: Accumulator) ->
             other = None
             if signs is not None:
                 other = materialise(packed, rows, columns, signs, separate=separate, sign=True)
-            total.add_planes(phi, other)
+            for total in totals:
+                total.add_planes(phi, other)
+            poll()
 
 
 def tile_shape(R: int, I: int, entries: int) -> tuple[int, int]:  # noqa: E741
@@ -111,8 +125,8 @@ def tile_shape(R: int, I: int, entries: int) -> tuple[int, int]:  # noqa: E741
     return (min(R, max(1, entries // (I * BLOCK)) * BLOCK) if wide == I else high), wide
 
 
-def _lookup(factors: ParameterFactors, total: Accumulator, root: Tensor | None) -> None:
-    frame = total.frame
+def _lookup(factors: ParameterFactors, totals: Sequence[Accumulator], root: Tensor | None) -> None:
+    frame = totals[0].frame
     found = []
     at = 0
     for uses, n in zip(factors.chunks, factors.sizes, strict=True):
@@ -139,6 +153,7 @@ def _lookup(factors: ParameterFactors, total: Accumulator, root: Tensor | None) 
 
     for layer in range(frame.layers):
         right = None if columns is None else rows_of(columns, layer)
-        K = total.K[layer]
         left = rows_of(rows, layer)
-        lookup(left, samples, tokens, K, total.r0, total.c0, columns_LD=right, lower=frame.symmetric)
+        for total in totals:
+            K, lower = total.K[layer], total.frame.symmetric
+            lookup(left, samples, tokens, K, total.r0, total.c0, columns_LD=right, lower=lower)

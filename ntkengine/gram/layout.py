@@ -30,6 +30,8 @@ class Layout:
         resident_bytes: streamed weights kept in memory.
         gradients: entries of whole gradients that the probe and the check hold at once.
         keeps: activations are kept, up to a limit, rather than recomputed.
+        window: shards of other ranks that a rank contracts its own with at once; 0: there are none.
+        bundle_bytes: factors of a shard that travel at once, more only if one parameter has more.
     """
 
     hidden: str = "device"
@@ -39,6 +41,8 @@ class Layout:
     resident_bytes: int = 512 << 20
     gradients: int = 1 << 26
     keeps: bool = False
+    window: int = 0
+    bundle_bytes: float = 0.0
 
     def share(self, samples: int) -> float:
         """Return the share of the samples that one sweep holds: two tiles."""
@@ -70,6 +74,8 @@ class Needs:
         kept_share: share of the samples they belong to: those leave no hidden states.
         copy: a copy of the weights in another dtype.
         ghost: copies of one parameter's factors, with one token axis for all samples, that ghost products read.
+        met: samples of a contraction for each of the rank's own, where other ranks' are met.
+        parcel: factors of a shard that travel at once.
         projections: a sketch's random matrices for the largest segment.
     """
 
@@ -90,6 +96,8 @@ class Needs:
     copy: float = 0.0
     projections: float = 0.0
     ghost: float = 0.0
+    met: float = 1.0
+    parcel: float = 0.0
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""
@@ -100,7 +108,8 @@ class Needs:
         # Output gradients of a microbatch are there twice while its factors are put together.
         fresh = factors * min(1.0, layout.microbatch_tokens / (share * self.tokens)) if not layout.keeps else 0.0
         passing = self.activations * layout.microbatch_tokens + fresh
-        working = max(passing, share * max(self.feature_tile, self.ghost))
+        travelling = (2 * layout.window + 2) * self.parcel  # a window in use, the next, and what leaves
+        working = max(passing, share * self.met * max(self.feature_tile, self.ghost) + travelling)
         kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
         resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
         if layout.keeps and self.kept:  # a block's factors take the place of the activations it no longer needs
@@ -112,18 +121,19 @@ class Needs:
         return self.gram + resident + self.copy + max(sweep + self.projections, probe)
 
 
-def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:
+def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | None = None) -> Layout:
     """Return the fastest layout within a budget: smaller microbatches, spilled hidden states, split blocks, tiles.
 
     Args:
         needs: the job's.
         memory_gib: the budget; None: no bound.
         spill: where hidden states go when they do not fit: "host" or "disk".
+        base: what the budget alone decides (`bounds`), and how samples of other ranks are met.
 
     Raises:
         InputError: nothing fits; says the least budget that would.
     """
-    base = bounds(memory_gib, needs.entry)
+    base = base or bounds(memory_gib, needs.entry)
     if memory_gib is None:
         return base
     budget = memory_gib * GIB
@@ -135,9 +145,10 @@ def fit(needs: Needs, memory_gib: float | None, *, spill: str) -> Layout:
             if peak <= budget:
                 return candidate
             least = min(least, peak)
+    where, other = (" on every rank", "more ranks") if base.window else ("", "fewer examples")
     msg = (
-        f"memory_gib={memory_gib}: this job needs at least {least / GIB:.3g} GiB above the model; give that, or fewer "
-        "examples"
+        f"memory_gib={memory_gib}: this job needs at least {least / GIB:.3g} GiB above the model{where}; give that, or "
+        f"{other}"
     )
     raise InputError(msg)
 
@@ -189,7 +200,7 @@ def _layouts(base: Layout, needs: Needs) -> list[Layout]:
     found.append(replace(usual, factor_bytes=largest))
     small = replace(usual, factor_bytes=largest, microbatch_tokens=_LEAST_TOKENS)
     found.append(small)
-    tile = needs.samples // 2
+    tile = 0 if base.window else needs.samples // 2  # ranks do not sweep twice
     while tile >= 1:
         found.append(replace(small, factor_bytes=largest * tile * 2 / needs.samples, tile=tile))
         tile //= 2

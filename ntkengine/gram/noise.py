@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.spread import Spread
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
@@ -47,7 +48,7 @@ def estimate_noise(
     samples: Samples,
     readout: Readout,
     frame: Frame,
-    sums: Sums,
+    sums: Sums | Spread,
     *,
     one_by_one: bool,
     trim: bool,
@@ -104,18 +105,16 @@ def estimate_noise(
     true = np.concatenate([again.outputs[slice(*few.span(i))][few.unsort(i)] for i in range(len(picked))])
     off = np.abs(f - true)
 
-    def places(i: int, start: int) -> np.ndarray:
+    def places(i: int) -> np.ndarray:
         g, r = picked[i]
         order = few.order[i]
-        at = samples.span(g)[0] + samples.unsort(g)[r[order]] - start
+        at = samples.span(g)[0] + samples.unsort(g)[r[order]]
         return (at[:, None] * w + np.arange(w)).reshape(-1)
 
-    K = sums.total.K.cpu().numpy()
-    block = K[:, places(0, frame.rows[0])[:, None], places(len(picked) - 1, frame.columns[0])[None, :]]
-    error = block - exact
+    error = sums.pick(places(0), places(len(picked) - 1)) - exact
     sizes = samples.sizes[picked[0][0]], samples.sizes[picked[-1][0]]
     norm = max(_extrapolate(layer, sizes, w) for layer in error)
-    floor = 2.0**-53 * float(np.linalg.norm(K))
+    floor = 2.0**-53 * sums.norm()
     scale = float(np.linalg.norm(exact))
     relative = float(np.linalg.norm(error)) / scale if scale else 0.0
     noise = Noise(max(norm, floor), relative, len(picked[0][1]), float(off.max()))

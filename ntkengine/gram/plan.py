@@ -96,6 +96,7 @@ class Plan:
         probe_seconds: time the probe took.
         pass_seconds: estimate of the passes' time, from one microbatch.
         projection_flops: of a sketch's projections.
+        ranks: processes that share the job; memory is then that of each.
     """
 
     parameters: list[PlanRow]
@@ -118,6 +119,7 @@ class Plan:
     probe_seconds: float = 0.0
     pass_seconds: float = 0.0
     projection_flops: float = 0.0
+    ranks: int = 1
 
     @property
     def flops(self) -> float:

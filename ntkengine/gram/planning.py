@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import torch
 
-from ntkengine.errors import InputError
-from ntkengine.gram.layout import Layout, bounds, fit
+from ntkengine.cluster.comm import Team, together
+from ntkengine.cluster.shards import Shard, deal
+from ntkengine.errors import CheckFailed, InputError
+from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
+from ntkengine.gram.panels import entries, meetings
 from ntkengine.gram.plan import Plan, kept_microbatches, make_plan, needs_of, shorten
 from ntkengine.gram.rates import contraction_rate, page_seconds, sweep_seconds
 from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
+from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.streaming import is_streamed
 from ntkengine.inputs.weights import RESIDENT
@@ -20,14 +26,26 @@ from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 
+BUNDLE_BYTES = 32 << 20  # small parameters travel together up to this, so that their messages are few
+WINDOW_BYTES = 1 << 30  # parcels of other ranks, the window in use and the next; own features are filled anew for each
+
 
 def planned(
-    task: Task, precision: str, per_module: bool, memory_gib: float | None, seed: int, sketch: int | None = None
+    task: Task,
+    precision: str,
+    per_module: bool,
+    memory_gib: float | None,
+    seed: int,
+    sketch: int | None = None,
+    team: Team | None = None,
 ) -> tuple[Structure, Plan, Layout, Samples, dict[str, Sketch]]:
     """Probe the model, choose what is sketched, and lay the job out within its budget.
 
+    All ranks probe, and stop if they find different ways through the model.
+
     Raises:
         InputError: nothing fits.
+        CheckFailed: ranks disagree.
     """
     if memory_gib is not None and not memory_gib > 0:
         msg = f"memory_gib: expected a number above 0, got {memory_gib}"
@@ -36,7 +54,10 @@ def planned(
     before = bounds(memory_gib, task.dtype.itemsize)
     RESIDENT.limit = before.resident_bytes
     began = time.perf_counter()
-    structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients)
+    with together(team):
+        structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients)
+    if team is not None:
+        team.same(structure.told(), "are the machines and versions the same?", CheckFailed)
     probed = time.perf_counter() - began
     frame = task.frame(structure.outputs)
     one = 1 if structure.one_by_one else None
@@ -47,13 +68,83 @@ def planned(
     sketches = choose_sketches(structure, task.samples, sketch, seed)
     plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, sketches)
     plan.probe_seconds = probed
-    needs = needs_of(plan, structure, task.model, dtype, sketches, kernels=task.kernels)
-    layout = fit(needs, memory_gib, spill="host" if task.device.type == "cuda" else "disk")
+    spill = "host" if task.device.type == "cuda" else "disk"
+    if team is None:
+        needs = needs_of(plan, structure, task.model, dtype, sketches, kernels=task.kernels)
+        layout = fit(needs, memory_gib, spill=spill)
+    else:
+        with together(team):
+            shards = deal(microbatches(before.microbatch_tokens), team.size)
+            needs, layout = share_of(task, structure, plan, shards, frame, sketches, before, memory_gib, spill, dtype)
+        layout = team.broadcast(layout)
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
     tiles = layout.tiles(plan.samples)
     plan.sweeps = tiles * (tiles + 1) // 2
+    plan.ranks = 1 if team is None else team.size
     return structure, plan, layout, samples, sketches
+
+
+def share_of(
+    task: Task,
+    structure: Structure,
+    plan: Plan,
+    shards: Sequence[Shard],
+    frame: Frame,
+    sketches: dict[str, Sketch],
+    base: Layout,
+    memory_gib: float | None,
+    spill: str,
+    dtype: torch.dtype,
+) -> tuple[Needs, Layout]:
+    """Return what the rank with the most needs, and the layout of all ranks: the one that rank can have.
+
+    Args:
+        task: the job.
+        structure: from the probe.
+        plan: of the whole job.
+        shards: of all ranks.
+        frame: the wanted Gram.
+        sketches: by parameter.
+        base: from the budget alone.
+        memory_gib: the budget of a rank.
+        spill: where hidden states go that do not fit.
+        dtype: what runs.
+
+    Raises:
+        InputError: nothing fits.
+    """
+    ranks = len(shards)
+    share = max(shard.tokens for shard in shards) / plan.tokens
+    most = max(shard.size for shard in shards)
+    rows = [replace(row, bytes=row.bytes * share) for row in plan.parameters]
+    segments: dict[str, float] = {}
+    for row in rows:
+        segments[row.segment] = segments.get(row.segment, 0.0) + row.bytes
+    small = min(float(BUNDLE_BYTES), max(segments.values(), default=0.0))
+    parcel = max([small, 1.0, *(row.bytes for row in rows)])
+    room = WINDOW_BYTES if memory_gib is None else memory_gib * GIB / 8
+    window = max(1, min(ranks // 2, int(room / (2 * parcel))))
+    own = [meetings(shards, r, task.samples, frame, window) for r in range(ranks)]
+    modules = plan.gram_bytes / (8.0 * max(1, _entries(frame)))
+    local = replace(
+        plan,
+        parameters=rows,
+        samples=most,
+        tokens=math.ceil(plan.tokens * share),
+        microbatches=max(1, math.ceil(plan.microbatches * share)),
+        hidden_bytes=plan.hidden_bytes * share,
+        gram_bytes=8.0 * modules * max(sum(entries(m) for m in met) for met in own),
+    )
+    needs = needs_of(local, structure, task.model, dtype, sketches, kernels=task.kernels)
+    needs = replace(needs, met=max(m.size for met in own for m in met) / most, parcel=parcel)
+    base = replace(base, window=window, bundle_bytes=BUNDLE_BYTES)
+    return needs, fit(needs, memory_gib, spill=spill, base=base)
+
+
+def _entries(frame: Frame) -> int:
+    rows, columns = (stop - start for start, stop in (frame.rows, frame.columns))
+    return rows * columns * frame.width**2 * frame.layers
 
 
 def timed(

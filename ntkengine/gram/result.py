@@ -9,7 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.errors import InputError
 from ntkengine.gram.plan import Plan
+
+
+class Elsewhere:
+    """A matrix that rank 0 has: its shape is known, its entries are not here.
+
+    Args:
+        shape: of the matrix.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Refuse.
+
+        Raises:
+            InputError: always.
+        """
+        msg = "the Gram of a job over several processes is on rank 0"
+        raise InputError(msg)
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,13 +54,42 @@ class Sums:
             self.parts[name] = Accumulator(total.frame, total.K.device, total.workspace, kernels=total.kernels)
         return self.parts[name]
 
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Within the block `pick` and `norm` may be called (`spread.Spread` has to ask for them)."""
+        yield
+
+    def serve(self) -> None:
+        """Nobody asks for entries that are here."""
+
+    def whole(self, part: str | None = None) -> np.ndarray | None:
+        """Return the Gram, or a part of it, (layers, rows, columns)."""
+        return (self.total if part is None else self.parts[part]).K.cpu().numpy()
+
     @property
-    def module_traces(self) -> dict[str, float]:
-        """Trace over the square by module."""
-        found: dict[str, float] = {}
-        for name, value in self.traces.items():
-            found[module_of(name)] = found.get(module_of(name), 0.0) + value
-        return found
+    def frame(self) -> Frame:
+        """The Gram's."""
+        return self.total.frame
+
+    def pick(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return (layers, rows, columns) entries of the Gram at positions of the whole axis, in Gram rows."""
+        at = (torch.from_numpy(x - first) for x, first in ((rows, self.total.r0), (columns, self.total.c0)))
+        i, j = (x.to(self.total.K.device) for x in at)
+        return self.total.K[:, i[:, None], j[None, :]].cpu().numpy()
+
+    def norm(self, *, square: bool = False) -> float:
+        """Return the Gram's Frobenius norm, or that of its square of columns against themselves."""
+        return float(
+            torch.linalg.vector_norm(self.total.K[:, : self.total.c1 - self.total.c0] if square else self.total.K)
+        )
+
+
+def by_module(traces: Mapping[str, float]) -> dict[str, float]:
+    """Return traces over the square by module from those by parameter."""
+    found: dict[str, float] = {}
+    for name, value in traces.items():
+        found[module_of(name)] = found.get(module_of(name), 0.0) + value
+    return found
 
 
 def sum_gram(
@@ -171,15 +200,20 @@ def _add(
     sums.done[factors.name] = strategy, factors.tokens, flops, 0.0
     target = sums.total if group is None else sums.part(group(factors.name))
     before = target.trace()
-    root = None if roots is None else roots[factors.name].reshape(matrix_shape(roots[factors.name]))
-    if root is not None and sweep.structure.transposed[factors.name]:
-        root = root.T
-    contract(factors, strategy, target, root)
+    contract(factors, strategy, target, root_of(factors.name, roots, sweep.structure))
     after = target.trace() if frame.square else float(target.K.sum())
     if not np.isfinite(after):
         raise NonFinite(_where(factors.name, target, frame, samples))
     if frame.square:
         sums.traces[factors.name] = after - before
+
+
+def root_of(name: str, roots: Mapping[str, Tensor] | None, structure: Structure) -> Tensor | None:
+    """Return the square root of a parameter's preconditioner in the shape of its gradient's matrix."""
+    if roots is None:
+        return None
+    root = roots[name].reshape(matrix_shape(roots[name]))
+    return root.T if structure.transposed[name] else root
 
 
 def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> str:
@@ -188,5 +222,5 @@ def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> st
     rows = (square if bool(square.any()) else bad.any(1)).nonzero()
     position = frame.rows[0] + int(rows[0]) // frame.width if len(rows) else frame.rows[0]
     chunk = next(c for c in samples.chunks if c.start <= position < c.start + c.n)
-    example = int(chunk.rows[position - chunk.start])
-    return f"{name}: the gradient is not finite for example {example}{' of the eval inputs' if chunk.group else ''}"
+    example = samples.example(chunk.group, int(chunk.rows[position - chunk.start]))
+    return f"{name}: the gradient is not finite for example {example}"

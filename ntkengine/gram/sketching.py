@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from ntkengine.errors import InputError
 from ntkengine.gram.run import Sums
+from ntkengine.gram.spread import Spread
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.sketch import Sketch, sketch_of
 from ntkengine.tangents.structure import Structure
@@ -73,7 +73,7 @@ def choose_sketches(structure: Structure, samples: Samples, features: int | None
     return found
 
 
-def predicted_error(sketches: Mapping[str, Sketch], sums: Sums) -> float | None:
+def predicted_error(sketches: Mapping[str, Sketch], sums: Sums | Spread) -> float | None:
     """Return a bound on ‖E‖_F / ‖K‖_F, root mean square over seeds; None without a square of rows against themselves.
 
     Parameters have independent projections, so their variances add up: to Σ_l κ_l K_l[n, n] K_l[m, m] for entry (n, m)
@@ -83,16 +83,16 @@ def predicted_error(sketches: Mapping[str, Sketch], sums: Sums) -> float | None:
         sketches: of the job.
         sums: its finished sums.
     """
-    frame = sums.total.frame
-    if not frame.square:
+    if not sums.frame.square:
         return None
-    square = sums.total.K[:, : (frame.columns[1] - frame.columns[0]) * frame.width]
-    norm = float(torch.linalg.vector_norm(square))
+    norm = sums.norm(square=True)
     variance = sum(sketch.variance * sums.traces.get(name, 0.0) ** 2 for name, sketch in sketches.items())
     return float(np.sqrt(variance)) / norm if norm else 0.0
 
 
-def described(sketch: int, sketches: Mapping[str, Sketch], seed: int, sums: Sums, error: float) -> dict[str, Any]:
+def described(
+    sketch: int, sketches: Mapping[str, Sketch], seed: int, sums: Sums | Spread, error: float
+) -> dict[str, Any]:
     """Return what a Gram says of its sketch, as plain JSON types.
 
     Args:

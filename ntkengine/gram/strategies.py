@@ -12,7 +12,7 @@ Shape suffixes: S samples, C outputs, T tokens, R and I rows and columns of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +32,9 @@ _COMMON = 4  # a token that one in so many samples has (a position, [CLS]) is su
 _SMALL_PRODUCTS = 1.8
 
 
-def choose(kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: Frame) -> tuple[str, float]:
+def choose(
+    kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: Frame, *others: Frame
+) -> tuple[str, float]:
     """Return the cheapest strategy for a parameter and its flops.
 
     Args:
@@ -41,17 +43,18 @@ def choose(kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: 
         tokens: longest token axis after compaction.
         samples: S.
         frame: the wanted Gram.
+        others: further Grams of the same samples, made from the same features.
     """
     R, I = shape  # noqa: E741
     outputs = frame.outputs * frame.width  # pairs count samples; a full Gram has C² entries for each
-    product = frame.computed * outputs * 2.0 * R * I
+    frames = (frame, *others)
     if kind == "zero":
         return "zero", 0.0
     if kind == "lookup":
-        return "lookup", frame.pairs * outputs * 2.0 * tokens * I
+        return "lookup", sum(f.pairs for f in frames) * outputs * 2.0 * tokens * I
     if kind == "dense":
-        return "explicit", product
-    costs = outer_costs(shape, tokens, samples, frame)
+        return "explicit", sum(f.computed for f in frames) * outputs * 2.0 * R * I
+    costs = outer_costs(shape, tokens, samples, *frames)
     filling = 2.0 * samples * frame.outputs * tokens * R * I
     slow = (_SMALL_PRODUCTS - 1.0) * filling if prefers_onednn() else 0.0
     if kind == "outer" and frame.transform == "sgd" and costs["ghost"] < costs["materialise"] + slow:
@@ -59,17 +62,25 @@ def choose(kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: 
     return "materialise", costs["materialise"]
 
 
-def outer_costs(shape: tuple[int, int], tokens: int, samples: int, frame: Frame) -> dict[str, float]:
+def outer_costs(shape: tuple[int, int], tokens: int, samples: int, frame: Frame, *others: Frame) -> dict[str, float]:
     """Return the flops of each strategy for an outer product's factors; arguments as `choose`."""
     R, I = shape  # noqa: E741
     outputs = frame.outputs * frame.width
+    pairs, computed = (sum(x) for x in zip(*((f.pairs, f.computed) for f in (frame, *others)), strict=True))
     return {
-        "materialise": 2.0 * samples * frame.outputs * tokens * R * I + frame.computed * outputs * 2.0 * R * I,
-        "ghost": frame.pairs * tokens**2 * 2.0 * (I + R * outputs),
+        "materialise": 2.0 * samples * frame.outputs * tokens * R * I + computed * outputs * 2.0 * R * I,
+        "ghost": pairs * tokens**2 * 2.0 * (I + R * outputs),
     }
 
 
-def contract(factors: ParameterFactors, strategy: str, total: Accumulator, root: Tensor | None = None) -> None:
+def contract(
+    factors: ParameterFactors,
+    strategy: str,
+    total: Accumulator,
+    root: Tensor | None = None,
+    *others: Accumulator,
+    poll: Callable[[], None] = lambda: None,
+) -> None:
     """Add one parameter's inner products to the Gram.
 
     Args:
@@ -77,16 +88,26 @@ def contract(factors: ParameterFactors, strategy: str, total: Accumulator, root:
         strategy: from `choose`.
         total: where to add.
         root: (R, I), what gradients are multiplied by first: the square root of a diagonal preconditioner.
+        others: further Grams of the same samples, outputs and inner product: features are made once for all.
+        poll: called now and then.
     """
-    if strategy == "zero" or total.kernels and kernels.contract(factors, strategy, total, root):
+    totals = (total, *others)
+    if strategy == "zero" or total.kernels and kernels.contract(factors, strategy, totals, root, poll):
         return
     if strategy == "ghost":
-        _ghost(factors, total)
+        padded = _padded(factors)
+        for each in totals:
+            _ghost(*padded, each, poll)
     elif strategy == "lookup":
-        _lookup(factors, total, root)
+        summed = _summed_rows(factors)
+        for each in totals:
+            _lookup(summed, sum(factors.sizes), each, root)
+            poll()
     else:
         for phi, other in feature_tiles(factors, total.frame, root, total.workspace):
-            total.add_features(phi, other)
+            for each in totals:
+                each.add_features(phi, other)
+            poll()
 
 
 def feature_tiles(
@@ -137,10 +158,9 @@ def _floor(factors: ParameterFactors, like: Tensor) -> Tensor:
     return torch.cat([f.expand(-1, width, 1, 1) for f in floors])
 
 
-def _ghost(factors: ParameterFactors, total: Accumulator) -> None:
+def _ghost(a_STI: Tensor, d_SCTR: Tensor, total: Accumulator, poll: Callable[[], None]) -> None:
     """Σ_{t,s} (a_it·a_js)(d_it·d_js), row panel by row panel; sums over one token axis, then float64."""
     frame = total.frame
-    a_STI, d_SCTR = _padded(factors)
     S, C, T, R = d_SCTR.shape
     w = frame.width
     if frame.contraction == "per-output":
@@ -159,19 +179,19 @@ def _ghost(factors: ParameterFactors, total: Accumulator) -> None:
             values.mul_(product(d[layer, start:stop].reshape(r * T, -1), d[layer, total.c0 : last].reshape(q * T, -1)))
             K = values.view(r, T, q, T).sum(3).sum(1, dtype=torch.float64)
             total.K[layer, start - total.r0 : stop - total.r0, :q] += K
+            poll()
 
 
-def _lookup(factors: ParameterFactors, total: Accumulator, root: Tensor | None = None) -> None:
-    """Sum each sample's rows by token, then take inner products only between samples that share a token."""
-    frame = total.frame
-    rows, samples, tokens = _summed_rows(factors)  # (M, C, I), sorted by token
+def _lookup(summed: tuple[Tensor, Tensor, Tensor], S: int, total: Accumulator, root: Tensor | None = None) -> None:
+    """Take inner products of each sample's rows, summed by token, only between samples that share a token."""
+    frame, w = total.frame, total.frame.width
+    rows, samples, tokens = summed  # (M, C, I), sorted by token
     if root is not None:
         rows = rows * root[tokens][:, None]
     columns = signed(rows) if frame.transform in SIGNS else rows
     if frame.transform == "sign":
         rows = columns
     _, C, I = rows.shape  # noqa: E741
-    S = sum(factors.sizes)
     _, counts = torch.unique_consecutive(tokens, return_counts=True)
     starts = counts.cumsum(0) - counts
     common = counts * _COMMON > S
@@ -179,24 +199,40 @@ def _lookup(factors: ParameterFactors, total: Accumulator, root: Tensor | None =
         spans = list(zip(starts[part].tolist(), counts[part].tolist(), strict=True))
         phi = _spread(rows, samples, spans, S)
         total.add_features(phi, None if columns is rows else _spread(columns, samples, spans, S))
-    starts, counts = starts[~common], counts[~common]
-    for count in counts.unique().tolist():  # tokens that occur in equally many samples go together
-        first = starts[counts == count]
-        per_batch = max(1, _PAIR_BYTES // (8 * (count * frame.width) ** 2))
-        for part in first.split(per_batch):
-            index = part[:, None] + torch.arange(count, device=part.device)
-            x, z, s = rows[index], columns[index], samples[index]  # (G, count, C, I) twice, (G, count)
-            if frame.contraction == "full":
-                x, z = (y.reshape(len(part), count * C, I) for y in (x, z))
-                s = (s[:, :, None] * C + torch.arange(C, device=s.device)).reshape(len(part), -1)
+    rare = (~common).repeat_interleave(counts)
+    same = columns is rows
+    rows, samples, tokens = rows[rare], samples[rare], tokens[rare]
+    columns = rows if same else columns[rare]
+    device = tokens.device
+    mine = ((samples >= frame.rows[0]) & (samples < frame.rows[1])).nonzero()[:, 0]
+    theirs = ((samples >= frame.columns[0]) & (samples < frame.columns[1])).nonzero()[:, 0]
+    if not len(mine) or not len(theirs):
+        return
+    size = int(tokens[-1]) + 1
+    counts = torch.stack([torch.bincount(tokens[which], minlength=size) for which in (mine, theirs)], 1)
+    starts = counts.cumsum(0) - counts
+    shared = (counts > 0).all(1).nonzero()[:, 0]
+    # Tokens that occur in equally many rows and in equally many columns go together.
+    for m, n in counts[shared].unique(dim=0).tolist():
+        first = starts[shared[(counts[shared] == torch.tensor([m, n], device=device)).all(1)]]
+        for part in first.split(max(1, _PAIR_BYTES // (8 * m * n * w**2))):
+            left, i = _runs_of(rows, samples, mine[part[:, :1] + torch.arange(m, device=device)], w)
+            right, j = _runs_of(columns, samples, theirs[part[:, 1:] + torch.arange(n, device=device)], w)
             for layer in range(frame.layers):
-                left, right = (
-                    y[:, :, layer] if frame.contraction == "per-output" else y.reshape(len(part), s.shape[1], -1)
-                    for y in (x, z)
-                )
-                values = left @ right.transpose(1, 2)
-                i, j = s[:, :, None].expand_as(values), s[:, None, :].expand_as(values)
-                total.add_entries(layer, i.reshape(-1), j.reshape(-1), values.reshape(-1))
+                x, z = (y[:, :, layer] if frame.contraction == "per-output" else y.flatten(2) for y in (left, right))
+                values = x @ z.transpose(1, 2)
+                at = i[:, :, None].expand_as(values), j[:, None, :].expand_as(values)
+                total.add_entries(layer, at[0].reshape(-1), at[1].reshape(-1), values.reshape(-1))
+
+
+def _runs_of(rows: Tensor, samples: Tensor, index: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return rows at index (G, n) as (G, n, C, I), or (G, n·C, 1, I) for a full Gram, and their Gram rows."""
+    x, s = rows[index], samples[index]
+    if width == 1:
+        return x, s
+    C = x.shape[2]
+    s = (s[:, :, None] * C + torch.arange(C, device=s.device)).flatten(1)
+    return x.flatten(1, 2)[:, :, None], s
 
 
 def _spread(rows: Tensor, samples: Tensor, spans: list[tuple[int, int]], S: int) -> Tensor:

@@ -125,14 +125,17 @@ def refuse(
     transform: Any,
     precision: str,
     backend: str,
-    comm: Any,
     contraction: str,
     inputs2: Any,
     eval_inputs: Any,
     sketch: Any = None,
     check: bool = True,
 ) -> None:
-    """Refuse arguments that are wrong (InputError) or not built yet (NotImplementedError, says what to use instead)."""
+    """Refuse arguments that are wrong.
+
+    Raises:
+        InputError: saying what was expected.
+    """
     _one_of("contraction", contraction, CONTRACTIONS)
     _one_of("precision", precision, ("exact", "high", "fast"))
     _one_of("backend", backend, BACKENDS)
@@ -144,12 +147,6 @@ def refuse(
     if inputs2 is not None and eval_inputs is not None:
         msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
         raise InputError(msg)
-    later = [
-        (comm is not None, "comm: runs over several processes are not built yet; leave comm=None"),
-    ]
-    for hit, msg in later:
-        if hit:
-            raise NotImplementedError(msg)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

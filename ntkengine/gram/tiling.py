@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ntkengine.gram.checkpoint import Checkpoints
@@ -85,12 +84,13 @@ def _tiles(samples: Samples, start: int, stop: int, size: int) -> list[Tile]:
 
 def _part(samples: Samples, tiles: list[Tile], structure: Structure, layout: Layout) -> Samples:
     """Return the samples of some tiles, in the same order: they are sorted by length already."""
-    groups = []
-    for g, start, stop in tiles:
-        rows = torch.from_numpy(np.ascontiguousarray(samples.order[g][start - samples.span(g)[0] :][: stop - start]))
-        groups.append({k: v[rows.to(v.device)] for k, v in samples.groups[g].items()})
     one = 1 if structure.one_by_one else None
-    return Samples(groups, microbatch_tokens=layout.microbatch_tokens, microbatch=one, trim=structure.trim)
+    return samples.part(
+        [(g, np.arange(start, stop)) for g, start, stop in tiles],
+        microbatch_tokens=layout.microbatch_tokens,
+        microbatch=one,
+        trim=structure.trim,
+    )
 
 
 def _add(

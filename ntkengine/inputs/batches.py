@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Samples:
         microbatch_tokens: a microbatch holds about this many tokens (at least one sample).
         microbatch: exact number of samples per microbatch instead.
         trim: drop columns that are padding for the whole microbatch (right padding only).
+        origins: where the groups are parts of a job's: for each the job's group and the rows there.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Samples:
         microbatch_tokens: int = MICROBATCH_TOKENS,
         microbatch: int | None = None,
         trim: bool = True,
+        origins: Sequence[tuple[int, np.ndarray]] | None = None,
     ) -> None:
         self.groups = [dict(g) for g in groups]
+        self.origins = origins
         self.sizes = [check_inputs(g) for g in self.groups]
         self.trim = [trim and _can_trim(g) for g in self.groups]
         self.lengths = [_lengths(g, n) for g, n in zip(self.groups, self.sizes, strict=True)]
@@ -78,11 +82,7 @@ class Samples:
 
     def _fit(self, group: int, order: np.ndarray, at: int, tokens: int) -> int:
         # Lengths ascend, so the last sample of a microbatch sets its width.
-        lengths = (
-            self.lengths[group][order[at:]]
-            if self.trim[group]
-            else np.full(len(order) - at, _width(self.groups[group]))
-        )
+        lengths = self.widths(group)[order[at:]]
         used = (np.arange(len(lengths)) + 1) * lengths
         return max(1, int(np.searchsorted(used, tokens, side="right")))
 
@@ -95,6 +95,33 @@ class Samples:
         """Return the positions [start, stop) of a group on the sample axis."""
         start = sum(self.sizes[:group])
         return start, start + self.sizes[group]
+
+    def widths(self, group: int) -> np.ndarray:
+        """Return the tokens each sample of a group runs with: its own, or the group's width where padding stays."""
+        return self.lengths[group] if self.trim[group] else np.full(self.sizes[group], _width(self.groups[group]))
+
+    def part(self, places: Sequence[tuple[int, np.ndarray]], **options: Any) -> Samples:
+        """Return some of the samples, as groups of their own; empty ones are left out.
+
+        Args:
+            places: for each new group the group it is from and ascending positions on the sample axis.
+            options: of the microbatches.
+        """
+        groups, origins = [], []
+        for g, where in places:
+            if not len(where):
+                continue
+            rows = self.order[g][where - self.span(g)[0]]
+            index = torch.from_numpy(np.ascontiguousarray(rows))
+            groups.append({k: v[index.to(v.device)] for k, v in self.groups[g].items()})
+            origins.append((g, rows) if self.origins is None else (self.origins[g][0], self.origins[g][1][rows]))
+        return Samples(groups, origins=origins, **options)
+
+    def example(self, group: int, row: int) -> str:
+        """Return what messages call a sample: its number among the user's examples."""
+        if self.origins is not None:
+            group, row = self.origins[group][0], int(self.origins[group][1][row])
+        return f"{row}{' of the eval inputs' if group else ''}"
 
     def inputs(self, chunk: Chunk, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the microbatch's tensors on `device`, floating ones as `dtype`, padding columns cut."""

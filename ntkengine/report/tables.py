@@ -101,6 +101,21 @@ def gram_table(gram: Any) -> Table:
     return Table(str(gram.path) if gram.path else "Gram", (), rows)
 
 
+def ranks_line(gram: Any, seconds: float) -> str:
+    """Return what a job over several processes took, in one line.
+
+    Args:
+        gram: its Gram.
+        seconds: of the whole command.
+    """
+    told = gram.meta["ranks"]
+    unit = "rank-seconds" if str(gram.meta.get("device", "")).startswith("cpu") else "GPU-seconds"
+    return (
+        f"{seconds:.1f} s on {told['count']} ranks: {seconds * told['count']:.1f} {unit}, {gram.plan.flops:.3g} flops, "
+        f"{sum(told['sent_bytes']):.3g} bytes sent, {told['communication_share']:.1%} of the time in communication"
+    )
+
+
 def plan_table(plan: Any) -> Table:
     """Return a plan with layers folded: one row for each kind of parameter and strategy."""
     found: dict[tuple[str, ...], list[Any]] = {}

@@ -152,15 +152,27 @@ def load_newest(folder: Path) -> list[Saved]:
     return [] if best is None else [found[best][rank] for rank in range(best[1])]
 
 
-def read_parts(saved: Saved, name: str) -> Iterable[Part]:
-    """Yield the pieces of one matrix in a checkpoint file, one after the other."""
+def read_parts(
+    saved: Saved, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
+) -> Iterable[Part]:
+    """Yield the pieces of one matrix in a checkpoint file, one after the other.
+
+    Args:
+        saved: the file.
+        name: of the matrix.
+        rows: with `columns`: only the pieces that have an entry there, or the mirror image of one.
+        columns: likewise.
+    """
     with zipfile.ZipFile(saved.path) as archive:
         for i, entry in enumerate(saved.state["parts"]):
             if entry["name"] != name:
                 continue
-            rows, columns = tuple(entry["rows"]), tuple(entry["columns"])
+            here: tuple[tuple[int, int], tuple[int, int]] = (tuple(entry["rows"]), tuple(entry["columns"]))
+            ways = [here, here[::-1]] if entry["symmetric"] else [here]
+            if rows and columns and not any(_meet(rows, r) and _meet(columns, c) for r, c in ways):
+                continue
             values = _read(archive, f"part-{i}")
-            yield Part(entry["name"], rows, columns, values, entry["lower"], entry["symmetric"])
+            yield Part(entry["name"], *here, values, entry["lower"], entry["symmetric"])
 
 
 def overlay(parts: Iterable[Part], rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray) -> None:
@@ -213,6 +225,10 @@ def saved_states(out: str | Path) -> list[dict[str, Any]]:
             state = json.loads(archive.read("state.json"))
             found.append({"job": state["job"], "tile": state["tile"]})
     return found
+
+
+def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]
 
 
 def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -63,6 +64,16 @@ class Structure:
     tokens: dict[str, int] = field(default_factory=dict)
     per_call: dict[str, int] = field(default_factory=dict)
     held: list[float] = field(default_factory=list)
+
+    def told(self) -> dict[str, Any]:
+        """Return what decides the way through the model, as plain Python by name."""
+        found: dict[str, Any] = {
+            f"the way of {path.parameter} in segment {segment}": path.owners
+            for segment, paths in sorted(self.paths.items())
+            for path in paths
+        }
+        plain = ("shapes", "unused", "negligible", "transposed", "one_by_one", "trim", "outputs", "expand", "tokens")
+        return found | {"blocks": self.stack.names} | {name: getattr(self, name) for name in plain}
 
     def kinds(self, parameter: str) -> set[str]:
         """Return the path kinds of a parameter in all segments."""

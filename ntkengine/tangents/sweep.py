@@ -229,7 +229,7 @@ class Sweep:
         values = f.detach().to(torch.float64).cpu().numpy()
         if not np.isfinite(values).all():
             row = int(chunk.rows[np.nonzero(~np.isfinite(values).all(1))[0][0]])
-            msg = f"the model's output is not finite for example {row}"
+            msg = f"the model's output is not finite for example {self.samples.example(chunk.group, row)}"
             raise NonFinite(msg)
         self.outputs[chunk.start : chunk.start + chunk.n] = values
         return torch.eye(f.shape[1], dtype=f.dtype, device=f.device).expand(chunk.n, -1, -1)

@@ -1,0 +1,253 @@
+"""The processes of a job and their agreement. The only mpi4py import, made when a communicator is asked for.
+
+Nothing here may differ between ranks but by its return value: every rank makes the same calls in the same order, and
+what fails on one rank is raised on all of them at the next call that they make together.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
+
+_TOLD: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (InputError, NotImplementedError, CheckFailed, NonFinite)
+}
+_QUERIES = ("MPIX_Query_cuda_support",)  # Open MPI, MPICH
+_PROMISES = ("MPICH_GPU_SUPPORT_ENABLED",)  # Cray MPICH
+_SPIN_S = 2e-4  # a wait looks again and again for so long, then naps: ranks may share cores
+_NAP_S = 1e-4
+
+Told = tuple[str, str, str]
+
+
+class Team:
+    """The ranks of one job.
+
+    Args:
+        comm: an mpi4py communicator of more than one process; a duplicate of it is used.
+
+    Attributes:
+        rank: of this process.
+        size: R.
+        host: its name.
+        local: its number among the processes of this host.
+        waited: seconds spent in MPI calls that had to wait.
+        sent: bytes sent by `send`.
+        agreed: whether an error is being raised on all ranks.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        self._mpi, self._comm = MPI, comm.Dup()
+        self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
+        self.host = socket.gethostname()
+        near = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local = int(near.Get_rank())
+        near.Free()
+        self.waited, self.sent, self.agreed = 0.0, 0, False
+
+    @property
+    def root(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU, by its number on its host; several ranks share one where there are fewer."""
+        count = torch.cuda.device_count()
+        return torch.device("cuda", self.local % count) if count else torch.device("cpu")
+
+    def agree(self, error: BaseException | None = None, value: Any = None) -> list[Any]:
+        """Return every rank's value; what failed on any rank is raised on all.
+
+        Args:
+            error: what went wrong on this rank since they last agreed, or None.
+            value: for the others.
+
+        Raises:
+            Exception: this rank's own error where all ranks have the same; else one of its kind (`RankFailed` for what
+                is not this package's) that names the first rank that failed, its host, and the reason.
+        """
+        found = self.exchange((None if error is None else _told(error), value))
+        told = [t for t, _ in found]
+        if all(t is None for t in told):
+            return [v for _, v in found]
+        self.agreed = True
+        if error is not None and len({t and t[:2] for t in told}) == 1:
+            raise error
+        rank, first = next((r, t) for r, t in enumerate(told) if t is not None)
+        kind = _TOLD.get(first[0])
+        host = self.exchange(self.host)[rank]
+        reason = first[1] if kind is not None else f"{first[0]}: {first[1]}"
+        msg = f"rank {rank} ({host}): {reason}"
+        if kind is not None:
+            raise kind(msg) from error
+        raise RankFailed(msg, rank, first[2]) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the block each rank works alone; what failed on any of them is raised on all at its end."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  (every rank has to hear of it)
+            self.agree(error)
+        else:
+            self.agree()
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return every rank's value, plain Python."""
+        self._gather_round()
+        start = time.perf_counter()
+        found = self._comm.allgather(value)
+        self.waited += time.perf_counter() - start
+        return list(found)
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Return rank 0's value, plain Python."""
+        self._gather_round()
+        start = time.perf_counter()
+        found = self._comm.bcast(value)
+        self.waited += time.perf_counter() - start
+        return found
+
+    def total(self, array: np.ndarray) -> np.ndarray:
+        """Return the sum over ranks, on every rank."""
+        self._gather_round()
+        start = time.perf_counter()
+        given, found = np.ascontiguousarray(array), np.empty_like(array, order="C")
+        self._comm.Allreduce(given, found)
+        self.waited += time.perf_counter() - start
+        return found
+
+    def same(self, told: Mapping[str, Any], advice: str, kind: type[Exception] = InputError) -> None:
+        """Refuse what is not the same on all ranks.
+
+        Args:
+            told: plain Python by name, compared by equality.
+            advice: what should be done.
+            kind: of the error.
+
+        Raises:
+            Exception: of that kind, naming the first rank and item that differ from rank 0's.
+        """
+        found = self.exchange(dict(told))
+        for rank, theirs in enumerate(found):
+            for name, value in found[0].items():
+                if theirs.get(name) != value:
+                    self.agreed = True
+                    msg = f"{name}: rank {rank} has another than rank 0; {advice}"
+                    raise kind(msg)
+
+    def send(self, buffer: torch.Tensor, to: int, tag: int) -> Any:
+        """Start sending a flat uint8 tensor and return the request; the buffer stays as it is until that is done."""
+        self.sent += buffer.numel()
+        return self._comm.Isend(self._spec(buffer), to, tag)
+
+    def receive(self, buffer: torch.Tensor, source: int, tag: int) -> Any:
+        """Start receiving into a flat uint8 tensor and return the request."""
+        return self._comm.Irecv(self._spec(buffer), source, tag)
+
+    def done(self, request: Any) -> bool:
+        """Return whether a request is complete; lets MPI go on with all others."""
+        return bool(request.Test())
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Call `ready()` until it is true; the time counts as waiting."""
+        start = time.perf_counter()
+        while not ready():
+            if time.perf_counter() - start > _SPIN_S:
+                time.sleep(_NAP_S)
+        self.waited += time.perf_counter() - start
+
+    def abort(self, error: BaseException, speak: Callable[[str], None] | None = None) -> None:
+        """End all ranks: what failed here cannot be told at a place where they meet.
+
+        Args:
+            error: what failed.
+            speak: prints a line; default to standard error.
+        """
+        say = speak or (lambda line: print(line, file=sys.stderr, flush=True))
+        say(f"error: rank {self.rank} ({self.host}): {type(error).__name__}: {error}")
+        self._comm.Abort(1)
+
+    def broken(self, error: BaseException) -> bool:
+        """Return whether it is MPI that failed."""
+        return isinstance(error, self._mpi.Exception)
+
+    def leave(self) -> None:
+        """Wait for all ranks and shut MPI down: an exit code other than 0 then ends no rank before it has spoken."""
+        self._comm.Barrier()
+        self._mpi.Finalize()
+
+    def _gather_round(self) -> None:
+        """Wait for all ranks without holding a core, which a collective call would."""
+        request = self._comm.Ibarrier()
+        self.wait(request.Test)
+
+    def _spec(self, buffer: torch.Tensor) -> list[Any]:
+        return [buffer.numpy() if buffer.device.type == "cpu" else buffer, self._mpi.BYTE]
+
+
+def together(team: Team | None) -> AbstractContextManager[None]:
+    """Return `team.together()`, or for a process alone a context that does nothing."""
+    return nullcontext() if team is None else team.together()
+
+
+def team_of(comm: Any) -> Team | None:
+    """Return the team of a communicator, None for none or one of a single process.
+
+    Raises:
+        InputError: not a communicator.
+    """
+    if comm is None or isinstance(comm, Team):
+        return comm
+    if not hasattr(comm, "Get_size") or not hasattr(comm, "Dup"):
+        msg = f"comm: expected an mpi4py communicator or None, got {type(comm).__name__}"
+        raise InputError(msg)
+    return Team(comm) if comm.Get_size() > 1 else None
+
+
+def world() -> tuple[Any, str]:
+    """Return MPI's communicator of all processes, and the name of the library.
+
+    Raises:
+        ImportError, RuntimeError: no mpi4py, or no library for it.
+    """
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD, str(MPI.get_vendor()[0])
+
+
+def says_device() -> bool:
+    """Return whether the MPI library says that it reads and writes GPU memory."""
+    if any(os.environ.get(name) == "1" for name in _PROMISES):
+        return True
+    from mpi4py import MPI
+
+    for library in (MPI.__file__, None):
+        try:
+            handle = ctypes.CDLL(library)
+        except OSError:
+            continue
+        for name in _QUERIES:
+            if hasattr(handle, name):
+                return bool(getattr(handle, name)())
+    return False
+
+
+def _told(error: BaseException) -> Told:
+    lines = traceback.format_exception(error)
+    return type(error).__name__, str(error) or "no reason given", "".join(lines)

