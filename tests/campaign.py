@@ -92,7 +92,7 @@ class Campaign:
         """SIGKILL right before a disk operation."""
         where = self._new()
         if self.run(where, fault=Fault(disk_at=number)) != -signal.SIGKILL:
-            self._note("SIGKILL at a disk operation", where, "it lived")
+            self._note("SIGKILL at a disk operation", where, f"it lived: {self.said(where)}")
             return
         self._finish("SIGKILL at a disk operation", where)
 
@@ -271,7 +271,7 @@ class Campaign:
         code = self.run(where)
         twice = before & set(self.contractions(where))
         if code != 0:
-            self._note(kind, where, f"exit {code}: {self.said(where).splitlines()[-1]}")
+            self._note(kind, where, f"exit {code}: {self.said(where)}")
         elif twice and exactly:
             self._note(kind, where, f"{len(twice)} of {len(before)} contractions were repeated")
         elif not self._right(where, exactly=exactly):

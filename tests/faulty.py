@@ -6,6 +6,7 @@ It is forked by a server that has imported everything, or started under a launch
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ class Fault:
     ballast: str = ""
 
 
-def child(arguments: list[str], said: str, fault: dict[str, Any]) -> None:
+def child(arguments: list[str], said: str, fault: dict[str, Any], limit_s: float) -> None:
     """Run the command line with a fault, its words in a file."""
     import torch
 
@@ -55,6 +56,7 @@ def child(arguments: list[str], said: str, fault: dict[str, Any]) -> None:
     with Path(said).open("a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    faulthandler.dump_traceback_later(0.9 * limit_s)  # where it hangs, if it does
     from ntkengine import store
     from ntkengine.cli import main
 
@@ -112,7 +114,7 @@ class Child:
         self, arguments: list[str], said: Path, fault: Fault, launcher: list[str], limit_s: float = LIMIT_S
     ) -> None:
         self.said, self.limit_s = said, limit_s
-        given = (arguments, str(said), vars(fault))
+        given = (arguments, str(said), vars(fault), limit_s)
         self._process: Any
         if launcher:
             command = [*launcher, sys.executable, "-m", "tests.faulty", json.dumps(given)]
