@@ -7,7 +7,6 @@ imported by the command that needs them.
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
 import time
@@ -18,11 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ntkengine.cluster.launch import launched, ranks
+from ntkengine.cluster.launch import launched, one_voice
 from ntkengine.console import answered, print_json, say, show
 from ntkengine.errors import InputError
 from ntkengine.filecommands import GramFile, Json, described, info, merge, verify
-from ntkengine.jobflags import collect, job_of, takes_job
+from ntkengine.jobflags import bandwidth, collect, job_of, takes_job
 
 app = typer.Typer(
     help="Exact empirical neural tangent kernels of language models, and what they forecast of fine-tuning.",
@@ -66,16 +65,25 @@ def options(
 
 @app.command("plan", help="Show what a job would do, before it does it. Takes the arguments of `gram`.")
 @answered
-@functools.wraps(collect)
-def plan_command(**flags: Any) -> None:
+@takes_job
+def plan_command(
+    *,
+    ranks: Annotated[int, typer.Option(help="Also predict the job on so many MPI ranks.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(help="Of them on one host.", show_default="all")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Between hosts, e.g. 50GB/s or 400Gbit/s.", show_default="this host's memory")
+    ] = None,
+    **flags: Any,
+) -> None:
     """Print the plan."""
     from ntkengine.jobs import run_plan
     from ntkengine.report.tables import plan_table
     from ntkengine.report.text import show_progress
 
     path, given, as_json = collect(**flags)
+    speed = None if network is None else bandwidth(network)
     with show_progress() as progress:
-        found = run_plan(job_of(path, given), progress)
+        found = run_plan(job_of(path, given), progress, ranks=ranks, gpus_per_node=gpus_per_node, network=speed)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -97,7 +105,7 @@ def gram_command(
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
     team = launched()
-    with ranks(team, log_dir):
+    with one_voice(team, log_dir):
         _log_to(log_dir, 0 if team is None else team.rank)
         found = _run(team, flags)
         if team is not None and not team.root:

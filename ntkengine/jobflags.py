@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,6 +158,19 @@ def job_of(path: Path | None, flags: dict[str, Any]) -> Job:
             f"--peft: is missing, but the adapter's {', '.join(job.model.peft)} is given; e.g. --peft lora"
         )
     return job
+
+
+def bandwidth(given: str) -> float:
+    """Return the bytes a second of a text like 50GB/s or 400Gbit/s.
+
+    Raises:
+        InputError: another text.
+    """
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(B|bit|b)(/s|ps)\s*", given)
+    if found is None or found[1].count(".") > 1 or not found[1].strip("."):
+        raise InputError(f"--network: expected a rate such as 50GB/s or 400Gbit/s, got {given!r}")
+    scale = 1000.0 ** " KMGT".index(found[2] or " ")
+    return float(found[1]) * scale / (1 if found[3] == "B" else 8)
 
 
 def _names(given: str | None) -> list[str] | None:

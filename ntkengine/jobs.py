@@ -80,13 +80,19 @@ def run_gram(
     )
 
 
-def run_plan(job: Job, progress: Progress | None = None) -> Plan:
-    """Return the plan of a job without running it; cost: loading, and about ten passes of three samples."""
+def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
+    """Return the plan of a job without running it; cost: loading, and about ten passes of three samples.
+
+    Args:
+        job: the job.
+        progress: as `run_gram`.
+        ranks: `ranks`, `gpus_per_node` and `network` of `plan_gram`.
+    """
     from ntkengine.gram.engine import plan_gram
 
     _check_early(replace(job, out=None))
     prepared = _Prepared(job, progress or _quiet, None)
-    return plan_gram(prepared.model, prepared.inputs, **prepared.arguments(), memory_gib=job.gram.memory_gib)
+    return plan_gram(prepared.model, prepared.inputs, **prepared.arguments(), memory_gib=job.gram.memory_gib, **ranks)
 
 
 class _Prepared:

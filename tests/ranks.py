@@ -1,4 +1,4 @@
-"""What the tests run under an MPI launcher: python -m mpi4py -m tests.ranks FOLDER GROUP; results go to FOLDER."""
+"""What the tests run under an MPI launcher: python -m mpi4py -m tests.ranks FOLDER GROUP. Results go to FOLDER."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 
 import ntkengine as ntk
 from ntkengine.cluster.shards import deal
+from ntkengine.errors import Stopped
+from ntkengine.gram.teamwork import SpreadKeeper
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.factors import Dense
@@ -142,13 +144,54 @@ def spoiled(comm):
     return {"spoiled": ["", "", -1]}
 
 
+def kept(group, path, comm=None):
+    """Go on with a job that keeps checkpoints: to its end, or until a few blocks more are in.
+
+    Args:
+        group: "ends": it is left to end; "dies": rank 1 is killed; "stops": the last rank is asked to stop.
+        path: of its file.
+        comm: the ranks.
+
+    Returns:
+        What became of it.
+    """
+    model, inputs, more = made()
+    options = {"params": "all", "precision": "exact", "check": False, "contraction": "full", "eval_inputs": more}
+    steps = []
+    step = SpreadKeeper.step
+
+    def counted(self, spreading):
+        steps.append(0)
+        if len(steps) == 3 and group == "dies" and comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if len(steps) == 2 and group == "stops" and comm.rank == comm.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, spreading)
+
+    SpreadKeeper.step = counted
+    try:
+        gram = ntk.compute_gram(
+            model, inputs, comm=comm, out=path, checkpoint_s=0.0, per_module=path.stem == "parts", **options
+        )
+    except Stopped as error:
+        return str(error)
+    finally:
+        SpreadKeeper.step = step
+    return f"{gram.meta['resumed']} were summed"
+
+
 def main():
     """Run a group."""
     from mpi4py import MPI
 
     torch.set_num_threads(1)
     comm, folder, group = MPI.COMM_WORLD, Path(sys.argv[1]), sys.argv[2]
-    if group == "killed":
+    if group in ("ends", "dies", "stops"):
+        said = comm.gather(kept(group, folder, comm))
+        if not comm.rank:
+            assert len(set(said)) == 1, said
+            print(said[0])
+    elif group == "killed":
         model, inputs, _ = made()
 
         def deadly(output, _batch):
@@ -162,11 +205,19 @@ def main():
         if comm.rank == 0:
             (folder / "told.json").write_text(json.dumps(told))
     else:
-        found = computed(group, comm)
-        everywhere = comm.gather({k: v for k, v in found.items() if k.endswith(": outputs")})
+        save(group, comm, folder)
+        save(group, comm.Split(min(comm.rank // 2, 1), comm.rank), folder)  # two ranks, and the others at the same time
         if comm.rank == 0:
-            assert all(np.array_equal(e[k], found[k]) for e in everywhere for k in e)
-            np.savez(folder / "found.npz", **found)
+            save("few", MPI.COMM_SELF, folder)
+
+
+def save(group, comm, folder):
+    """Compute a group of cases on the ranks of a communicator and save what they found."""
+    found = computed(group, comm)
+    everywhere = comm.gather({k: v for k, v in found.items() if k.endswith(": outputs")})
+    if comm.rank == 0:
+        assert all(np.array_equal(e[k], found[k]) for e in everywhere for k in e)
+        np.savez(folder / f"{comm.size}.npz", **found)
 
 
 if __name__ == "__main__":

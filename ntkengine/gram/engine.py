@@ -28,6 +28,7 @@ from ntkengine.gram.planning import planned, timed
 from ntkengine.gram.repairing import fill_open_tiles
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums, by_module
+from ntkengine.gram.scaling import check_ranks, predict
 from ntkengine.gram.sketching import described
 from ntkengine.gram.spread import Spread, sum_spread
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
@@ -298,9 +299,15 @@ def plan_gram(
     memory_gib: float | None = None,
     seed: int = 0,
     sketch: int | None = None,
+    ranks: int = 1,
+    gpus_per_node: int | None = None,
+    network: float | None = None,
     **_run_only: Any,
 ) -> Plan:
     """Return what `compute_gram` would do with the same arguments: strategy, flops, bytes and seconds by parameter.
+
+    With `ranks` its `scaling` says what the job takes on as many processes like this one, `gpus_per_node` of them on a
+    host, with `network` bytes a second between hosts.
 
     Cost: about ten forward and backward passes of three samples.
 
@@ -308,14 +315,31 @@ def plan_gram(
         InputError, NotImplementedError: as `compute_gram`.
     """
     refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch)
+    check_ranks(ranks, gpus_per_node, network)
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
     tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        found = planned(task, precision, per_module, memory_gib, seed, sketch)
-        return timed(task.fast(running) if precision == "fast" else task, *found)
+        structure, plan, layout, samples, sketches = planned(
+            task, precision, per_module, memory_gib, seed, sketch, shared_by=ranks
+        )
+        timed(task.fast(running) if precision == "fast" else task, structure, plan, layout, samples, sketches)
+    if ranks > 1:
+        plan.scaling = predict(
+            plan,
+            structure,
+            samples,
+            task.frame(structure.outputs),
+            layout,
+            ranks,
+            gpus_per_node=gpus_per_node,
+            network=network,
+            device=task.device,
+            entry=(torch.bfloat16 if precision == "fast" else task.dtype).itemsize / task.dtype.itemsize,
+        ).to_dict()
+    return plan
 
 
 def _sweep(

@@ -97,6 +97,7 @@ class Plan:
         pass_seconds: estimate of the passes' time, from one microbatch.
         projection_flops: of a sketch's projections.
         ranks: processes that share the job; memory is then that of each.
+        scaling: what it takes on as many ranks as were asked for (`gram.scaling.Scaling`).
     """
 
     parameters: list[PlanRow]
@@ -120,6 +121,7 @@ class Plan:
     pass_seconds: float = 0.0
     projection_flops: float = 0.0
     ranks: int = 1
+    scaling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def flops(self) -> float:

@@ -38,10 +38,21 @@ def planned(
     seed: int,
     sketch: int | None = None,
     team: Team | None = None,
+    shared_by: int = 1,
 ) -> tuple[Structure, Plan, Layout, Samples, dict[str, Sketch]]:
     """Probe the model, choose what is sketched, and lay the job out within its budget.
 
     All ranks probe, and stop if they find different ways through the model.
+
+    Args:
+        task: the job.
+        precision: of the passes.
+        per_module: whether every module gets its own accumulator.
+        memory_gib: the budget, of each rank.
+        seed: of the probe and of a sketch.
+        sketch: features.
+        team: the ranks that share the job; None: this process alone.
+        shared_by: ranks to lay it out for without a team.
 
     Raises:
         InputError: nothing fits.
@@ -69,19 +80,20 @@ def planned(
     plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, sketches)
     plan.probe_seconds = probed
     spill = "host" if task.device.type == "cuda" else "disk"
-    if team is None:
+    ranks = shared_by if team is None else team.size
+    if ranks == 1:
         needs = needs_of(plan, structure, task.model, dtype, sketches, kernels=task.kernels)
         layout = fit(needs, memory_gib, spill=spill)
     else:
         with together(team):
-            shards = deal(microbatches(before.microbatch_tokens), team.size)
+            shards = deal(microbatches(before.microbatch_tokens), ranks)
             needs, layout = share_of(task, structure, plan, shards, frame, sketches, before, memory_gib, spill, dtype)
-        layout = team.broadcast(layout)
+        layout = layout if team is None else team.broadcast(layout)
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
     tiles = layout.tiles(plan.samples)
     plan.sweeps = tiles * (tiles + 1) // 2
-    plan.ranks = 1 if team is None else team.size
+    plan.ranks = ranks
     return structure, plan, layout, samples, sketches
 
 
@@ -165,6 +177,7 @@ def timed(
     frame = task.frame(plan.outputs)
     seconds, tokens = sweep_seconds(task, on, plan, layout, samples, sketches, kept)
     plan.pass_seconds = seconds * layout.tiles(plan.samples) + page_seconds(plan.peak_bytes, task.device)
+    structure.tokens |= tokens
     shorten(plan, structure, frame, tokens)
     rate = contraction_rate(plan, frame, task.dtype, task.device, kernels=task.kernels)
     plan.rate = rate if rate == rate else 1e9  # only small contractions, whose time is nothing

@@ -36,6 +36,8 @@ def checkpointing(
         resume: go on from what there is.
         every_s: seconds between checkpoints.
 
+    A signal to stop waits for the end of a block of the model, where all ranks hear of it.
+
     Raises:
         InputError: as `Checkpoints`; on all ranks.
     """
@@ -50,7 +52,8 @@ def checkpointing(
             with team.together():
                 if team.root is first:
                     entered.enter_context(mine)
-        yield mine
+        with mine.stop.waits():  # a signal to one rank alone would leave the others waiting
+            yield mine
 
 
 class SpreadKeeper:

@@ -116,6 +116,20 @@ def ranks_line(gram: Any, seconds: float) -> str:
     )
 
 
+def scaling_note(scaling: Mapping[str, Any]) -> str:
+    """Return what a job is predicted to take on many ranks.
+
+    Args:
+        scaling: `Plan.scaling`.
+    """
+    return (
+        f"on {scaling['ranks']} ranks like this one about {scaling['seconds']:.1f} s: passes "
+        f"{scaling['pass_seconds']:.1f}, contractions {scaling['contract_seconds']:.1f}, communication "
+        f"{scaling['wait_seconds']:.2f} ({scaling['communication_share']:.1%}); each sends up to "
+        f"{max(scaling['sent_bytes']):.3g} bytes at {scaling['bandwidth']:.3g} bytes/s"
+    )
+
+
 def plan_table(plan: Any) -> Table:
     """Return a plan with layers folded: one row for each kind of parameter and strategy."""
     found: dict[tuple[str, ...], list[Any]] = {}
@@ -140,6 +154,8 @@ def plan_table(plan: Any) -> Table:
         f"MiB above the model; about {plan.seconds:.1f} s: passes {plan.pass_seconds:.1f}, contractions at "
         f"{plan.rate / 1e9:,.0f} GFLOP/s"
     )
+    if plan.scaling:
+        note += f"; {scaling_note(plan.scaling)}"
     layout = plan.layout
     projected = sum("sketched" in row.path for row in plan.parameters)
     if projected:
