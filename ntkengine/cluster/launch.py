@@ -73,7 +73,7 @@ def one_voice(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not team.agreed:
+        if error is not team.agreed:
             team.abort(error, lambda line: _line(spoken, line))
         team.leave()
         raise

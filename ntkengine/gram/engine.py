@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ntkengine import store
 from ntkengine.cluster.comm import Team, team_of, together
-from ntkengine.errors import CheckFailed, InputError, NonFinite
+from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
 from ntkengine.gram.check import Check
 from ntkengine.gram.identity import existing, identity, writable
 from ntkengine.gram.layout import Layout, tune_allocator
@@ -204,7 +204,8 @@ def compute_gram(
     gram = _assemble(sums, samples, plan, contraction, task.transform, two=inputs2 is not None)
     gram.noise = float("nan") if noise is None else noise.norm
     gram.targets, gram.eval_targets = _float(targets), _float(eval_targets)
-    gram.extras = dict((extras() if callable(extras) else extras) or {})
+    with together(team):
+        gram.extras = dict((extras() if callable(extras) else extras) or {})
     seconds = time.perf_counter() - start
     gram.meta = {
         "precision": precision,
@@ -422,7 +423,7 @@ def _noise(
             sketched=sketched,
         )
     except (NonFinite, RuntimeError, TypeError, ValueError) as error:
-        if same or isinstance(error, CheckFailed | InputError | torch.OutOfMemoryError):
+        if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
             raise
         if sketched:  # its error is far above float32's
             return _noise(task, structure, samples, frame, sums, seed, task.model, precision, sketched=True)
