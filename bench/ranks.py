@@ -20,7 +20,7 @@ from bench.planned import build
 from bench.record import record
 
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
-JOB: dict[str, Any] = {"model": "bert", "config": SHAPE, "N": 3072, "T": 8, "C": 1, "params": "all"}
+JOB: dict[str, Any] = {"model": "bert", "config": SHAPE, "N": 1536, "T": 8, "C": 1, "params": "all"}
 COUNTS = (1, 2, 4)
 REPEATS = 2
 

@@ -46,7 +46,7 @@ class Team:
         local: its number among the processes of this host.
         waited: seconds spent in MPI calls that had to wait.
         sent: bytes sent by `send`.
-        agreed: whether an error is being raised on all ranks.
+        agreed: the last error that was raised on all ranks.
     """
 
     def __init__(self, comm: Any) -> None:
@@ -58,7 +58,8 @@ class Team:
         near = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local = int(near.Get_rank())
         near.Free()
-        self.waited, self.sent, self.agreed = 0.0, 0, False
+        self.waited, self.sent = 0.0, 0
+        self.agreed: BaseException | None = None
 
     @property
     def root(self) -> bool:
@@ -74,59 +75,60 @@ class Team:
     def agree(self, error: BaseException | None = None, value: Any = None) -> list[Any]:
         """Return every rank's value; what failed on any rank is raised on all.
 
+        Every call that ranks make together begins with this one, so that a rank that fails is heard wherever the
+        others are.
+
         Args:
             error: what went wrong on this rank since they last agreed, or None.
-            value: for the others.
+            value: for the others, plain Python.
 
         Raises:
             Exception: this rank's own error where all ranks have the same; else one of its kind (`RankFailed` for what
                 is not this package's) that names the first rank that failed, its host, and the reason.
         """
-        found = self.exchange((None if error is None else _told(error), value))
+        start = time.perf_counter()
+        request = self._comm.Ibarrier()  # a collective call would hold a core while it waits
+        while not request.Test():
+            if time.perf_counter() - start > _SPIN_S:
+                time.sleep(_NAP_S)
+        found = self._comm.allgather((None if error is None else (*_told(error), self.host), value))
+        self.waited += time.perf_counter() - start
         told = [t for t, _ in found]
         if all(t is None for t in told):
             return [v for _, v in found]
-        self.agreed = True
         if error is not None and len({t and t[:2] for t in told}) == 1:
+            self.agreed = error
             raise error
-        rank, first = next((r, t) for r, t in enumerate(told) if t is not None)
-        kind = _TOLD.get(first[0])
-        host = self.exchange(self.host)[rank]
-        reason = first[1] if kind is not None else f"{first[0]}: {first[1]}"
-        msg = f"rank {rank} ({host}): {reason}"
-        if kind is not None:
-            raise kind(msg) from error
-        raise RankFailed(msg, rank, first[2]) from error
+        rank, (name, reason, stack, host) = next((r, t) for r, t in enumerate(told) if t is not None)
+        if name in _TOLD:
+            self.agreed = _TOLD[name](f"rank {rank} ({host}): {reason}")
+        else:
+            self.agreed = RankFailed(f"rank {rank} ({host}): {name}: {reason}", rank, stack)
+        raise self.agreed from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """Within the block each rank works alone; what failed on any of them is raised on all at its end."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001  (every rank has to hear of it)
+        except Exception as error:
+            if error is self.agreed:  # every rank has heard of it
+                raise
             self.agree(error)
         else:
             self.agree()
 
     def exchange(self, value: Any) -> list[Any]:
         """Return every rank's value, plain Python."""
-        self._gather_round()
-        start = time.perf_counter()
-        found = self._comm.allgather(value)
-        self.waited += time.perf_counter() - start
-        return list(found)
+        return self.agree(None, value)
 
     def broadcast(self, value: Any = None) -> Any:
         """Return rank 0's value, plain Python."""
-        self._gather_round()
-        start = time.perf_counter()
-        found = self._comm.bcast(value)
-        self.waited += time.perf_counter() - start
-        return found
+        return self.agree(None, value if self.root else None)[0]
 
     def total(self, array: np.ndarray) -> np.ndarray:
         """Return the sum over ranks, on every rank."""
-        self._gather_round()
+        self.agree()
         start = time.perf_counter()
         given, found = np.ascontiguousarray(array), np.empty_like(array, order="C")
         self._comm.Allreduce(given, found)
@@ -148,9 +150,8 @@ class Team:
         for rank, theirs in enumerate(found):
             for name, value in found[0].items():
                 if theirs.get(name) != value:
-                    self.agreed = True
-                    msg = f"{name}: rank {rank} has another than rank 0; {advice}"
-                    raise kind(msg)
+                    self.agreed = kind(f"{name}: rank {rank} has another than rank 0; {advice}")
+                    raise self.agreed
 
     def send(self, buffer: torch.Tensor, to: int, tag: int) -> Any:
         """Start sending a flat uint8 tensor and return the request; the buffer stays as it is until that is done."""
@@ -196,11 +197,6 @@ class Team:
         """Wait for all ranks and shut MPI down: an exit code other than 0 then ends no rank before it has spoken."""
         self._comm.Barrier()
         self._mpi.Finalize()
-
-    def _gather_round(self) -> None:
-        """Wait for all ranks without holding a core, which a collective call would."""
-        request = self._comm.Ibarrier()
-        self.wait(request.Test)
 
     def _spec(self, buffer: torch.Tensor) -> list[Any]:
         return [buffer.numpy() if buffer.device.type == "cpu" else buffer, self._mpi.BYTE]

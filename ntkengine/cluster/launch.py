@@ -73,7 +73,8 @@ def one_voice(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (Exception, Stopped) as error:
-        if not team.agreed:
+        # A stop is told once more where its checkpoints are left.
+        if not any(e is team.agreed for e in (error, error.__cause__)):
             team.abort(error, lambda line: _line(spoken, line))
         team.leave()
         raise

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ntkengine import store
 from ntkengine.cluster.comm import Team, team_of, together
-from ntkengine.errors import CheckFailed, InputError, NonFinite
+from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
 from ntkengine.gram.assembly import as_float, assemble, shared, surroundings
 from ntkengine.gram.check import Check
 from ntkengine.gram.checkpoint import CHECKPOINT_S, Checkpoints, check_seconds
@@ -169,7 +169,8 @@ def compute_gram(
         report = progress if checkpoints is None else checkpoints.watched(progress)
         gram = _computed(task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints, team, start)
         gram.targets, gram.eval_targets = as_float(targets), as_float(eval_targets)
-        gram.extras = dict((extras() if callable(extras) else extras) or {})
+        with together(team):
+            gram.extras = dict((extras() if callable(extras) else extras) or {})
         gram.meta["settings"] = dict(job or {})
         gram.meta["seconds"] = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
         return gram
@@ -466,7 +467,7 @@ def _noise(
             sketched=sketched,
         )
     except (NonFinite, RuntimeError, TypeError, ValueError) as error:
-        if same or isinstance(error, CheckFailed | InputError | torch.OutOfMemoryError):
+        if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
             raise
         if sketched:  # its error is far above float32's
             return _noise(task, structure, samples, frame, sums, seed, task.model, precision, sketched=True)

@@ -85,7 +85,8 @@ def predict(
         layout: of the ranks.
         ranks: R, at least 2.
         gpus_per_node: ranks on one host; default all.
-        network: bytes a second between hosts; default what this host's memory passes from process to process.
+        network: bytes a second between hosts; without it, and where all are on one, what this host's memory passes from
+            process to process.
         device: what the plan was timed on.
         entry: size of a factor's entry as it travels, against the plan's.
 
@@ -98,7 +99,8 @@ def predict(
     bundles = _bundles(plan, ranks, layout)
     sent = np.zeros(ranks)
     passes = plan.pass_seconds * max(s.tokens for s in shards) / plan.tokens
-    bandwidth = network or _memory_bandwidth()
+    crosses = gpus_per_node is None or ranks > gpus_per_node
+    bandwidth = network if network is not None and crosses else _memory_bandwidth()
     busiest = [[0.0] * len(bundle) for bundle in bundles]
     slowest = [[0.0] * len(bundle) for bundle in bundles]
     first = [[0.0] * len(bundle) for bundle in bundles]
@@ -108,7 +110,8 @@ def predict(
         for s, segment in enumerate(bundles):
             for b, bundle in enumerate(segment):
                 parcels = {
-                    hop: _parcel(bundle, widths[hop.source], plan, known, half=hop.half) for hop in hops(rank, ranks)
+                    hop: entry * _parcel(bundle, widths[hop.source], plan, known, half=hop.half)
+                    for hop in hops(rank, ranks)
                 }
                 sent[right] += sum(parcels.values())
                 busiest[s][b] = max(busiest[s][b], sum(_flops(row, m, known) for row in bundle for m in met))

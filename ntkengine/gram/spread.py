@@ -137,26 +137,34 @@ class Spread:
 
         Memory: on rank 0 the whole Gram and one rectangle of it.
         """
-        team, frame = self.team, self.frame
         panels = self.total if part is None else self.parts[part]
-        mine = list(panels.blocks())
-        places = team.exchange([(block.rows, block.columns) for block in mine])
-        if not team.root:
-            for block in mine:
-                values = torch.from_numpy(np.ascontiguousarray(block.values)).view(-1).view(torch.uint8)
-                request = team.send(values, 0, 0)
-                team.wait(lambda r=request: team.done(r))  # type: ignore[misc]
-            return None
-        rows, columns = ((stop - start) * frame.width for start, stop in (frame.rows, frame.columns))
-        K = np.full((frame.layers, rows, columns), np.nan)
-        paste(mine, frame, K)
-        for rank in range(1, team.size):
-            for r, c in places[rank]:
-                values = torch.empty(frame.layers, r[1] - r[0], c[1] - c[0], dtype=torch.float64)
-                request = team.receive(values.view(-1).view(torch.uint8), rank, 0)
-                team.wait(lambda r=request: team.done(r))  # type: ignore[misc]
-                paste([Block(panels.part, r, c, values.numpy())], frame, K)
+        rows, columns = ((stop - start) * self.frame.width for start, stop in (self.frame.rows, self.frame.columns))
+        with self.team.together():
+            mine = list(panels.blocks())
+            K = np.full((self.frame.layers, rows, columns), np.nan) if self.team.root else None
+        places = self.team.exchange([(block.rows, block.columns) for block in mine])
+        try:
+            self._gather(mine, places, K)
+        except Exception as error:  # noqa: BLE001  (the others wait for blocks)
+            self.team.abort(error)
         return K
+
+    def _gather(self, mine: list[Block], places: Sequence[Any], K: np.ndarray | None) -> None:
+        """Send this rank's blocks to rank 0, or receive all others' there, one at a time."""
+        if K is None:
+            for block in mine:
+                values = torch.from_numpy(np.ascontiguousarray(block.values))
+                self._complete(self.team.send(values.view(-1).view(torch.uint8), 0, 0))
+            return
+        paste(mine, self.frame, K)
+        for rank in range(1, self.team.size):
+            for rows, columns in places[rank]:
+                values = torch.empty(len(K), rows[1] - rows[0], columns[1] - columns[0], dtype=torch.float64)
+                self._complete(self.team.receive(values.view(-1).view(torch.uint8), rank, 0))
+                paste([Block(TOTAL, rows, columns, values.numpy())], self.frame, K)
+
+    def _complete(self, request: Any) -> None:
+        self.team.wait(lambda: self.team.done(request))
 
 
 class Spreading:

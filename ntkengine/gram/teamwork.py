@@ -118,8 +118,8 @@ class SpreadKeeper:
             return
         if self._new:
             self._save(spreading)
-        self.team.agreed = True
-        raise Stopped(self.owner.stop.signal or signal.SIGTERM)
+        self.team.agreed = Stopped(self.owner.stop.signal or signal.SIGTERM)
+        raise self.team.agreed
 
     def _save(self, spreading: Spreading) -> None:
         sums = spreading.sums
