@@ -126,9 +126,12 @@ class Child:
 
     def wait(self) -> int | None:
         """Return the exit code; None if it hung, and was killed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            wait = self._process.join if hasattr(self._process, "join") else self._process.wait
-            wait(self.limit_s)
+        wait = self._process.join if hasattr(self._process, "join") else self._process.wait
+        for _ in range(int(4 * self.limit_s)):  # in short waits: a machine that stands still does not count
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                wait(0.25)
+            if not self.alive():
+                break
         code = self._process.exitcode if hasattr(self._process, "exitcode") else self._process.poll()
         if code is None:
             self._process.kill()
