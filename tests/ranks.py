@@ -98,7 +98,13 @@ def refused(comm):
             raise OSError(message)
         return output.logits
 
-    torch.manual_seed(comm.rank)
+    def extras():
+        ntk.compute_gram(model, inputs, comm=comm, check=False)
+        if comm.rank == 0:
+            raise OSError(disk)
+        return dict(ntk.compute_gram(model, inputs, comm=comm, check=False).extras)
+
+    disk = "no space left"
     own = tiny_model("bert", seed=comm.rank)
     few = {k: v[: comm.size - 1] for k, v in inputs.items()}
     bad = {**inputs, "input_ids": inputs["input_ids"][:3]}
@@ -109,6 +115,7 @@ def refused(comm):
         "fewer samples than ranks": (model, few, {}),
         "one rank raises": (model, inputs, {"readout": broken}),
         "not finite": (model, inputs, {"readout": infinite, "check": False}),
+        "rank 0 raises between sweeps": (model, inputs, {"extras": extras, "check": False}),
         "too little memory": (model, inputs, {"memory_gib": 1e-6}),
     }
     found = {}
@@ -200,15 +207,14 @@ def main():
             return output.logits
 
         ntk.compute_gram(model, inputs, comm=comm, readout=deadly)
-    elif group == "refused":
-        told = comm.gather(refused(comm) | spoiled(comm))
-        if comm.rank == 0:
-            (folder / "told.json").write_text(json.dumps(told))
     else:
         save(group, comm, folder)
         save(group, comm.Split(min(comm.rank // 2, 1), comm.rank), folder)  # two ranks, and the others at the same time
         if comm.rank == 0:
             save("few", MPI.COMM_SELF, folder)
+        told = comm.gather(refused(comm) | spoiled(comm))
+        if comm.rank == 0:
+            (folder / "told.json").write_text(json.dumps(told))
 
 
 def save(group, comm, folder):

@@ -65,13 +65,21 @@ def truth():
     return computed("all")
 
 
-@needs_mpi
-@pytest.mark.parametrize(("launcher", "group"), [("mpich", "all"), ("openmpi", "few")])
-def test_the_same_grams_on_any_number_of_ranks(launcher, group, truth, tmp_path):
-    done = mpirun(launcher, 5, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), group)
+@pytest.fixture(scope="module", params=[("mpich", "all"), ("openmpi", "few")], ids=["mpich", "openmpi"])
+def done(request, tmp_path_factory):
+    """What five ranks found, two and three of them at the same time, and one: (folder, group of cases)."""
+    launcher, group = request.param
+    folder = tmp_path_factory.mktemp(launcher)
+    done = mpirun(launcher, 5, "-m", "mpi4py", "-m", "tests.ranks", str(folder), group)
     assert done.returncode == 0, done.stderr
+    return folder, group
+
+
+@needs_mpi
+def test_the_same_grams_on_any_number_of_ranks(done, truth):
+    folder, group = done
     for ranks in (1, 2, 3, 5):
-        found = dict(np.load(tmp_path / f"{ranks}.npz"))
+        found = dict(np.load(folder / f"{ranks}.npz"))
         compare(found, truth)
         if ranks > 1:
             for name in SENT if group == "all" else SENT[:1]:
@@ -101,11 +109,8 @@ def compare(found, truth):
 
 
 @needs_mpi
-@pytest.mark.parametrize(("launcher", "ranks"), [("mpich", 3), ("openmpi", 2)])
-def test_what_fails_on_one_rank_is_told_by_all(launcher, ranks, tmp_path):
-    done = mpirun(launcher, ranks, "-m", "mpi4py", "-m", "tests.ranks", str(tmp_path), "refused")
-    assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "told.json").read_text())
+def test_what_fails_on_one_rank_is_told_by_all(done):
+    told, ranks = json.loads((done[0] / "told.json").read_text()), 5
     assert all(t == told[0] for t in told[1:])
     told = told[0]
     assert told["same bad argument"][0] == "InputError"
@@ -124,6 +129,10 @@ def test_what_fails_on_one_rank_is_told_by_all(launcher, ranks, tmp_path):
     assert kind == "RankFailed"
     assert text.startswith(f"rank {ranks - 1} (")
     assert text.endswith("OSError: out of luck")
+    kind, text = told["rank 0 raises between sweeps"]
+    assert kind == "RankFailed"
+    assert text.startswith("rank 0 (")
+    assert text.endswith("OSError: no space left")
     assert told["not finite"][0] == "NonFinite"
     kind, text, example = told["spoiled"]
     assert kind == "NonFinite"

@@ -30,7 +30,8 @@ from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums, by_module
 from ntkengine.gram.scaling import check_ranks, predict
 from ntkengine.gram.sketching import described
-from ntkengine.gram.spread import Spread, sum_spread
+from ntkengine.gram.spread import Spread
+from ntkengine.gram.spreading import sum_spread
 from ntkengine.gram.task import Task, check_rows, in_precision, refuse
 from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.tiles import Frame

@@ -18,7 +18,7 @@ from ntkengine.gram.keeper import Region, work_of
 from ntkengine.gram.tiles import Frame
 
 if TYPE_CHECKING:
-    from ntkengine.gram.spread import Spreading
+    from ntkengine.gram.spreading import Spreading
 
 log = logging.getLogger(__name__)
 
