@@ -9,13 +9,23 @@ from ntkengine.spectrum.density import (
     effective_rank,
     spectral_density,
 )
-from ntkengine.spectrum.lanczos import Ritz, eigsh
-from ntkengine.spectrum.operators import DenseOperator, as_matrix, noise_of
+from ntkengine.spectrum.certify import Ritz
+from ntkengine.spectrum.implicit import DeviceOperator, FactorOperator, ImplicitOperator
+from ntkengine.spectrum.lanczos import eigsh
+from ntkengine.spectrum.operators import DenseOperator, GramOperator, as_matrix, noise_of
+from ntkengine.spectrum.panels import PanelOperator
+from ntkengine.spectrum.sharded import ShardedOperator
 
 __all__ = [
     "ConditionNumber",
     "DenseOperator",
+    "DeviceOperator",
+    "FactorOperator",
+    "GramOperator",
+    "ImplicitOperator",
+    "PanelOperator",
     "Ritz",
+    "ShardedOperator",
     "SpectralDensity",
     "as_matrix",
     "condition_from_eigenvalues",
