@@ -23,8 +23,8 @@ class Ritz:
         residuals: (k,) ‖K v − θ v‖₂, computed explicitly with the K at hand.
         bounds: (k,) k different eigenvalues of the true K lie within `bounds[i]` of `values[i]`, one for each i,
             multiple eigenvalues counted as often as they occur, provided `noise` bounds ‖K̃ − K‖₂. When `certified`
-            they are the k that were asked for, position by position. A sum of what the residuals allow, of √N · eps ·
-            ‖K‖ for rounding, and of the noise.
+            they are the k that were asked for, position by position. A sum of what the residuals allow, of
+            10·√N·eps·‖K‖ for rounding, and of the noise.
         products: matrix-vector products spent (0 for LAPACK, plus k to check).
         method: "dense", "lanczos" or "shift-invert" (with "BE", of the low end).
         certified: whether it is proved that no eigenvalue was missed.
@@ -75,7 +75,7 @@ def pair_bounds(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
 
 
 def certified_bounds(
-    matrix: np.ndarray, values: np.ndarray, vectors: np.ndarray, residuals: np.ndarray, *, low: bool
+    matrix: np.ndarray, values: np.ndarray, vectors: np.ndarray, residuals: np.ndarray, norm: float, *, low: bool
 ) -> np.ndarray | None:
     """Return radii around the Ritz values that hold the k largest (or smallest) eigenvalues position by position.
 
@@ -90,6 +90,7 @@ def certified_bounds(
         values: (k,) Ritz values.
         vectors: (N, k).
         residuals: (k,).
+        norm: an upper bound of ‖K‖₂.
         low: the k smallest instead.
 
     Returns:
@@ -101,9 +102,9 @@ def certified_bounds(
     """
     rows = len(matrix)
     theta = -values if low else values
-    scale, rho = float(np.abs(values).max()), float(np.linalg.norm(residuals))
-    s = float(theta.min()) + 2.0 * rho + 10.0 * np.sqrt(rows) * EPS * scale
-    moved = theta - s + max(scale, EPS)  # on the Ritz vectors the matrix below is `scale`
+    rho = float(np.linalg.norm(residuals))
+    s = float(theta.min()) + 2.0 * rho + 10.0 * np.sqrt(rows) * EPS * norm
+    moved = theta - s + (norm or 1.0)  # on the Ritz vectors the matrix below is ‖K‖
     shifted = (vectors * moved) @ vectors.T
     shifted += matrix if low else -matrix
     shifted[np.diag_indices_from(shifted)] += s

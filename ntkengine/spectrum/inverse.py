@@ -14,10 +14,12 @@ from ntkengine.spectrum.krylov import Krylov
 from ntkengine.spectrum.implicit import ImplicitOperator
 from ntkengine.spectrum.operators import EPS
 
-_TRIES = 6
+_TRIES = 8
+_BLOCK = 8  # solves at once: a factor of 3,000 rows takes 7 ms for one and 8 ms for eight (measured)
+_TRIAL = 120  # solves before a better σ is tried
 
 
-def smallest(matrix: np.ndarray, k: int, tol: float, limit: int, seed: int, noise: float, block: int = 1) -> Ritz:
+def smallest(matrix: np.ndarray, k: int, tol: float, limit: int, seed: int, noise: float) -> Ritz:
     """Return the k smallest eigenpairs.
 
     σ lies just below λ_min, where the inverse spreads the smallest eigenvalues of a Gram far apart; that K − σI has a
@@ -31,7 +33,6 @@ def smallest(matrix: np.ndarray, k: int, tol: float, limit: int, seed: int, nois
         limit: solves to spend.
         seed: of the random vectors.
         noise: of the matrix.
-        block: right-hand sides solved at once.
 
     Returns:
         The pairs, values ascending, method "shift-invert".
@@ -44,44 +45,50 @@ def smallest(matrix: np.ndarray, k: int, tol: float, limit: int, seed: int, nois
     """
     rows = len(matrix)
     scale = float(scipy.linalg.norm(matrix, np.inf)) or 1.0
-    rounding = np.sqrt(rows) * EPS * scale
-    shift, spent = max(10.0 * rounding, min(noise, scale)), 0
-    for last in (False, True):
-        factor = _factor(matrix, shift, scale)
+    rounding = 10.0 * np.sqrt(rows) * EPS * scale
+    factor, shift = _factor(matrix, max(rounding, min(noise, scale)), scale)
+    spent, budget, inner = 0, _TRIAL, min(tol, 1e-10)
+    while True:
 
         def solve(X: np.ndarray, factor: np.ndarray = factor) -> np.ndarray:
             return scipy.linalg.cho_solve((factor, True), X, check_finite=False)
 
-        found = Krylov(ImplicitOperator(solve, rows), k, "LA", min(tol, 1e-10), limit, seed, 0.0, block).run()
+        inverse = ImplicitOperator(solve, rows)
+        try:
+            found = Krylov(inverse, k, "LA", inner, min(budget, limit - spent), seed, 0.0, _BLOCK).run()
+        except NotConverged as stopped:
+            found = stopped.partial
         basis = np.linalg.qr(solve(found.vectors))[0]
         images = matrix @ basis
         values, S = scipy.linalg.eigh(basis.T @ images)
         vectors, images = basis @ S, images @ S
         residuals = np.linalg.norm(images - vectors * values, axis=0)
         spent += found.products + k
-        if (residuals <= np.maximum(tol * np.abs(values), max(10.0 * rounding, 0.1 * noise))).all():
-            break
-        # One eigenvalue at σ hides the others from the inverse, as an outlier does: from further away they stand apart.
-        further = 1e-2 * float(values[-1]) - float(values[0])
-        if last or not further > 10.0 * shift:
+        bounds = pair_bounds(values, residuals) + rounding + noise
+        ritz = Ritz(values, vectors, residuals, bounds, spent, "shift-invert")
+        if (residuals <= np.maximum(tol * np.abs(values), max(rounding, 0.1 * noise))).all():
+            return ritz
+        if spent >= limit or inner < EPS:
             worst = float(residuals.max())
-            ritz = _ritz(values, vectors, residuals, rounding + noise, spent)
             raise NotConverged(f"shift-invert: the largest residual is {worst:.3g}", partial=ritz, residual=worst)
-        shift = further
-    return _ritz(values, vectors, residuals, rounding + noise, spent)
+        # From where the wanted eigenvalues begin they stand further apart; on top of one of them, it alone is seen.
+        distance = max(0.3 * float(values[-1] - values[0]), rounding)
+        if not 0.5 < (values[0] + shift) / distance < 2.0:
+            factor, shift = _factor(matrix, distance - float(values[0]), scale, distance)
+        elif budget == _TRIAL:
+            budget = limit
+        else:
+            inner *= 1e-2
 
 
-def _ritz(values: np.ndarray, vectors: np.ndarray, residuals: np.ndarray, error: float, products: int) -> Ritz:
-    return Ritz(values, vectors, residuals, pair_bounds(values, residuals) + error, products, "shift-invert")
-
-
-def _factor(matrix: np.ndarray, shift: float, scale: float) -> np.ndarray:
-    """Return the Cholesky factor of K + shift·I, the shift raised until there is one."""
+def _factor(matrix: np.ndarray, shift: float, scale: float, step: float = 0.0) -> tuple[np.ndarray, float]:
+    """Return the Cholesky factor of K + shift·I and the shift, which is raised until there is one."""
+    step = step or 1e-8 * scale
     for _ in range(_TRIES):
         shifted = matrix.copy(order="F")
         shifted[np.diag_indices_from(shifted)] += shift
         try:
-            return scipy.linalg.cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
+            return scipy.linalg.cholesky(shifted, lower=True, overwrite_a=True, check_finite=False), shift
         except np.linalg.LinAlgError:
-            shift = min(max(100.0 * shift, 1e-8 * scale), 1.01 * scale)
+            shift, step = shift + step, 30.0 * step
     raise NotConverged(f"shift-invert: K + {shift:.3g}·I has no Cholesky factor")

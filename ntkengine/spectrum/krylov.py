@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.spectrum.certify import Ritz, pair_bounds
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.operators import EPS, DenseOperator
 
 
 class Krylov:
@@ -59,11 +59,13 @@ class Krylov:
 
     def run(self) -> Ritz:
         """Return the converged pairs, or raise NotConverged with what there is."""
-        self._check_symmetry()
+        if not isinstance(self.operator, DenseOperator):  # which has looked at every entry
+            self._check_symmetry()
         self._draw(0, self.block)
         start, settled = 0, None
+        stride = max(3, self.capacity // 16)  # vectors between two looks at the Ritz values
         while True:
-            B = self._extend(start)
+            B = self._extend(start, max(start + stride, self.k + 1))
             values, S = scipy.linalg.eigh(self.T[: self.size, : self.size])
             self.scale = max(self.scale, float(np.abs(values).max()))
             estimate = np.linalg.norm(B @ S[self.size - B.shape[1] :], axis=0)
@@ -71,10 +73,10 @@ class Krylov:
             wanted, following = order[: self.k], order[self.k : self.k + (2 if self.which == "BE" else 1)]
             if self.size == self.rows:
                 return self._finish(S[:, wanted])  # the basis is the whole space
-            done = bool((estimate[wanted] <= 0.25 * self._target(values[wanted])).all())
+            done = bool((estimate[wanted] <= 0.5 * self._target(values[wanted])).all())
             if done and settled is not None and self._unchanged(settled, values[wanted]):
                 gap = np.abs(values[following][:, None] - values[wanted]).min(axis=1)
-                if (estimate[following] <= np.maximum(0.1 * gap, self._target(values[following]))).all():
+                if (estimate[following] <= np.maximum(0.3 * gap, self._target(values[following]))).all():
                     return self._finish(S[:, wanted])
             if self.products >= self.limit:
                 partial = self._measure(S[:, wanted])
@@ -85,11 +87,13 @@ class Krylov:
                 settled = np.sort(values[wanted])
                 start = self._restart(values, S, wanted)
                 self._draw(start, self.block)
-            else:
+            elif self.size + self.width > self.capacity:
                 start = self._restart(values, S, order[: self.k + (self.size - self.k) // 2])
+            else:
+                start = self.size
 
-    def _extend(self, start: int) -> np.ndarray:
-        """Grow the basis block by block from `start`; return B, (columns of the next block, columns of the last)."""
+    def _extend(self, start: int, stop: int) -> np.ndarray:
+        """Grow the basis block by block from `start` to `stop` or as far as it goes; return B."""
         at, width = start, self.width
         while True:
             end = at + width
@@ -106,7 +110,7 @@ class Krylov:
             self.scale = max(self.scale, float(np.abs(coefficients).max()))
             following = min(width, self.rows - end)
             B = self._append(W, end, following)
-            if end + following > self.capacity or not following:
+            if end >= stop or end + following > self.capacity or not following:
                 self.size, self.width = end, following
                 return B
             at, width = end, following
@@ -115,8 +119,12 @@ class Krylov:
         """Put an orthonormal basis of the remainder W into the next `count` columns, random where it has no more."""
         if not count:
             return np.zeros((0, W.shape[1]))
-        Q, R, _ = scipy.linalg.qr(W, mode="economic", pivoting=True, check_finite=False)
-        size = np.abs(np.diagonal(R))
+        if W.shape[1] == 1:
+            size = np.linalg.norm(W, axis=0)
+            Q = W / (size or 1.0)
+        else:
+            Q, R, _ = scipy.linalg.qr(W, mode="economic", pivoting=True, check_finite=False)
+            size = np.abs(np.diagonal(R))
         rank = min(count, int((size > self.rounding * self.scale).sum()))  # below: an invariant subspace
         if rank > 1 and size[rank - 1] < 0.1 * size[0]:  # nearly dependent columns lost their orthogonality to V
             Q[:, :rank] -= self.V[:, :end] @ (self.V[:, :end].T @ Q[:, :rank])
@@ -170,15 +178,14 @@ class Krylov:
         return bool((np.abs(before - np.sort(now)) <= self._target(before)).all())
 
     def _measure(self, S: np.ndarray) -> Ritz:
-        vectors = self.V[:, : self.size] @ S
-        step = max(self.block, 8)
+        vectors = np.linalg.qr(self.V[:, : self.size] @ S)[0]  # the basis is orthonormal to some hundred eps
+        step = max(self.block, 16)
         images = np.hstack([self._product(vectors[:, i : i + step]) for i in range(0, self.k, step)])
-        values = np.einsum("ij,ij->j", vectors, images)
-        order = np.argsort(values)
-        residuals = np.linalg.norm(images - vectors * values, axis=0)[order]
-        values = values[order]
-        bounds = pair_bounds(values, residuals) + self.rounding * self.scale + self.noise
-        return Ritz(values, vectors[:, order], residuals, bounds, self.products, "lanczos")
+        values, turn = scipy.linalg.eigh(vectors.T @ images)
+        vectors, images = vectors @ turn, images @ turn
+        residuals = np.linalg.norm(images - vectors * values, axis=0)
+        bounds = pair_bounds(values, residuals) + 10.0 * self.rounding * self.scale + self.noise
+        return Ritz(values, vectors, residuals, bounds, self.products, "lanczos")
 
     def _finish(self, S: np.ndarray) -> Ritz:
         ritz = self._measure(S)

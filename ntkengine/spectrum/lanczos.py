@@ -13,15 +13,15 @@ import scipy.linalg
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError, NotConverged
-from ntkengine.spectrum.certify import Ritz, certified_bounds
+from ntkengine.spectrum.certify import Ritz, certified_bounds, pair_bounds
 from ntkengine.spectrum.inverse import smallest
 from ntkengine.spectrum.krylov import Krylov
 from ntkengine.spectrum.operators import EPS, DenseOperator, noise_of
 from ntkengine.spectrum.panels import PanelOperator
 
 # Where LAPACK is quicker (one core, measured): the top pairs of an empirical NTK take Lanczos about 120 products at any
-# N; the bottom ones take one Cholesky factorisation and as many solves.
-_DENSE_TOP, _DENSE_BOTTOM = 300, 300
+# N; the bottom ones take one Cholesky factorisation or two and some 300 solves in blocks.
+_DENSE_TOP, _DENSE_BOTTOM = 200, 1000
 # A stored matrix up to this many rows is read into memory, and LAPACK steps in where Lanczos stalls.
 _DENSE_ROWS = 12_000
 
@@ -56,7 +56,7 @@ def eigsh(
         max_products: Lanczos only; default max(1000, 4 N).
         seed: of the random start vectors; same seed, same result.
         method: "dense" (LAPACK), "lanczos", "shift-invert" (low end: Lanczos on the inverse from a Cholesky
-            factorisation), or "auto": for a matrix LAPACK up to 300 rows or when k is above N/5, else Lanczos for the
+            factorisation), or "auto": for a matrix LAPACK up to 200 rows (1,000 for the low end) or when k is above N/5, else Lanczos for the
             high end and shift-invert for the low end, and LAPACK again where these stall (up to 12,000 rows, unless
             `max_products` is given). An operator has Lanczos only, which at the low end of a Gram rarely converges, and
             then says so.
@@ -109,10 +109,10 @@ def eigsh(
         if not low or method == "lanczos":
             found = Krylov(operator, k, which, tol, limit, seed, noise, width).run()
         else:
-            found = smallest(matrix, max(low, 1), tol, limit, seed, noise, width)
+            found = smallest(matrix, low, tol, limit, seed, noise)
             if k > low:
                 top = Krylov(operator, k - low, "LA", tol, limit, seed, noise, width).run()
-                found = _joined(found, top) if low else top
+                found = _joined(found, top, matrix, noise)
         return _certified(found, matrix, low, noise) if certify else found
     except NotConverged:
         if not fallback:
@@ -146,26 +146,33 @@ def _dense(matrix: np.ndarray, k: int, which: str, noise: float) -> Ritz:
         values, vectors = scipy.linalg.eigh(matrix, subset_by_index=ends)
     residuals = np.linalg.norm(matrix @ vectors - vectors * values, axis=0)
     # ‖K‖₂ <= the largest absolute row sum.
-    rounding = np.sqrt(rows) * EPS * float(scipy.linalg.norm(matrix, np.inf))
+    rounding = 10.0 * np.sqrt(rows) * EPS * float(scipy.linalg.norm(matrix, np.inf))
     return Ritz(values, vectors, residuals, residuals + rounding + noise, k, "dense", certified=True)
 
 
-def _joined(low: Ritz, high: Ritz) -> Ritz:
-    parts = [np.concatenate([getattr(low, f), getattr(high, f)]) for f in ("values", "residuals", "bounds")]
-    return Ritz(
-        parts[0], np.hstack([low.vectors, high.vectors]), *parts[1:], low.products + high.products, low.method
-    )
+def _joined(low: Ritz, high: Ritz, matrix: np.ndarray, noise: float) -> Ritz:
+    """Return both ends, their vectors made orthogonal to each other."""
+    basis = np.linalg.qr(np.hstack([low.vectors, high.vectors]))[0]
+    images = matrix @ basis
+    values, S = scipy.linalg.eigh(basis.T @ images)
+    vectors = basis @ S
+    residuals = np.linalg.norm(images @ S - vectors * values, axis=0)
+    rounding = 10.0 * np.sqrt(len(matrix)) * EPS * float(scipy.linalg.norm(matrix, np.inf))
+    bounds = pair_bounds(values, residuals) + rounding + noise
+    products = low.products + high.products + len(values)
+    return Ritz(values, vectors, residuals, bounds, products, low.method)
 
 
 def _certified(ritz: Ritz, matrix: np.ndarray, low: int, noise: float) -> Ritz:
     """Return the pairs with positional bounds; NotConverged when an eigenvalue was missed."""
-    rounding = np.sqrt(len(matrix)) * EPS * float(scipy.linalg.norm(matrix, np.inf))
+    norm = float(scipy.linalg.norm(matrix, np.inf))
+    rounding = 10.0 * np.sqrt(len(matrix)) * EPS * norm
     bounds = np.empty(len(ritz.values))
     for part, bottom in ((slice(0, low), True), (slice(low, None), False)):
         if not len(bounds[part]):
             continue
         radii = certified_bounds(
-            matrix, ritz.values[part], ritz.vectors[:, part], ritz.residuals[part], low=bottom
+            matrix, ritz.values[part], ritz.vectors[:, part], ritz.residuals[part], norm, low=bottom
         )
         if radii is None:
             message = "eigsh: an eigenvalue was missed, or the residuals are too large to exclude it"

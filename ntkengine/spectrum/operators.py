@@ -49,22 +49,24 @@ def as_matrix(gram: Any) -> np.ndarray:
     if raw.dtype.kind not in "fiu":
         raise InputError(f"gram: expected real numbers, got dtype {raw.dtype}")
     matrix = np.asarray(raw, dtype=np.float64)
-    largest, skew = 0.0, 0.0
+    skew = 0.0
     for start in range(0, len(matrix), _TILE):
         rows = matrix[start : start + _TILE]
-        low, high = float(rows.min()), float(rows.max())
-        if not np.isfinite(high - low):
-            bad = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-            raise InputError(f"gram: expected finite entries, row {bad} has NaN or infinity")
-        largest = max(largest, high, -low)
         for j in range(0, start + 1, _TILE):
-            tile = rows[:, j : j + _TILE] - matrix[j : j + _TILE, start : start + _TILE].T
-            skew = max(skew, float(tile.max()), float(-tile.min()))
+            with np.errstate(invalid="ignore"):
+                tile = rows[:, j : j + _TILE] - matrix[j : j + _TILE, start : start + _TILE].T
+            high, low = float(tile.max()), float(tile.min())
+            if not np.isfinite(high - low):  # what is not finite shows in the difference, even infinity - infinity
+                raise InputError(f"gram: expected finite entries, row {_first_bad(matrix)} has NaN or infinity")
+            skew = max(skew, high, -low)
+    if skew == 0.0:
+        return matrix
+    largest = float(np.abs(matrix).max())
     if skew > max(100.0 * _eps(raw) * largest, 2.0 * (declared_noise(gram) or 0.0)):
         raise InputError(
             f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g} with max|K| = {largest:.3g}"
         )
-    return matrix if skew == 0.0 else 0.5 * (matrix + matrix.T)
+    return 0.5 * (matrix + matrix.T)
 
 
 def noise_of(gram: Any) -> float:
@@ -148,6 +150,10 @@ def _stored(gram: Any) -> np.ndarray:
         raise InputError("gram: expected a matrix, got a LinearOperator; give its dense matrix")
     values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
     return np.asarray(values)
+
+
+def _first_bad(matrix: np.ndarray) -> int:
+    return int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
 
 
 def _eps(raw: np.ndarray) -> float:
