@@ -124,7 +124,7 @@ def test_panels_stay_in_their_budget_and_read_one_triangle(tmp_path, matrix):
     assert operator.norm == pytest.approx(np.linalg.norm(matrix))
     copied = np.concatenate([panel.copy() for _, _, panel in operator.panels()])
     np.testing.assert_array_equal(copied, matrix)
-    with pytest.raises(InputError, match="budget_mib: expected at least 2 for two panels of 256 rows, got 1"):
+    with pytest.raises(InputError, match="budget_mib: expected at least 2 for 2 panels of 256 rows, got 1"):
         PanelOperator(gram, budget_mib=1)
 
 

@@ -1,5 +1,6 @@
 """The spectrum of a Gram matrix, each number with its error."""
 
+from ntkengine.spectrum.certify import Ritz
 from ntkengine.spectrum.density import (
     ConditionNumber,
     SpectralDensity,
@@ -9,7 +10,6 @@ from ntkengine.spectrum.density import (
     effective_rank,
     spectral_density,
 )
-from ntkengine.spectrum.certify import Ritz
 from ntkengine.spectrum.implicit import DeviceOperator, FactorOperator, ImplicitOperator
 from ntkengine.spectrum.lanczos import eigsh
 from ntkengine.spectrum.operators import DenseOperator, GramOperator, as_matrix, noise_of

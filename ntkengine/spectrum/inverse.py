@@ -10,8 +10,8 @@ import scipy.linalg
 
 from ntkengine.errors import NotConverged
 from ntkengine.spectrum.certify import Ritz, pair_bounds
-from ntkengine.spectrum.krylov import Krylov
 from ntkengine.spectrum.implicit import ImplicitOperator
+from ntkengine.spectrum.krylov import Krylov
 from ntkengine.spectrum.operators import EPS
 
 _TRIES = 8

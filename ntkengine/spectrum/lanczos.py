@@ -56,10 +56,10 @@ def eigsh(
         max_products: Lanczos only; default max(1000, 4 N).
         seed: of the random start vectors; same seed, same result.
         method: "dense" (LAPACK), "lanczos", "shift-invert" (low end: Lanczos on the inverse from a Cholesky
-            factorisation), or "auto": for a matrix LAPACK up to 200 rows (1,000 for the low end) or when k is above N/5, else Lanczos for the
-            high end and shift-invert for the low end, and LAPACK again where these stall (up to 12,000 rows, unless
-            `max_products` is given). An operator has Lanczos only, which at the low end of a Gram rarely converges, and
-            then says so.
+            factorisation), or "auto": for a matrix LAPACK up to 200 rows (1,000 for the low end) or when k is above
+            N/5, else Lanczos for the high end and shift-invert for the low end, and LAPACK again where these stall (up
+            to 12,000 rows, unless `max_products` is given). An operator has Lanczos only, which at the low end of a
+            Gram rarely converges, and then says so.
         block: vectors multiplied at once; default what the operator likes: 1 in memory, 8 on disk. The larger, the
             fewer passes over the matrix and the more products.
         certify: prove, by one more Cholesky factorisation, that no eigenvalue was missed; needs a matrix. If one was,
@@ -94,7 +94,7 @@ def eigsh(
         raise InputError("method: 'shift-invert' is for the low end, which='SA' or 'BE'")
     k, low = int(k), {"LA": 0, "SA": int(k), "BE": int(k) // 2}[which]
     limit = max(1000, 4 * rows) if max_products is None else int(max_products)
-    width = int(block or getattr(operator, "block", 1))
+    width = int(getattr(operator, "block", 1) if block is None else block)
     if matrix is None:
         for hit, what in ((method in ("dense", "shift-invert"), f"method: {method!r}"), (certify, "certify")):
             if hit:

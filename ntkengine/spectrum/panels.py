@@ -57,9 +57,7 @@ class PanelOperator(GramOperator):
         fits = int(min(_PANEL_BYTES, budget / 2) // (n * itemsize)) // tile * tile
         if fits < 1:
             need = 2 * tile * n * itemsize / 2**20
-            raise InputError(
-                f"budget_mib: expected at least {need:.0f} for two panels of {tile} rows, got {budget_mib}"
-            )
+            raise InputError(f"budget_mib: expected at least {need:.0f} for 2 panels of {tile} rows, got {budget_mib}")
         self.values, self.rows, self.bytes_read = values, min(fits, n), 0
         self._buffers = [np.empty((self.rows, n), dtype=values.dtype) for _ in range(2)]
         super().__init__(n, 0.0, block=8)

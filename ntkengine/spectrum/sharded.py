@@ -5,16 +5,13 @@ Shapes: N rows, n rows of this rank, k columns.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, GramOperator
-
-log = logging.getLogger(__name__)
+from ntkengine.spectrum.operators import GramOperator
 
 Result = TypeVar("Result")
 
