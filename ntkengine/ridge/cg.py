@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.ridge.solve import as_columns
-from ntkengine.spectrum import DenseOperator
+from ntkengine.spectrum.panels import operator_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def conjugate_gradients(
     Cost: a product of m columns an iteration.
     Source: Hestenes and Stiefel 1952; Frangella, Tropp and Udell 2021 (the preconditioner).
     """
-    operator = gram if isinstance(gram, LinearOperator) else DenseOperator(gram)
+    operator = operator_of(gram)
     n = operator.shape[0]
     B = as_columns("right", right, n)
     if not (np.isfinite(ridge) and ridge >= 0):

@@ -16,6 +16,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError
 from ntkengine.spectrum.operators import EPS, DenseOperator
+from ntkengine.spectrum.panels import operator_of
 
 Columns = Callable[[np.ndarray], np.ndarray]
 
@@ -192,7 +193,7 @@ def preconditioner(
     Raises:
         InputError: bad argument, or a K that is not positive semi-definite.
     """
-    operator = gram if isinstance(gram, LinearOperator) else DenseOperator(gram)
+    operator = operator_of(gram)
     rank = min(int(rank), operator.shape[0])
     if columns is not None:
         if diagonal is None:

@@ -1,15 +1,9 @@
 """The spectrum of a Gram matrix, each number with its error."""
 
 from ntkengine.spectrum.certify import Ritz
-from ntkengine.spectrum.density import (
-    ConditionNumber,
-    SpectralDensity,
-    condition_from_eigenvalues,
-    condition_number,
-    effective_dimension,
-    effective_rank,
-    spectral_density,
-)
+from ntkengine.spectrum.condition import ConditionNumber, condition_from_eigenvalues, condition_number
+from ntkengine.spectrum.density import SpectralDensity, spectral_density
+from ntkengine.spectrum.functions import Estimate, effective_dimension, effective_rank, log_determinant
 from ntkengine.spectrum.implicit import DeviceOperator, FactorOperator, ImplicitOperator
 from ntkengine.spectrum.lanczos import eigsh
 from ntkengine.spectrum.operators import DenseOperator, GramOperator, as_matrix, noise_of
@@ -20,6 +14,7 @@ __all__ = [
     "ConditionNumber",
     "DenseOperator",
     "DeviceOperator",
+    "Estimate",
     "FactorOperator",
     "GramOperator",
     "ImplicitOperator",
@@ -33,6 +28,7 @@ __all__ = [
     "effective_dimension",
     "effective_rank",
     "eigsh",
+    "log_determinant",
     "noise_of",
     "spectral_density",
 ]

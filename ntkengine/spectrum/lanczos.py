@@ -17,13 +17,12 @@ from ntkengine.spectrum.certify import Ritz, certified_bounds, pair_bounds
 from ntkengine.spectrum.inverse import smallest
 from ntkengine.spectrum.krylov import Krylov
 from ntkengine.spectrum.operators import EPS, DenseOperator, noise_of
-from ntkengine.spectrum.panels import PanelOperator
+from ntkengine.spectrum.panels import IN_MEMORY, operator_of
 
 # Where LAPACK is quicker (one core, measured): the top pairs of an empirical NTK take Lanczos about 120 products at any
 # N; the bottom ones take one Cholesky factorisation or two and some 300 solves in blocks.
 _DENSE_TOP, _DENSE_BOTTOM = 200, 1000
-# A stored matrix up to this many rows is read into memory, and LAPACK steps in where Lanczos stalls.
-_DENSE_ROWS = 12_000
+_DENSE_ROWS = IN_MEMORY  # LAPACK steps in where Lanczos stalls
 
 
 def eigsh(
@@ -121,17 +120,10 @@ def eigsh(
 
 
 def _prepare(gram: Any) -> tuple[LinearOperator, np.ndarray | None, float]:
-    if isinstance(gram, LinearOperator):
-        if gram.shape[0] != gram.shape[1]:
-            raise InputError(f"gram: expected a square operator, got shape {gram.shape}")
-        return gram, getattr(gram, "matrix", None) if isinstance(gram, DenseOperator) else None, noise_of(gram)
-    values = getattr(gram, "values", gram)
-    on_disk = hasattr(values, "chunks") or isinstance(values, np.memmap)
-    if on_disk and len(values.shape) == 2 and values.shape[0] > _DENSE_ROWS:
-        panels = PanelOperator(gram)
-        return panels, None, panels.noise
-    operator = DenseOperator(gram)
-    return operator, operator.matrix, operator.noise
+    if isinstance(gram, LinearOperator) and gram.shape[0] != gram.shape[1]:
+        raise InputError(f"gram: expected a square operator, got shape {gram.shape}")
+    operator = operator_of(gram, _DENSE_ROWS)
+    return operator, operator.matrix if isinstance(operator, DenseOperator) else None, noise_of(operator)
 
 
 def _dense(matrix: np.ndarray, k: int, which: str, noise: float) -> Ritz:

@@ -17,6 +17,7 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 from scipy.linalg.blas import dsymv
 from scipy.sparse.linalg import LinearOperator
 
@@ -92,6 +93,11 @@ def noise_of(gram: Any) -> float:
         return 0.0
     raw = _stored(gram)
     return 0.5 * _eps(raw) * float(np.linalg.norm(np.asarray(raw, dtype=np.float64)))
+
+
+def eigenvalues_of(gram: Any) -> np.ndarray:
+    """Return all eigenvalues of a Gram in memory, (N,) ascending; (4/3)N³ flops."""
+    return scipy.linalg.eigh(as_matrix(gram), eigvals_only=True)
 
 
 class GramOperator(LinearOperator):

@@ -10,12 +10,30 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import GramOperator, declared_noise
+from ntkengine.spectrum.operators import DenseOperator, GramOperator, declared_noise
 
+IN_MEMORY = 12_000  # rows: 1.2 GB in float64
 _PANEL_BYTES = 64 << 20  # a longer read is no faster
 _ROWS, _COLUMNS = 128, 512  # turned to float64 at a time: half a MiB, which stays in the second-level cache
+
+
+def operator_of(gram: Any, in_memory: int = IN_MEMORY) -> LinearOperator:
+    """Return a Gram as an operator: itself, streamed when on disk and large, else in memory.
+
+    Args:
+        gram: LinearOperator, (N, N) array-like or Gram-like.
+        in_memory: rows up to which a stored matrix is read into memory.
+    """
+    if isinstance(gram, LinearOperator):
+        return gram
+    values = getattr(gram, "values", gram)
+    on_disk = hasattr(values, "chunks") or isinstance(values, np.memmap)
+    if on_disk and len(values.shape) == 2 and values.shape[0] > in_memory:
+        return PanelOperator(gram)
+    return DenseOperator(gram)
 
 
 class PanelOperator(GramOperator):
