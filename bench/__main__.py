@@ -17,6 +17,7 @@ CASES = {
     "sketch": "sketch",
     "kernels": "kernels",
     "gpu-jobs": "gpu_jobs",
+    "spectrum": "spectrum",
 }
 
 
