@@ -20,6 +20,7 @@ CASES = {
     "gpu-jobs": "gpu_jobs",
     "faults": "faults",
     "ranks": "ranks",
+    "spectrum": "spectrum",
 }
 
 

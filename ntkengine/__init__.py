@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import encode_targets
     from ntkengine.ridge import KernelRidge
-    from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh, spectral_density
+    from ntkengine.spectrum import (
+        condition_number,
+        effective_dimension,
+        effective_rank,
+        eigsh,
+        log_determinant,
+        spectral_density,
+    )
     from ntkengine.store import open_gram, verify_gram
 
 _HOME = {
@@ -37,7 +44,14 @@ _HOME = {
     "inputs.models": ("load_model",),
     "inputs.readout": ("encode_targets",),
     "ridge": ("KernelRidge",),
-    "spectrum": ("condition_number", "effective_dimension", "effective_rank", "eigsh", "spectral_density"),
+    "spectrum": (
+        "condition_number",
+        "effective_dimension",
+        "effective_rank",
+        "eigsh",
+        "log_determinant",
+        "spectral_density",
+    ),
     "store": ("open_gram", "verify_gram"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
@@ -66,6 +80,7 @@ __all__ = [
     "fit_head",
     "forecast",
     "load_model",
+    "log_determinant",
     "open_gram",
     "plan_gram",
     "read_examples",

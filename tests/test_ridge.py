@@ -195,7 +195,14 @@ def test_is_a_scikit_learn_estimator() -> None:
     K, y = problem(n=36)
     y = K[:, 0] / K[:, 0].std() + 0.1 * y[:, 0]
     estimator = KernelRidge(ridge=2.0, solver="eigen", relative=True)
-    assert clone(estimator).get_params() == {"ridge": 2.0, "solver": "eigen", "relative": True}
+    assert clone(estimator).get_params() == {
+        "ridge": 2.0,
+        "solver": "eigen",
+        "relative": True,
+        "class_weight": None,
+        "cv": 5,
+        "tol": 1e-8,
+    }
     assert get_tags(estimator).input_tags.pairwise
     ridges = [1e-3, 1e-1, 1e3]
     ours = GridSearchCV(KernelRidge(), {"ridge": ridges}, cv=4, scoring="neg_mean_squared_error").fit(K, y)
@@ -211,8 +218,8 @@ def test_is_a_scikit_learn_estimator() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ridge": "aic"}, "ridge: expected 'loo', 'gcv' or a number"),
-        ({"ridge": -1.0}, "ridge: expected 'loo', 'gcv' or a number"),
+        ({"ridge": "aic"}, "ridge: expected 'loo', 'gcv', 'cv' or a number"),
+        ({"ridge": -1.0}, "ridge: expected 'loo', 'gcv', 'cv' or a number"),
         ({"ridge": float("nan")}, "ridge: expected"),
         ({"solver": "qr"}, "solver: expected"),
         ({"ridge": "loo", "solver": "cholesky"}, "'cholesky' needs a numeric ridge"),
@@ -236,5 +243,5 @@ def test_bad_shapes_are_refused() -> None:
     krr.fit(np.eye(4), np.ones(4))
     with pytest.raises(InputError, match=r"X: expected K\(test, train\) of shape \(t, 4\), got \(2, 3\)"):
         krr.predict(np.ones((2, 3)))
-    with pytest.raises(InputError, match="X: expected finite"):
+    with pytest.raises(InputError, match="X: Input contains infinity"):
         krr.predict(np.full((2, 4), np.inf))

@@ -1,17 +1,31 @@
 """Kernel ridge regression on a precomputed Gram."""
 
+from ntkengine.ridge.cg import Iterated, conjugate_gradients
 from ntkengine.ridge.estimator import KernelRidge
+from ntkengine.ridge.logistic import KernelLogistic
+from ntkengine.ridge.nystrom import LowRank, Preconditioner, nystrom, preconditioner, random_cholesky
+from ntkengine.ridge.outofcore import cholesky_on_disk
 from ntkengine.ridge.solve import CholeskySolution, RidgePath, cholesky_solve
-from ntkengine.ridge.tuning import Choice, RidgeCurve, choose, ridge_curve, ridge_grid
+from ntkengine.ridge.tuning import Choice, RidgeCurve, choose, draw_folds, ridge_curve, ridge_grid
 
 __all__ = [
     "CholeskySolution",
     "Choice",
+    "Iterated",
+    "KernelLogistic",
     "KernelRidge",
+    "LowRank",
+    "Preconditioner",
     "RidgeCurve",
     "RidgePath",
     "cholesky_solve",
+    "cholesky_on_disk",
     "choose",
+    "conjugate_gradients",
+    "draw_folds",
+    "nystrom",
+    "preconditioner",
+    "random_cholesky",
     "ridge_curve",
     "ridge_grid",
 ]

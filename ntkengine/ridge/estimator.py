@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from scipy.sparse.linalg import LinearOperator
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
 from ntkengine.errors import InputError
+from ntkengine.ridge.cg import conjugate_gradients
+from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
+from ntkengine.ridge.nystrom import preconditioner
+from ntkengine.ridge.outofcore import cholesky_on_disk
 from ntkengine.ridge.solve import RidgePath, as_columns, cholesky_solve
-from ntkengine.ridge.tuning import choose, ridge_curve, ridge_grid
-from ntkengine.spectrum import as_matrix, noise_of
+from ntkengine.ridge.tuning import RidgeCurve, choose, draw_folds, ridge_curve, ridge_grid
+from ntkengine.spectrum import DenseOperator, noise_of
+from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, operator_of
+
+SOLVERS = ("auto", "eigen", "cholesky", "out-of-core", "cg")
 
 
 class KernelRidge(RegressorMixin, BaseEstimator):
-    """f(·) = f0(·) + K(·, X) (K(X, X) + ridge·I)⁻¹ (y − f0(X)), for a precomputed K.
+    """f(·) = f0(·) + K(·, X) (K(X, X) + ridge·W⁻¹)⁻¹ (y − f0(X)), for a precomputed K; W the sample weights, or 1.
 
     Two layouts of m outputs. K (n, n) with y (n, m): the outputs share the kernel. K (n·m, n·m) with y (n, m), m > 1:
     one kernel over all (example, output) pairs, row i·m + c, as `contraction="full"` gives it; leave-one-out then
@@ -25,26 +33,42 @@ class KernelRidge(RegressorMixin, BaseEstimator):
     noise is taken as the rounding of their type.
 
     Args:
-        ridge: "loo", "gcv" (the minimiser on a log grid), or a number >= 0 in the unit of K (of trace(K)/rows when
-            `relative`).
-        solver: "eigen", "cholesky" (one given ridge only), or "auto": eigen when the ridge is to be found, else
-            Cholesky.
+        ridge: "loo", "gcv", "cv" (the minimiser on a log grid), or a number >= 0 in the unit of K (of trace(K)/rows
+            when `relative`).
+        solver: "eigen"; "cholesky", "out-of-core" (Cholesky with its factor on disk), "cg" (preconditioned conjugate
+            gradients: leaves no example out) for one given ridge; or "auto": eigen when the ridge is to be found, else
+            Cholesky, on disk for a Gram on disk of more than 12,000 rows, and cg for a LinearOperator.
         relative: a numeric `ridge` is in units of trace(K)/rows.
+        class_weight: None, or "balanced": `sample_weight` is scaled so that every class, a distinct row of y, has the
+            same total and the sum stays.
+        cv: for ridge="cv": a number of random folds, or (n,) the fold of each example.
+        tol: for "cg": relative residual.
 
     Attributes:
         dual_coef_: (n,) or (n, m) float64, in the layout of y.
         ridge_: the ridge used, always in the unit of K.
-        path_: RidgeCurve on the grid; None when the ridge was given.
+        path_: RidgeCurve on the grid; None when the ridge was given. With weights, its errors are weighted means.
         edge_: "", "lower" or "upper": whether the chosen ridge is at the edge of the grid (see `tuning.Choice`).
-        loo_residuals_: y minus the prediction with that example left out, in the layout of y. They are honest only if
-            `offset` was not itself fitted on these labels.
+        loo_residuals_: y minus the prediction with that example left out, in the layout of y; None with "cg". They are
+            honest only if `offset` was not itself fitted on these labels.
         n_features_in_: rows of K.
     """
 
-    def __init__(self, ridge: str | float = "loo", solver: str = "auto", relative: bool = False) -> None:
+    def __init__(
+        self,
+        ridge: str | float = "loo",
+        solver: str = "auto",
+        relative: bool = False,
+        class_weight: str | None = None,
+        cv: Any = 5,
+        tol: float = 1e-8,
+    ) -> None:
         self.ridge = ridge
         self.solver = solver
         self.relative = relative
+        self.class_weight = class_weight
+        self.cv = cv
+        self.tol = tol
 
     def __sklearn_tags__(self) -> Any:
         """Tell scikit-learn that X is a kernel: it slices rows and columns together."""
@@ -53,52 +77,46 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         tags.target_tags.multi_output = True
         return tags
 
-    def fit(self, X: Any, y: Any, offset: Any = None) -> KernelRidge:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> KernelRidge:
         """Fit.
 
         Args:
-            X: K(X, X), (n, n) or (n·m, n·m) float64, symmetric; array-like or Gram-like.
+            X: K(X, X), (n, n) or (n·m, n·m) float64, symmetric; array-like, Gram-like, or for "cg" a LinearOperator.
             y: (n,) or (n, m) targets.
+            sample_weight: (n,) >= 0: Σ_i w_i (y_i − f_i)² + ridge·‖f − f0‖²_K is minimised. Not with "out-of-core".
             offset: f0(X), the shape of y; default 0.
 
         Returns:
             self.
 
         Raises:
-            InputError: bad parameter, shapes that do not fit, entries not finite, K + ridge·I not positive definite.
+            InputError: bad parameter, shapes that do not fit, entries not finite, K + ridge·W⁻¹ not positive definite.
+            NotConverged: "cg" stopped short.
 
-        Cost: 9 n³ flops for "eigen" plus 2n² per grid point; n³ for "cholesky".
+        Cost: 9 n³ flops for "eigen" plus 2n² per grid point; n³ for "cholesky"; see `outofcore` and `cg`.
         """
-        searched = self._check_parameters()
-        matrix = as_matrix(X)
-        rows = len(matrix)
+        searched, solver = self._check_parameters(X)
+        check_target(y, type(self).__name__)
+        stored = X if isinstance(X, LinearOperator) or solver in ("out-of-core", "cg") else kernel_of(X)
+        rows = np.shape(getattr(stored, "values", stored))[0] if solver == "out-of-core" else stored.shape[0]
         targets: np.ndarray = np.asarray(y)
         outputs = targets.shape[1] if targets.ndim == 2 else 1
         full = outputs > 1 and len(targets) * outputs == rows and len(targets) != rows
-        examples = len(targets) if full else rows
+        block, examples = (outputs, len(targets)) if full else (1, rows)
         residual = as_columns("y", y, examples)
         if offset is not None:
             residual = residual - _like("offset", offset, targets.shape).reshape(residual.shape)
-        block = outputs if full else 1
         flat = residual.reshape(rows, 1) if full else residual
+        root = np.repeat(np.sqrt(self._weights(sample_weight, targets)), block)[:, None]
 
-        self.path_ = None
+        self.path_: RidgeCurve | None = None
         self.edge_ = ""
-        if self.solver == "eigen" or searched:
-            path = RidgePath(matrix, flat, block)
-            if searched:
-                self.path_ = ridge_curve(path, ridge_grid(path.eigenvalues, noise_of(X)))
-                choice = choose(self.path_, str(self.ridge))
-                self.ridge_, self.edge_ = choice.ridge, choice.edge
-            else:
-                self.ridge_ = self._given(matrix)
-            dual, loo = path.dual(self.ridge_), path.loo_residuals(self.ridge_)
+        if solver in ("out-of-core", "cg"):
+            dual, loo = self._stream(stored, flat, block, root, solver)
         else:
-            self.ridge_ = self._given(matrix)
-            solution = cholesky_solve(matrix, flat, self.ridge_, block)
-            dual, loo = solution.dual, solution.loo_residuals
+            dual, loo = self._decompose(X, stored, flat, block, root, solver, searched)
         self.dual_coef_ = dual.reshape(targets.shape)
-        self.loo_residuals_ = loo.reshape(targets.shape)
+        self.loo_residuals_ = None if loo is None else loo.reshape(targets.shape)
         self.n_features_in_ = rows
         self._full, self._outputs = full, outputs
         return self
@@ -118,34 +136,110 @@ class KernelRidge(RegressorMixin, BaseEstimator):
             sklearn.exceptions.NotFittedError: before `fit`.
         """
         check_is_fitted(self, "dual_coef_")
-        cross = np.asarray(X, dtype=np.float64)
-        if cross.ndim != 2 or cross.shape[1] != self.n_features_in_:
-            raise InputError(f"X: expected K(test, train) of shape (t, {self.n_features_in_}), got {cross.shape}")
-        if not np.isfinite(cross).all():
-            raise InputError("X: expected finite entries, got NaN or infinity")
-        if not self._full:
-            predicted = cross @ self.dual_coef_
+        cross = check_cross(X, self.n_features_in_, self._outputs if self._full else 1, type(self).__name__)
+        if self._full:
+            predicted = (cross @ self.dual_coef_.reshape(-1)).reshape(-1, self._outputs)
         else:
-            outputs = self._outputs
-            if len(cross) % outputs:
-                raise InputError(f"X: expected a multiple of {outputs} rows (one per output), got {len(cross)}")
-            predicted = (cross @ self.dual_coef_.reshape(-1)).reshape(-1, outputs)
+            predicted = cross @ self.dual_coef_
         return predicted if offset is None else predicted + _like("offset", offset, predicted.shape)
 
-    def _check_parameters(self) -> bool:
-        """Check the constructor's values; return whether the ridge is to be found."""
-        if self.solver not in ("auto", "eigen", "cholesky"):
-            raise InputError(f"solver: expected 'auto', 'eigen' or 'cholesky', got {self.solver!r}")
+    def _decompose(
+        self, X: Any, matrix: np.ndarray, flat: np.ndarray, block: int, root: np.ndarray, solver: str, searched: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return dual coefficients and leave-one-out residuals, from the problem with rows and columns times √w."""
+        weighted = not (root == 1.0).all()
+        scaled = root * matrix * root.T if weighted else matrix
+        if solver == "eigen":
+            path = RidgePath(scaled, root * flat, block)
+            if searched:
+                noise = noise_of(X) * float(root.max()) ** 2
+                folds = None if self.ridge != "cv" else self._folds(len(matrix), block)
+                curve = ridge_curve(path, ridge_grid(path.eigenvalues, noise), folds)
+                self.path_, choice = curve, choose(curve, str(self.ridge))
+                self.ridge_, self.edge_ = choice.ridge, choice.edge
+            else:
+                self.ridge_ = self._given(np.trace(matrix) / len(matrix))
+            dual, loo = path.dual(self.ridge_), path.loo_residuals(self.ridge_)
+        else:
+            self.ridge_ = self._given(np.trace(matrix) / len(matrix))
+            solution = cholesky_solve(scaled, root * flat, self.ridge_, block)
+            dual, loo = solution.dual, solution.loo_residuals
+        if not weighted:
+            return dual, loo
+        dual = root * dual
+        unseen = root[:, 0] == 0.0  # an example without weight was left out as it is
+        loo = np.divide(loo, root, where=root > 0, out=np.zeros_like(loo))
+        loo[unseen] = flat[unseen] - matrix[unseen] @ dual
+        return dual, loo
+
+    def _stream(
+        self, stored: Any, flat: np.ndarray, block: int, root: np.ndarray, solver: str
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return dual coefficients, and leave-one-out residuals or None, without K in memory."""
+        if not (root == 1.0).all():
+            raise InputError(f"sample_weight: solver {solver!r} takes none; use 'cholesky' or 'eigen'")
+        if solver == "out-of-core":
+            values = getattr(stored, "values", stored)
+            mean = sum(float(values[i, i]) for i in range(len(flat))) / len(flat) if self.relative else 1.0
+            self.ridge_ = self._given(mean)
+            solution = cholesky_on_disk(stored, flat, self.ridge_, block)
+            return solution.dual, solution.loo_residuals
+        operator = operator_of(stored)
+        mean = 1.0
+        if self.relative:
+            if isinstance(operator, DenseOperator):
+                mean = float(operator.matrix.diagonal().mean())
+            elif isinstance(operator, PanelOperator):
+                mean = float(operator.diagonal.mean())
+            else:
+                raise InputError("relative: expected a matrix, whose trace can be taken, got a LinearOperator")
+        self.ridge_ = self._given(mean)
+        rank = min(len(flat) // 2, 1000)
+        P = preconditioner(operator, self.ridge_, rank) if rank and self.ridge_ > 0 else None
+        found = conjugate_gradients(operator, flat, self.ridge_, preconditioner=P, tol=self.tol)
+        return found.solution, None
+
+    def _check_parameters(self, X: Any) -> tuple[bool, str]:
+        """Check the constructor's values; return whether the ridge is to be found, and the solver."""
+        if self.solver not in SOLVERS:
+            raise InputError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {self.solver!r}")
         searched = isinstance(self.ridge, str)
         number = isinstance(self.ridge, int | float | np.number) and 0 <= float(self.ridge) < np.inf
-        if not number and self.ridge not in ("loo", "gcv"):
-            raise InputError(f"ridge: expected 'loo', 'gcv' or a number >= 0, got {self.ridge!r}")
-        if searched and self.solver == "cholesky":
-            raise InputError(f"solver: 'cholesky' needs a numeric ridge, got ridge={self.ridge!r}; use 'eigen'")
-        return searched
+        if not number and self.ridge not in ("loo", "gcv", "cv"):
+            raise InputError(f"ridge: expected 'loo', 'gcv', 'cv' or a number >= 0, got {self.ridge!r}")
+        if self.class_weight not in (None, "balanced"):
+            raise InputError(f"class_weight: expected None or 'balanced', got {self.class_weight!r}")
+        if searched and self.solver not in ("auto", "eigen"):
+            raise InputError(f"solver: {self.solver!r} needs a numeric ridge, got ridge={self.ridge!r}; use 'eigen'")
+        operator = isinstance(X, LinearOperator)
+        if operator and (searched or self.solver not in ("auto", "cg")):
+            raise InputError("X: a LinearOperator is solved with by 'cg', for a numeric ridge; give a matrix")
+        if self.solver != "auto":
+            return searched, self.solver
+        if operator:
+            return searched, "cg"
+        values = getattr(X, "values", X)
+        on_disk = hasattr(values, "chunks") or isinstance(values, np.memmap)
+        large = on_disk and not searched and values.shape[0] > IN_MEMORY
+        return searched, "eigen" if searched else "out-of-core" if large else "cholesky"
 
-    def _given(self, matrix: np.ndarray) -> float:
-        return float(self.ridge) * (float(np.trace(matrix)) / len(matrix) if self.relative else 1.0)
+    def _weights(self, sample_weight: Any, targets: np.ndarray) -> np.ndarray:
+        weights = as_weights(sample_weight, len(targets))
+        if self.class_weight is None:
+            return weights
+        _, classes = np.unique(targets, axis=0, return_inverse=True)
+        return with_classes("balanced", classes.reshape(-1), weights)
+
+    def _folds(self, rows: int, block: int) -> np.ndarray:
+        if np.ndim(self.cv) == 0:
+            return draw_folds(self.cv, rows, block)
+        folds = np.asarray(self.cv)
+        if folds.shape != (rows // block,) or len(np.unique(folds)) < 2:
+            raise InputError(f"cv: expected a number of folds or the folds of {rows // block} examples")
+        return np.repeat(folds, block)
+
+    def _given(self, mean: float) -> float:
+        return float(self.ridge) * (float(mean) if self.relative else 1.0)
 
 
 def _like(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:

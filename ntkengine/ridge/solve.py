@@ -46,7 +46,7 @@ class RidgePath:
     def __init__(self, gram: object, residual: ArrayLike, block: int = 1) -> None:
         matrix = as_matrix(gram)
         self.residual = as_columns("residual", residual, len(matrix))
-        _check_block(block, *self.residual.shape)
+        check_block(block, *self.residual.shape)
         self.block = block
         self.eigenvalues, self.vectors = scipy.linalg.eigh(matrix)
         self.coefficients = self.vectors.T @ self.residual
@@ -55,7 +55,7 @@ class RidgePath:
         """Return the path of the same K for another residual, sharing the decomposition; cost 2n²m flops."""
         other = copy.copy(self)
         other.residual = as_columns("residual", residual, len(self.eigenvalues))
-        _check_block(self.block, *other.residual.shape)
+        check_block(self.block, *other.residual.shape)
         other.coefficients = self.vectors.T @ other.residual
         return other
 
@@ -89,7 +89,36 @@ class RidgePath:
         if self.block == 1:
             return dual / (self.vectors**2 @ inverse)[:, None]
         rows = self.vectors.reshape(-1, self.block, len(inverse))
-        return _solve_blocks((rows * inverse) @ rows.transpose(0, 2, 1), dual)
+        return solve_blocks((rows * inverse) @ rows.transpose(0, 2, 1), dual)
+
+    def held_out_residuals(self, ridge: float, folds: ArrayLike) -> np.ndarray:
+        """Return y − f on each fold, (n, m), f fitted without that whole fold, without refits.
+
+        e_F = Q_FF⁻¹ [Q r]_F, the block form of leave-one-out.
+
+        Args:
+            ridge: K + ridge·I must be positive definite.
+            folds: (n,) the fold of each row.
+
+        Returns:
+            (n, m) float64.
+
+        Raises:
+            InputError: ridge too small, or folds of another length.
+
+        Cost: 2n³/folds flops.
+        """
+        labels = np.asarray(folds)
+        if labels.shape != (len(self.eigenvalues),):
+            raise InputError(f"folds: expected shape ({len(self.eigenvalues)},), got {labels.shape}")
+        inverse = 1.0 / self._shifted(ridge)
+        dual = self.vectors @ (self.coefficients * inverse[:, None])
+        left = np.empty_like(dual)
+        for label in np.unique(labels):
+            out = np.flatnonzero(labels == label)
+            rows = self.vectors[out]
+            left[out] = scipy.linalg.solve((rows * inverse) @ rows.T, dual[out], assume_a="pos")
+        return left
 
     def train_mse(self, ridges: ArrayLike) -> np.ndarray:
         """Return the mean of (y − f)² over the n·m training entries for each ridge, (R,)."""
@@ -98,6 +127,10 @@ class RidgePath:
     def loo_mse(self, ridges: ArrayLike) -> np.ndarray:
         """Return the mean of the squared leave-one-out residuals over the n·m entries for each ridge, (R,)."""
         return np.array([np.mean(self.loo_residuals(r) ** 2) for r in _ridges(ridges)])
+
+    def held_out_mse(self, ridges: ArrayLike, folds: ArrayLike) -> np.ndarray:
+        """Return the mean of the squared held-out residuals over the n·m entries for each ridge, (R,)."""
+        return np.array([np.mean(self.held_out_residuals(r, folds) ** 2) for r in _ridges(ridges)])
 
     def gcv(self, ridges: ArrayLike) -> np.ndarray:
         """Return generalised cross-validation for each ridge, (R,).
@@ -164,7 +197,7 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
     """
     matrix = as_matrix(gram)
     right = as_columns("residual", residual, len(matrix))
-    _check_block(block, *right.shape)
+    check_block(block, *right.shape)
     if not np.isfinite(ridge) or ridge < 0:
         raise InputError(f"ridge: expected a finite number >= 0, got {ridge!r}")
     shifted = matrix.copy()
@@ -187,7 +220,7 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
     else:
         count = len(matrix) // block
         blocks = inverse.reshape(count, block, count, block)[np.arange(count), :, np.arange(count)]
-        loo = _solve_blocks(blocks, dual)
+        loo = solve_blocks(blocks, dual)
     return CholeskySolution(dual, loo, error)
 
 
@@ -216,7 +249,8 @@ def as_columns(name: str, values: ArrayLike, rows: int) -> np.ndarray:
     return array.reshape(rows, -1)
 
 
-def _check_block(block: int, rows: int, columns: int) -> None:
+def check_block(block: int, rows: int, columns: int) -> None:
+    """Refuse rows an example owns that do not divide the rows there are."""
     if block < 1 or rows % block or (block > 1 and columns != 1):
         raise InputError(
             f"block: expected a divisor of {rows} rows, with one column when above 1; "
@@ -224,7 +258,7 @@ def _check_block(block: int, rows: int, columns: int) -> None:
         )
 
 
-def _solve_blocks(blocks: np.ndarray, dual: np.ndarray) -> np.ndarray:
+def solve_blocks(blocks: np.ndarray, dual: np.ndarray) -> np.ndarray:
     """Solve with each example's (b, b) block of Q; `dual` (n, 1)."""
     return np.linalg.solve(blocks, dual.reshape(len(blocks), -1, 1)).reshape(dual.shape)
 

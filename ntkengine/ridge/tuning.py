@@ -22,6 +22,7 @@ class RidgeCurve:
         loo_mse: (R,) mean squared leave-one-out residual.
         gcv: (R,) generalised cross-validation.
         effective_dimension: (R,) tr K(K + ridge·I)⁻¹.
+        cv_mse: (R,) mean squared residual of held-out folds; None when there are none.
     """
 
     ridges: np.ndarray
@@ -29,6 +30,7 @@ class RidgeCurve:
     loo_mse: np.ndarray
     gcv: np.ndarray
     effective_dimension: np.ndarray
+    cv_mse: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -82,41 +84,69 @@ def ridge_grid(eigenvalues: ArrayLike, noise: float, n: int = 60) -> np.ndarray:
     return np.geomspace(low, 10.0 * top, int(n))
 
 
-def ridge_curve(path: RidgePath, ridges: ArrayLike) -> RidgeCurve:
+def ridge_curve(path: RidgePath, ridges: ArrayLike, folds: ArrayLike | None = None) -> RidgeCurve:
     """Return all errors of a path on a grid.
 
     Args:
         path: the decomposed problem.
         ridges: (R,) ridges, unit of K; sorted here.
+        folds: (n,) the fold of each row, for `cv_mse`.
 
     Returns:
         The curve.
 
-    Cost: R·2n²(m + block) flops, for leave-one-out.
+    Cost: R·2n²(m + block) flops, for leave-one-out; R·2n³/folds for cross-validation.
     """
     grid = np.sort(np.atleast_1d(np.asarray(ridges, dtype=np.float64)))
-    return RidgeCurve(grid, path.train_mse(grid), path.loo_mse(grid), path.gcv(grid), path.effective_dimension(grid))
+    held = None if folds is None else path.held_out_mse(grid, folds)
+    return RidgeCurve(
+        grid, path.train_mse(grid), path.loo_mse(grid), path.gcv(grid), path.effective_dimension(grid), held
+    )
 
 
 def choose(curve: RidgePath | RidgeCurve, criterion: str = "loo", ridges: ArrayLike | None = None) -> Choice:
-    """Return the ridge with the smallest leave-one-out or GCV error.
+    """Return the ridge with the smallest leave-one-out, GCV or cross-validation error.
 
     Args:
         curve: a curve, or a path together with `ridges`.
-        criterion: "loo" or "gcv".
+        criterion: "loo", "gcv" or, for a curve made with folds, "cv".
         ridges: (R,) the grid for a path; default `ridge_grid` of its eigenvalues with no noise.
 
     Returns:
         The choice, with `edge` set when it lies on the border of the grid.
 
     Raises:
-        InputError: unknown criterion.
+        InputError: unknown criterion, or "cv" without folds.
     """
-    if criterion not in ("loo", "gcv"):
-        raise InputError(f"criterion: expected 'loo' or 'gcv', got {criterion!r}")
+    if criterion not in ("loo", "gcv", "cv"):
+        raise InputError(f"criterion: expected 'loo', 'gcv' or 'cv', got {criterion!r}")
     if isinstance(curve, RidgePath):
         curve = ridge_curve(curve, ridge_grid(curve.eigenvalues, 0.0) if ridges is None else ridges)
-    return pick(curve.ridges, curve.loo_mse if criterion == "loo" else curve.gcv)
+    scores = {"loo": curve.loo_mse, "gcv": curve.gcv, "cv": curve.cv_mse}[criterion]
+    if scores is None:
+        raise InputError("criterion: 'cv' needs a curve made with folds")
+    return pick(curve.ridges, scores)
+
+
+def draw_folds(folds: int, rows: int, block: int = 1, seed: int = 0) -> np.ndarray:
+    """Return a random fold for each row, the rows of an example in one fold.
+
+    Args:
+        folds: how many, from 2 to the number of examples.
+        rows: n.
+        block: rows an example owns.
+        seed: of the shuffle; examples are often sorted by label.
+
+    Returns:
+        (n,) integers in [0, folds), as even as can be.
+
+    Raises:
+        InputError: a number of folds that does not fit.
+    """
+    examples = rows // block
+    if isinstance(folds, bool) or not isinstance(folds, int | np.integer) or not 2 <= folds <= examples:
+        raise InputError(f"cv: expected a number of folds from 2 to {examples}, got {folds!r}")
+    return np.repeat(np.random.default_rng(seed).permutation(np.arange(examples) % folds), block)
 
 
 def pick(ridges: np.ndarray, scores: np.ndarray) -> Choice:

@@ -1,19 +1,30 @@
-"""A Gram matrix as the solvers see it: a checked float64 matrix, its noise, and products counted.
+"""A Gram matrix as the solvers see it: products with vectors, counted, and how far the matrix may be off.
+
+Every operator here is a `GramOperator`, a SciPy LinearOperator:
+    DenseOperator      the matrix in memory                                     2N² flops a product
+    DeviceOperator     the matrix as a tensor on another device (`implicit`)    the same, there
+    PanelOperator      an array on disk, streamed in row panels (`panels`)      half of the file a product
+    FactorOperator     Φ with K = Φ Φᵀ (`implicit`)                             4NP flops
+    ImplicitOperator   K as a function, e.g. v -> J(Jᵀ v) (`implicit`)          two sweeps of the model
+    ShardedOperator    row panels on several processes (`sharded`)              2N²/ranks flops, one Allgatherv
 
 Shapes: N rows, k columns.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
+import scipy.linalg
+from scipy.linalg.blas import dsymv
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError
 
 EPS = float(np.finfo(np.float64).eps)
-_ROWS = 1024  # rows compared at a time when symmetry is checked, so that no second N×N array is made
+_TILE = 512  # symmetry is compared tile by tile: no second N×N array, and transposed reads stay in cache
 
 
 def as_matrix(gram: Any) -> np.ndarray:
@@ -39,19 +50,24 @@ def as_matrix(gram: Any) -> np.ndarray:
     if raw.dtype.kind not in "fiu":
         raise InputError(f"gram: expected real numbers, got dtype {raw.dtype}")
     matrix = np.asarray(raw, dtype=np.float64)
-    largest, skew = 0.0, 0.0
-    for start in range(0, len(matrix), _ROWS):
-        rows = matrix[start : start + _ROWS]
-        if not np.isfinite(rows).all():
-            bad = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
-            raise InputError(f"gram: expected finite entries, row {bad} has NaN or infinity")
-        largest = max(largest, float(np.abs(rows).max()))
-        skew = max(skew, float(np.abs(rows - matrix[:, start : start + _ROWS].T).max()))
-    if skew > max(100.0 * _eps(raw) * largest, 2.0 * (_declared_noise(gram) or 0.0)):
+    skew = 0.0
+    for start in range(0, len(matrix), _TILE):
+        rows = matrix[start : start + _TILE]
+        for j in range(0, start + 1, _TILE):
+            with np.errstate(invalid="ignore"):
+                tile = rows[:, j : j + _TILE] - matrix[j : j + _TILE, start : start + _TILE].T
+            high, low = float(tile.max()), float(tile.min())
+            if not np.isfinite(high - low):  # what is not finite shows in the difference, even infinity - infinity
+                raise InputError(f"gram: expected finite entries, row {_first_bad(matrix)} has NaN or infinity")
+            skew = max(skew, high, -low)
+    if skew == 0.0:
+        return matrix
+    largest = float(np.abs(matrix).max())
+    if skew > max(100.0 * _eps(raw) * largest, 2.0 * (declared_noise(gram) or 0.0)):
         raise InputError(
             f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g} with max|K| = {largest:.3g}"
         )
-    return matrix if skew == 0.0 else 0.5 * (matrix + matrix.T)
+    return 0.5 * (matrix + matrix.T)
 
 
 def noise_of(gram: Any) -> float:
@@ -70,7 +86,7 @@ def noise_of(gram: Any) -> float:
     Raises:
         InputError: the noise it carries is negative or not finite.
     """
-    declared = _declared_noise(gram)
+    declared = declared_noise(gram)
     if declared is not None:
         return declared
     if isinstance(gram, LinearOperator):
@@ -79,31 +95,59 @@ def noise_of(gram: Any) -> float:
     return 0.5 * _eps(raw) * float(np.linalg.norm(np.asarray(raw, dtype=np.float64)))
 
 
-class DenseOperator(LinearOperator):
-    """A symmetric matrix as a SciPy LinearOperator that counts its products.
+def eigenvalues_of(gram: Any) -> np.ndarray:
+    """Return all eigenvalues of a Gram in memory, (N,) ascending; (4/3)N³ flops."""
+    return scipy.linalg.eigh(as_matrix(gram), eigvals_only=True)
+
+
+class GramOperator(LinearOperator):
+    """A symmetric N × N matrix through its products, counted.
+
+    Attributes:
+        noise: error of the matrix in the spectral norm, as `noise_of` gives it. Unit of K.
+        rounding: what one product may be off, relative to ‖K‖·‖x‖: float64's unless the products are coarser.
+        products: matrix-vector products so far; a product with k columns counts k.
+        passes: times the matrix was gone through; a product with k columns is one pass.
+        block: how many columns cost hardly more than one: what a solver should multiply at once.
+    """
+
+    def __init__(self, rows: int, noise: float = 0.0, *, block: int = 1, rounding: float = EPS) -> None:
+        self.noise, self.block, self.rounding = float(noise), block, rounding
+        self.products = self.passes = 0
+        super().__init__(dtype=np.dtype(np.float64), shape=(rows, rows))  # type: ignore[call-arg]
+
+    @abstractmethod
+    def product(self, X: np.ndarray) -> np.ndarray:
+        """Return K X, (N, k) float64, of X (N, k) float64."""
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(np.reshape(x, (-1, 1)))[:, 0]
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        self.products += X.shape[1]
+        self.passes += 1
+        return self.product(np.asarray(X, dtype=np.float64))
+
+    def _adjoint(self) -> GramOperator:
+        return self
+
+
+class DenseOperator(GramOperator):
+    """A symmetric matrix in memory.
 
     Attributes:
         matrix: (N, N) float64.
-        noise: error of the matrix in the spectral norm, as `noise_of` gives it.
-        products: matrix-vector products so far; a product with k columns counts k.
     """
 
     def __init__(self, gram: Any) -> None:
         self.matrix = as_matrix(gram)
-        self.noise = noise_of(gram)
-        self.products = 0
-        super().__init__(dtype=np.dtype(np.float64), shape=self.matrix.shape)  # type: ignore[call-arg]
+        super().__init__(len(self.matrix), noise_of(gram))
 
-    def _matvec(self, x: np.ndarray) -> np.ndarray:
-        self.products += 1
-        return self.matrix @ x
-
-    def _matmat(self, X: np.ndarray) -> np.ndarray:
-        self.products += X.shape[1]
+    def product(self, X: np.ndarray) -> np.ndarray:
+        """Return K X; a single vector reads one triangle only."""
+        if X.shape[1] == 1:
+            return dsymv(1.0, self.matrix.T, X[:, 0], lower=1)[:, None]
         return self.matrix @ X
-
-    def _adjoint(self) -> DenseOperator:
-        return self
 
 
 def _stored(gram: Any) -> np.ndarray:
@@ -114,11 +158,16 @@ def _stored(gram: Any) -> np.ndarray:
     return np.asarray(values)
 
 
+def _first_bad(matrix: np.ndarray) -> int:
+    return int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
+
+
 def _eps(raw: np.ndarray) -> float:
     return float(np.finfo(raw.dtype).eps) if raw.dtype.kind == "f" else EPS
 
 
-def _declared_noise(gram: Any) -> float | None:
+def declared_noise(gram: Any) -> float | None:
+    """Return the `.noise` a Gram carries, None without one; InputError when it is negative or not finite."""
     noise = getattr(gram, "noise", None)
     if noise is None:
         return None

@@ -1,0 +1,101 @@
+"""What the estimators refuse, in one place.
+
+Shapes: n rows of a training kernel, t rows of a test kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.validation import check_array
+
+from ntkengine.errors import InputError
+from ntkengine.spectrum import as_matrix
+
+
+def kernel_of(X: Any) -> np.ndarray:
+    """Return a training kernel as a symmetric float64 matrix.
+
+    Raises:
+        InputError: sparse, not square, not real, not finite, or not symmetric.
+        TypeError: entries that are no numbers.
+    """
+    if hasattr(X, "noise"):
+        return as_matrix(X)
+    return as_matrix(_array(X if scipy.sparse.issparse(X) else getattr(X, "values", X)))
+
+
+def check_cross(X: Any, rows: int, multiple: int, name: str) -> np.ndarray:
+    """Return a test kernel as finite float64, (t, rows).
+
+    Args:
+        X: K(test, train).
+        rows: of the training kernel.
+        multiple: rows an example owns.
+        name: of the estimator, for the message.
+
+    Raises:
+        InputError: another shape, or entries that are not finite real numbers.
+        TypeError: entries that are no numbers.
+    """
+    cross = _array(X).astype(np.float64, copy=False)
+    if cross.shape[1] != rows:
+        raise InputError(
+            f"X: expected K(test, train) of shape (t, {rows}), got {cross.shape}: X has {cross.shape[1]} features, but "
+            f"{name} is expecting {rows} features as input"
+        )
+    if len(cross) % multiple:
+        raise InputError(f"X: expected a multiple of {multiple} rows (one per output), got {len(cross)}")
+    return cross
+
+
+def check_target(y: Any, name: str) -> None:
+    """Refuse a missing y."""
+    if y is None:
+        raise InputError(f"{name} requires y to be passed, but the target y is None")
+
+
+def with_classes(class_weight: Any, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return sample weights times class weights.
+
+    Args:
+        class_weight: None; "balanced": every class gets the same total, the sum of all weights kept; or a mapping from
+            label to weight.
+        labels: (n,).
+        weights: (n,) sample weights.
+    """
+    if class_weight != "balanced":
+        return weights * compute_sample_weight(class_weight, labels)
+    _, codes = np.unique(labels, return_inverse=True)
+    totals = np.bincount(codes, weights)
+    return weights * np.divide(totals.sum() / np.count_nonzero(totals), totals, where=totals > 0, out=totals * 0)[codes]
+
+
+def _array(X: Any) -> np.ndarray:
+    if scipy.sparse.issparse(X):
+        raise InputError(f"X: expected a dense kernel matrix, got a sparse {type(X).__name__}")
+    try:
+        return check_array(X, dtype=[np.float64, np.float32])  # symmetry and noise are judged by the type it came in
+    except ValueError as error:
+        raise InputError(f"X: {error}") from error
+
+
+def as_weights(weights: Any, examples: int) -> np.ndarray:
+    """Return sample weights, (examples,) float64; ones for None, a single number for all.
+
+    Raises:
+        InputError: another shape, negative, not finite, or all zero.
+    """
+    if weights is None:
+        return np.ones(examples)
+    found = np.asarray(weights, dtype=np.float64)
+    if found.ndim == 0:
+        found = np.full(examples, float(found))
+    if found.shape != (examples,):
+        raise InputError(f"sample_weight: expected shape ({examples},), got {found.shape}")
+    if not np.isfinite(found).all() or (found < 0).any() or not found.any():
+        raise InputError("sample_weight: expected finite numbers >= 0, not all zero")
+    return found

@@ -1,0 +1,160 @@
+"""Cholesky of K + ridge·I beyond memory: the factor on disk, a few row panels of it in memory at a time.
+
+Shapes: n rows of K, m right-hand sides, b rows of a panel, o rows an example owns.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import ArrayLike
+
+from ntkengine.errors import InputError, NonFinite
+from ntkengine.ridge.solve import CholeskySolution, as_columns, check_block, solve_blocks
+
+
+def cholesky_on_disk(
+    gram: Any,
+    residual: ArrayLike,
+    ridge: float,
+    block: int = 1,
+    *,
+    budget_mib: float = 512.0,
+    scratch: str | Path | None = None,
+    loo: bool = True,
+) -> CholeskySolution:
+    """Solve (K + ridge·I) dual = residual by Cholesky, K and its factor on disk, with one step of refinement.
+
+    Args:
+        gram: (n, n), or a Gram-like whose `.values` is: anything with `shape` and slices. Its upper triangle is read;
+            it is not checked for symmetry here (`spectrum.PanelOperator` does when it opens a file).
+        residual: (n,) or (n, m) float64.
+        ridge: >= 0, in the unit of K.
+        block: rows an example owns, as in `RidgePath`.
+        budget_mib: memory for panels, in MiB; the m vectors come on top.
+        scratch: folder for the factor, 8 n² bytes, deleted at the end; default the system's.
+        loo: whether to leave examples out as well, which takes as long again; else `loo_residuals` is NaN.
+
+    Returns:
+        As `solve.cholesky_solve`.
+
+    Raises:
+        InputError: K + ridge·I is not positive definite, shapes do not fit, or a budget below four rows.
+        NonFinite: K is not finite.
+        OSError: the disk is full; nothing is left on it.
+
+    Cost: n³/3 flops, n³/(6b)·8 bytes read, with b = budget/(32 n); twice that with `loo`.
+    Source: Golub and Van Loan 2013, section 4.2 (left-looking blocks).
+    """
+    values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
+    if len(values.shape) != 2 or values.shape[0] != values.shape[1]:
+        raise InputError(f"gram: expected a square matrix (N, N), got shape {tuple(values.shape)}")
+    n = values.shape[0]
+    right = as_columns("residual", residual, n)
+    check_block(block, *right.shape)
+    if not np.isfinite(ridge) or ridge < 0:
+        raise InputError(f"ridge: expected a finite number >= 0, got {ridge!r}")
+    rows = min(n, int(budget_mib * 2**20 // (4 * 8 * n)) // block * block)
+    if rows < 1:
+        need = 4 * 8 * n * block / 2**20
+        raise InputError(f"budget_mib: expected at least {need:.3g} for panels of {block} rows, got {budget_mib!r}")
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        R = np.memmap(Path(folder) / "factor", dtype=np.float64, mode="w+", shape=(n, n))
+        try:
+            factor = _Factor(R, rows)
+            factor.fill(values, ridge)
+            dual = factor.solve(right)
+            left = right - _times(values, dual, ridge, rows)
+            dual += factor.solve(left)
+            norm = float(np.linalg.norm(right))
+            error = float(np.linalg.norm(right - _times(values, dual, ridge, rows))) / norm if norm else 0.0
+            if not np.isfinite(dual).all():
+                raise NonFinite(f"ridge {ridge!r}: the dual coefficients are not finite")
+            kept = np.full_like(dual, np.nan)
+            if loo:
+                blocks = factor.inverse_blocks(block)
+                kept = dual / blocks.reshape(-1, 1) if block == 1 else solve_blocks(blocks, dual)
+        finally:
+            R._mmap.close()  # type: ignore[attr-defined]
+        return CholeskySolution(dual, kept, error)
+
+
+class _Factor:
+    """Upper triangular R with RᵀR = K + ridge·I, on disk, in panels of b rows."""
+
+    def __init__(self, R: np.ndarray, rows: int) -> None:
+        self.R, self.rows, self.n = R, rows, len(R)
+
+    def panels(self) -> Iterator[tuple[int, int]]:
+        """Yield (first row, last row + 1) of each panel."""
+        for start in range(0, self.n, self.rows):
+            yield start, min(start + self.rows, self.n)
+
+    def fill(self, values: Any, ridge: float) -> None:
+        """Factor, panel by panel: each subtracts what those before it explain."""
+        for start, stop in self.panels():
+            panel = np.asarray(values[start:stop, start:], dtype=np.float64).copy()
+            if not np.isfinite(panel).all():
+                bad = start + int(np.flatnonzero(~np.isfinite(panel).all(axis=1))[0])
+                raise NonFinite(f"gram: row {bad} has NaN or infinity")
+            width = stop - start
+            panel[np.arange(width), np.arange(width)] += ridge
+            for before, end in self.panels():
+                if before == start:
+                    break
+                above = np.array(self.R[before:end, start:])
+                panel -= above[:, :width].T @ above
+            try:
+                corner = scipy.linalg.cholesky(panel[:, :width], check_finite=False)
+            except np.linalg.LinAlgError:
+                raise InputError(
+                    f"ridge: expected a value that makes K + ridge*I positive definite, got {ridge!r}: "
+                    f"Cholesky broke down in rows {start} to {stop - 1}"
+                ) from None
+            self.R[start:stop, start:stop] = corner
+            self.R[start:stop, stop:] = _below(corner, panel[:, width:])
+
+    def solve(self, right: np.ndarray) -> np.ndarray:
+        """Return (RᵀR)⁻¹ right, two passes over the factor."""
+        x = self.forward(right.copy(), 0)
+        for start, stop in reversed(list(self.panels())):
+            panel = np.array(self.R[start:stop, start:])
+            width = stop - start
+            x[start:stop] -= panel[:, width:] @ x[stop:]
+            x[start:stop] = scipy.linalg.solve_triangular(panel[:, :width], x[start:stop], check_finite=False)
+        return x
+
+    def forward(self, x: np.ndarray, first: int) -> np.ndarray:
+        """Return R⁻ᵀ x, in place; the rows before `first`, where a panel starts, are zero."""
+        for start, stop in self.panels():
+            if start < first:
+                continue
+            panel = np.array(self.R[start:stop, start:])
+            width = stop - start
+            x[start:stop] = _below(panel[:, :width], x[start:stop])
+            x[stop:] -= panel[:, width:].T @ x[start:stop]
+        return x
+
+    def inverse_blocks(self, block: int) -> np.ndarray:
+        """Return the (n/o, o, o) diagonal blocks of (RᵀR)⁻¹ = R⁻¹R⁻ᵀ."""
+        found = []
+        for start, stop in self.panels():
+            unit = np.zeros((self.n, stop - start))
+            unit[start:stop] = np.eye(stop - start)
+            columns = self.forward(unit, start).reshape(self.n, -1, block)
+            found.append(np.einsum("nia,nib->iab", columns[start:], columns[start:]))
+        return np.concatenate(found)
+
+
+def _below(corner: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return scipy.linalg.solve_triangular(corner, right, trans="T", check_finite=False)
+
+
+def _times(values: Any, X: np.ndarray, ridge: float, rows: int) -> np.ndarray:
+    parts = [np.asarray(values[i : i + rows], dtype=np.float64) @ X for i in range(0, len(X), rows)]
+    return np.concatenate(parts) + ridge * X

@@ -1,0 +1,97 @@
+"""The condition number with its error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator
+
+from ntkengine.errors import NotConverged
+from ntkengine.spectrum.lanczos import eigsh
+from ntkengine.spectrum.operators import EPS, eigenvalues_of, noise_of
+
+_PRODUCTS = 500  # for the low end of an operator, which rarely converges
+
+
+@dataclass(frozen=True)
+class ConditionNumber:
+    """λ_max / λ_min of a Gram, or what can be said of it.
+
+    Attributes:
+        lambda_max: largest computed eigenvalue. Unit of K.
+        lambda_min: smallest computed eigenvalue.
+        noise: how far each of the two may be off: the Gram's noise + the solver's residual; at least −λ_min, since a
+            true Gram has no negative eigenvalue and a negative one therefore shows an error of that size (Weyl).
+        lower: smallest condition number compatible with the noise, >= 1.
+        upper: largest one; infinite when unresolved.
+        resolved: whether λ_min − noise > 0.
+    """
+
+    lambda_max: float
+    lambda_min: float
+    noise: float
+    lower: float
+    upper: float
+    resolved: bool
+
+    def __str__(self) -> str:
+        if self.resolved:
+            return f"{self.lambda_max / self.lambda_min:.3g} ({self.lower:.3g} to {self.upper:.3g})"
+        if self.lambda_min > self.noise:
+            return f"> {self.lower:.3g} (unresolved: the smallest eigenvalue is at most {self.lambda_min:.2g})"
+        return (
+            f"> {self.lower:.3g} (unresolved: the smallest eigenvalue {self.lambda_min:.2g} is not above "
+            f"its error {self.noise:.2g})"
+        )
+
+
+def condition_number(gram: Any) -> ConditionNumber:
+    """Return λ_max/λ_min with its error, or a lower bound where the noise hides λ_min.
+
+    Args:
+        gram: (N, N) array-like, Gram-like object, or symmetric LinearOperator.
+
+    Returns:
+        The condition number; `str()` of it prints only what is known.
+
+    Raises:
+        InputError: not a symmetric finite matrix.
+
+    Cost: (4/3)N³ flops for a matrix. An operator gets up to 500 products of Lanczos; where these do not settle the low
+        end, the smallest Ritz value is above λ_min (Cauchy) and the condition number unresolved, with a lower bound.
+    Source: Weyl's inequality.
+    """
+    if isinstance(gram, LinearOperator):
+        try:
+            ritz = eigsh(gram, k=min(2, gram.shape[0]), which="BE", max_products=_PRODUCTS)
+        except NotConverged as stopped:
+            ritz = stopped.partial
+            error = float((ritz.bounds - ritz.residuals).max())
+            found = condition_from_eigenvalues(ritz.values, noise=error, rounding=0.0)
+            return replace(found, upper=float("inf"), resolved=False)
+        return condition_from_eigenvalues(ritz.values, noise=float(ritz.bounds.max()), rounding=0.0)
+    return condition_from_eigenvalues(eigenvalues_of(gram), noise_of(gram))
+
+
+def condition_from_eigenvalues(eigenvalues: np.ndarray, noise: float, rounding: float | None = None) -> ConditionNumber:
+    """Return the condition number from eigenvalues already at hand.
+
+    Args:
+        eigenvalues: (N,) float64 in any order. Unit of K.
+        noise: error of the matrix in the spectral norm, same unit.
+        rounding: error of the solver, same unit; default √N · eps · |λ|_max, LAPACK's in practice.
+
+    Returns:
+        As `condition_number`.
+    """
+    top, bottom = float(np.max(eigenvalues)), float(np.min(eigenvalues))
+    if rounding is None:
+        rounding = float(np.sqrt(len(eigenvalues)) * EPS * np.abs(eigenvalues).max())
+    error = max(float(noise) + rounding, -bottom)
+    resolved = bottom > error
+    floor = max(bottom, 0.0) + error
+    lower = max((top - error) / floor, 1.0) if floor > 0 else 1.0
+    upper = (top + error) / (bottom - error) if resolved else float("inf")
+    return ConditionNumber(top, bottom, error, lower, upper, resolved)

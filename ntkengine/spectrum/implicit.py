@@ -1,0 +1,120 @@
+"""Grams that are never formed: from stored features, from products of Jacobians, or as a tensor on a device.
+
+Shapes: N rows, P features, k columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ntkengine.errors import InputError
+from ntkengine.spectrum.operators import EPS, GramOperator, as_matrix, noise_of
+
+_ROWS = 4096  # of Φ turned to float64 at a time
+
+
+class FactorOperator(GramOperator):
+    """K = Φ Φᵀ from the tangent features, for more rows than features (N·C > P), or LoRA's few parameters.
+
+    Args:
+        features: (N, P) Φ: numpy, a memory map, or anything with `shape` and row slices.
+        noise: of K in the spectral norm, >= 0.
+
+    Raises:
+        InputError: not a matrix, or entries that are not finite.
+
+    Cost: 4NPk flops a product, Φ read twice; P·k numbers.
+    """
+
+    def __init__(self, features: Any, noise: float = 0.0) -> None:
+        if len(features.shape) != 2 or 0 in features.shape:
+            raise InputError(f"features: expected shape (N, P), got {tuple(features.shape)}")
+        self.features = features
+        super().__init__(features.shape[0], noise)
+        for start, rows in self._rows():
+            if not np.isfinite(rows).all():
+                bad = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+                raise InputError(f"features: expected finite entries, row {bad} has NaN or infinity")
+
+    def product(self, X: np.ndarray) -> np.ndarray:
+        """Return Φ (Φᵀ X)."""
+        inner = np.zeros((self.features.shape[1], X.shape[1]))
+        for start, rows in self._rows():
+            inner += rows.T @ X[start : start + len(rows)]
+        return np.concatenate([rows @ inner for _, rows in self._rows()])
+
+    def _rows(self) -> Any:
+        for start in range(0, self.features.shape[0], _ROWS):
+            yield start, np.asarray(self.features[start : start + _ROWS], dtype=np.float64)
+
+
+class ImplicitOperator(GramOperator):
+    """K as a function, such as v -> J(Jᵀ v) by one VJP and one JVP sweep of a model (`gram.jacobian`).
+
+    Args:
+        product: (N, k) float64 -> (N, k), linear and symmetric.
+        rows: N.
+        noise: of K in the spectral norm.
+        block: columns that cost hardly more than one.
+        rounding: relative error of one product; 1e-6 suits float32 passes.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[np.ndarray], np.ndarray],
+        rows: int,
+        noise: float = 0.0,
+        *,
+        block: int = 1,
+        rounding: float = EPS,
+    ) -> None:
+        super().__init__(rows, noise, block=block, rounding=rounding)
+        self._product = product
+
+    def product(self, X: np.ndarray) -> np.ndarray:
+        """Return the function of X, its shape checked."""
+        Y = np.asarray(self._product(X), dtype=np.float64)
+        if Y.shape != X.shape:
+            raise InputError(f"product: expected shape {X.shape}, got {Y.shape}")
+        return Y
+
+
+class DeviceOperator(GramOperator):
+    """A symmetric matrix as a tensor on a device, such as a GPU: vectors travel, the matrix stays.
+
+    The solvers keep their basis on the host: beside N² entries read on the device, N·k numbers a product cross the bus.
+
+    Args:
+        gram: (N, N) tensor, or array-like or Gram-like that is moved to `device` in float64.
+        device: where to put it; default where the tensor is.
+        noise: of K in the spectral norm; default what the Gram carries, else the rounding of its stored entries.
+
+    Attributes:
+        matrix: (N, N) float64 tensor.
+    """
+
+    def __init__(self, gram: Any, device: str | torch.device | None = None, noise: float | None = None) -> None:
+        if isinstance(gram, torch.Tensor):
+            if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.is_floating_point():
+                raise InputError(f"gram: expected a square matrix (N, N), got {tuple(gram.shape)} of {gram.dtype}")
+            matrix = gram.detach().to(device or gram.device, torch.float64)
+            largest, skew = float(matrix.abs().max()), float((matrix - matrix.T).abs().max())
+            if not np.isfinite(largest):
+                raise InputError("gram: expected finite entries, got NaN or infinity")
+            eps = float(torch.finfo(gram.dtype).eps)
+            if skew > 100.0 * eps * largest:
+                raise InputError(f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g}")
+            own = 0.5 * eps * float(matrix.norm())
+            self.matrix = matrix if skew == 0.0 else 0.5 * (matrix + matrix.T)
+        else:
+            own = noise_of(gram)
+            self.matrix = torch.from_numpy(as_matrix(gram)).to(device or "cpu")
+        super().__init__(len(self.matrix), own if noise is None else noise, block=8)
+
+    def product(self, X: np.ndarray) -> np.ndarray:
+        """Return K X, multiplied on the device."""
+        return (self.matrix @ torch.from_numpy(np.ascontiguousarray(X)).to(self.matrix.device)).cpu().numpy()

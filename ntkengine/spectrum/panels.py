@@ -1,0 +1,165 @@
+"""A Gram on disk, larger than memory: products by streaming one triangle, reading while multiplying.
+
+Shapes: N rows, k columns, h rows of a panel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator
+
+from ntkengine.errors import InputError
+from ntkengine.spectrum.operators import DenseOperator, GramOperator, declared_noise
+
+IN_MEMORY = 12_000  # rows: 1.2 GB in float64
+_PANEL_BYTES = 64 << 20  # a longer read is no faster
+_ROWS, _COLUMNS = 128, 512  # turned to float64 at a time: half a MiB, which stays in the second-level cache
+
+
+def operator_of(gram: Any, in_memory: int = IN_MEMORY) -> LinearOperator:
+    """Return a Gram as an operator: itself, streamed when on disk and large, else in memory.
+
+    Args:
+        gram: LinearOperator, (N, N) array-like or Gram-like.
+        in_memory: rows up to which a stored matrix is read into memory.
+    """
+    if isinstance(gram, LinearOperator):
+        return gram
+    values = getattr(gram, "values", gram)
+    on_disk = hasattr(values, "chunks") or isinstance(values, np.memmap)
+    if on_disk and len(values.shape) == 2 and values.shape[0] > in_memory:
+        return PanelOperator(gram)
+    return DenseOperator(gram)
+
+
+class PanelOperator(GramOperator):
+    """A symmetric matrix on disk (an HDF5 dataset, a memory map), streamed in row panels.
+
+    A product reads the lower triangle once: a tile T of rows i and columns j gives y_i += T x_j and y_j += Tᵀ x_i. The
+    next panel is read by a second thread meanwhile. Products are in float64 whatever the entries are stored in.
+
+    Opening makes one pass over both triangles: it refuses entries that are not finite and triangles that differ, and
+    notes the diagonal and the norm.
+
+    Args:
+        gram: a Gram-like whose `.values` is (N, N) on disk, or that array: anything with `shape`, `dtype` and slices.
+        budget_mib: memory for panels, in MiB; vectors (8 N k bytes each) come on top.
+        noise: of the matrix; default what the Gram carries, else the rounding of its stored entries.
+
+    Attributes:
+        diagonal: (N,) float64.
+        norm: ‖K‖_F.
+        rows: of a panel, h.
+        bytes_read: so far.
+
+    Raises:
+        InputError: not square, not real, not finite, not symmetric, or a budget below one row of tiles.
+
+    Cost: opening reads N² entries; a product N²/2 of them, and 2N²k flops.
+    """
+
+    def __init__(self, gram: Any, budget_mib: float = 512.0, noise: float | None = None) -> None:
+        values = gram if hasattr(gram, "dtype") else getattr(gram, "values", gram)
+        shape = tuple(values.shape)
+        if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+            raise InputError(f"gram: expected a square matrix (N, N), got shape {shape}")
+        if values.dtype.kind != "f":
+            raise InputError(f"gram: expected real numbers, got dtype {values.dtype}")
+        n, itemsize = shape[0], values.dtype.itemsize
+        tile = min(n, (getattr(values, "chunks", None) or (1,))[0])  # HDF5 reads whole chunks
+        budget = budget_mib * 2**20
+        fits = int(min(_PANEL_BYTES, budget / 2) // (n * itemsize)) // tile * tile
+        if fits < 1:
+            need = 2 * tile * n * itemsize / 2**20
+            raise InputError(f"budget_mib: expected at least {need:.0f} for 2 panels of {tile} rows, got {budget_mib}")
+        self.values, self.rows, self.bytes_read = values, min(fits, n), 0
+        self._buffers = [np.empty((self.rows, n), dtype=values.dtype) for _ in range(2)]
+        super().__init__(n, 0.0, block=8)
+        self.diagonal, self.norm = np.empty(n), 0.0
+        declared = declared_noise(gram) if noise is None else noise
+        self._open(2.0 * (declared or 0.0))
+        self.noise = 0.5 * float(np.finfo(values.dtype).eps) * self.norm if declared is None else declared
+
+    def product(self, X: np.ndarray) -> np.ndarray:
+        """Return K X from the lower triangle."""
+        Y = np.zeros_like(X, order="C")
+        for start, stop, panel in self._panels(whole=False):
+            _accumulate(panel, start, stop, X, Y)
+        return Y
+
+    def panels(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield (first row, last row + 1, those rows (h, N) in their stored type), the next one being read meanwhile.
+
+        A panel is overwritten two steps later: copy what is to be kept.
+        """
+        return self._panels(whole=True)
+
+    def _panels(self, *, whole: bool) -> Iterator[tuple[int, int, np.ndarray]]:
+        n = self.shape[0]
+        starts = range(0, n, self.rows)
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, 0, 0, whole)
+            for i, start in enumerate(starts):
+                panel = ahead.result()
+                if start + self.rows < n:
+                    ahead = reader.submit(self._read, i + 1, start + self.rows, whole)
+                yield start, min(start + self.rows, n), panel
+
+    def _read(self, turn: int, start: int, whole: bool) -> np.ndarray:
+        n = self.shape[0]
+        stop = min(start + self.rows, n)
+        columns = n if whole else stop
+        panel = self._buffers[turn % 2].reshape(-1)[: (stop - start) * columns].reshape(stop - start, columns)
+        if hasattr(self.values, "read_direct"):
+            self.values.read_direct(panel, np.s_[start:stop, :columns])
+        else:
+            np.copyto(panel, self.values[start:stop, :columns])
+        self.bytes_read += panel.nbytes
+        return panel
+
+    def _open(self, allowed: float) -> None:
+        n = self.shape[0]
+        x = np.random.default_rng(0).standard_normal((n, 1))
+        rows, triangle, total = np.zeros((n, 1)), np.zeros((n, 1)), 0.0
+        for start, stop, panel in self._panels(whole=True):
+            for at in range(start, stop, 16):
+                strip = panel[at - start : at - start + 16].astype(np.float64)
+                if not np.isfinite(strip.sum()):
+                    bad = np.flatnonzero(~np.isfinite(strip).all(axis=1))
+                    if len(bad):
+                        raise InputError(f"gram: expected finite entries, row {at + int(bad[0])} has NaN or infinity")
+                    raise InputError(f"gram: expected entries whose sum is finite, row {at} overflows")
+                rows[at : at + len(strip)] = strip @ x
+                total += float(np.einsum("ij,ij->", strip, strip))
+            _accumulate(panel[:, :stop], start, stop, x, triangle)
+            self.diagonal[start:stop] = panel[:, start:stop].diagonal()
+        self.norm = float(np.sqrt(total))
+        # A difference within the rounding of the entries, or within their noise, is left: the lower triangle is read.
+        allowed += 10.0 * float(np.finfo(self.values.dtype).eps) * self.norm
+        off = float(np.abs(rows - triangle).max())
+        if off > allowed:
+            raise InputError(
+                f"gram: expected a symmetric matrix, got triangles whose products with a random vector differ by "
+                f"{off:.3g} with the norm {self.norm:.3g}"
+            )
+
+
+def _accumulate(panel: np.ndarray, start: int, stop: int, X: np.ndarray, Y: np.ndarray) -> None:
+    """Add the products of rows [start, stop) of the lower triangle, `panel` (h, stop), and of their mirror image."""
+    for at in range(start, stop, _ROWS):
+        end = min(at + _ROWS, stop)
+        rows, left = panel[at - start : end - start], X[at:end]
+        total = np.zeros_like(left)
+        for j in range(0, at, _COLUMNS):
+            to = min(j + _COLUMNS, at)
+            strip = rows[:, j:to].astype(np.float64)
+            total += strip @ X[j:to]
+            Y[j:to] += strip.T @ left
+        square = np.tril(rows[:, at:end].astype(np.float64))
+        total += square @ left
+        np.fill_diagonal(square, 0.0)
+        Y[at:end] += total + square.T @ left

@@ -1,0 +1,124 @@
+"""Sums over the spectrum: exact against their definitions, sampled within their error bars."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.sparse.linalg import aslinearoperator
+
+from ntkengine.errors import InputError
+from ntkengine.spectrum import (
+    DenseOperator,
+    condition_number,
+    effective_dimension,
+    log_determinant,
+    spectral_density,
+)
+from ntkengine.spectrum.quadrature import quadrature
+from tests.test_eigsh import draw
+from tests.test_spectrum import with_spectrum
+
+KINDS = ("outlier", "flat", "rank-deficient", "repeated", "tangent")
+
+
+def test_exact_values_equal_their_definitions():
+    values = np.r_[5.0, 1.0, 0.25, np.zeros(4)]
+    matrix = with_spectrum(values)
+    found = log_determinant(matrix, 0.3)
+    assert found == pytest.approx(np.linalg.slogdet(matrix + 0.3 * np.eye(7))[1], rel=1e-12)
+    assert found.exact
+    assert 0 < found.error < 1e-12
+    noisy = log_determinant(SimpleNamespace(values=matrix, noise=1e-3), 0.3)
+    assert noisy.error == pytest.approx(1e-3 * (1 / (values + 0.3)).sum(), rel=1e-6)
+    dimension = effective_dimension(matrix, 0.3)
+    assert dimension == pytest.approx((values / (values + 0.3)).sum(), rel=1e-12)
+    assert str(dimension).startswith("2.16717 ± ")
+    again = pickle.loads(pickle.dumps(noisy))
+    assert (again, again.error, again.exact) == (noisy, noisy.error, True)
+
+
+@pytest.mark.parametrize("function", [log_determinant, effective_dimension])
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_sampled_values_are_within_their_error_bars(function, noise):
+    missed = wide = 0
+    for seed in range(200):
+        matrix, rng = draw(KINDS[seed % 5], seed)
+        ridge = 10.0 ** rng.uniform(-4, 1)
+        operator = DenseOperator(SimpleNamespace(values=matrix, noise=noise))
+        exact = function(matrix, ridge)
+        # Few steps, so that the quadrature's own error matters as well as the probes'.
+        found = function(operator, ridge, method="lanczos", probes=6, steps=int(rng.choice([8, 20, 60])), seed=seed)
+        assert not found.exact
+        missed += abs(found - exact) > found.error
+        wide += found.error > 0.5 * max(1.0, abs(exact))
+    assert missed <= 10  # 95 % of the draws
+    assert wide < 100
+
+
+def test_sampled_densities_are_within_their_error_bars():
+    missed, counted = 0, 0
+    spectra = [np.geomspace(1e-3, 1.0, 150), np.r_[30.0, np.linspace(0.01, 2.0, 150)]]
+    matrices = [with_spectrum(values) for values in spectra]
+    for seed in range(200):
+        values, operator = spectra[seed % 2], aslinearoperator(matrices[seed % 2])
+        found = spectral_density(operator, points=60, width=0.25, probes=8, steps=50, seed=seed)
+        logs = np.log10(values)
+        axis = np.log10(found.grid)
+        true = np.exp(-0.5 * ((axis[:, None] - logs) / 0.25) ** 2).mean(axis=1) / (0.25 * np.sqrt(2 * np.pi))
+        off = np.abs(found.density - true) > found.error
+        missed += int(off.sum())
+        counted += off.size
+        assert found.error.max() < 0.6 * true.max()
+        assert found.rows == len(values)
+    assert missed <= 0.05 * counted
+
+
+def test_more_probes_narrow_the_error():
+    operator = aslinearoperator(with_spectrum(np.geomspace(1e-3, 10.0, 300)))
+    few = effective_dimension(operator, 0.1, probes=8)
+    many = effective_dimension(operator, 0.1, probes=128)
+    assert many.error < 0.4 * few.error
+    assert operator.shape == (300, 300)
+
+
+def test_the_two_rules_bracket_every_probe():
+    values = np.r_[1e3, np.geomspace(1e-4, 1.0, 200)]
+    operator = DenseOperator(np.diag(values))
+    found = quadrature(operator, probes=4, steps=10)
+    rng = np.random.default_rng(0)
+    operator.block = 3  # probes in step change nothing
+    again = quadrature(operator, probes=4, steps=10)
+    for i in range(4):
+        np.testing.assert_allclose(found.diagonals[i], again.diagonals[i], rtol=1e-9)
+    for f in (lambda x: np.log(x + 0.01), lambda x: x / (x + 0.01)):
+        upper, lower = found.means(f), found.floor(f, -1e-9)
+        for probe in range(4):
+            z = rng.choice([-1.0, 1.0], size=(1, 201))[0]
+            true = float(z**2 @ f(values)) / 201  # a diagonal matrix: every sign vector gives the trace itself
+            assert lower[probe] <= true <= upper[probe]
+    assert operator.products == 80
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(InputError, match="ridge: expected"):
+        log_determinant(np.eye(3), 0.0)
+    with pytest.raises(InputError, match="'exact' needs a matrix"):
+        log_determinant(aslinearoperator(np.eye(3)), 1.0, method="exact")
+    with pytest.raises(InputError, match="method: expected"):
+        effective_dimension(np.eye(3), 1.0, method="slq")
+    with pytest.raises(InputError, match="probes, steps"):
+        effective_dimension(np.eye(3), 1.0, method="lanczos", probes=1)
+    with pytest.raises(InputError, match="no eigenvalue below"):
+        log_determinant(aslinearoperator(with_spectrum(np.linspace(-2, 3, 50))), 0.5)
+
+
+def test_the_condition_number_of_an_operator_whose_low_end_is_out_of_reach():
+    values = np.geomspace(1e-8, 1.0, 700)
+    found = condition_number(aslinearoperator(np.diag(values)))
+    assert not found.resolved
+    assert found.upper == np.inf
+    assert 10 < found.lower <= 1e8
+    assert str(found).startswith("> ")
