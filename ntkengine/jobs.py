@@ -43,7 +43,7 @@ def run_gram(
         The Gram, backed by its file when the job has an `out`.
 
     Raises:
-        InputError, NotImplementedError, CheckFailed, NonFinite: as `compute_gram`, `load_model`, `read_examples`.
+        InputError, CheckFailed, NonFinite: as `compute_gram`, `load_model`, `read_examples`.
     """
     from ntkengine.cluster.comm import together
     from ntkengine.gram.engine import compute_gram

@@ -380,24 +380,13 @@ def test_non_finite_output_names_the_example():
         ({"targets": np.zeros((3, 1))}, "targets: expected 7 rows"),
         ({"eval_targets": np.zeros((3, 1))}, "eval_targets: given without eval_inputs"),
         ({"out": "/no/such/folder/k.h5"}, "out: folder"),
+        ({"comm": object()}, "comm: expected an mpi4py communicator or None, got object"),
     ],
 )
 def test_bad_arguments(arguments, message):
     model = tiny_model("bert")
     with pytest.raises(InputError, match=message):
         compute_gram(model, tiny_inputs(model, LENGTHS, 12), **{"params": "all", **arguments})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"comm": object()}, "comm=None"),
-    ],
-)
-def test_what_is_not_built_yet_says_what_to_use(arguments, message):
-    model = tiny_model("bert")
-    with pytest.raises(NotImplementedError, match=message):
-        compute_gram(model, tiny_inputs(model, LENGTHS, 12), params="all", **arguments)
 
 
 def test_bad_inputs():

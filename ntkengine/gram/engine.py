@@ -132,7 +132,6 @@ def compute_gram(
 
     Raises:
         InputError: arguments that cannot be used, a file of another job under `out`, or a budget too small.
-        NotImplementedError: an argument whose capability this version lacks; says what to use instead.
         CheckFailed: the sweep disagrees with plain autograd.
         NonFinite: a gradient is not finite.
         Stopped: SIGTERM, or SIGINT, reached a call with `out`: what was summed is in a checkpoint.
@@ -314,7 +313,7 @@ def plan_gram(
     Cost: about ten forward and backward passes of three samples.
 
     Raises:
-        InputError, NotImplementedError: as `compute_gram`.
+        InputError: as `compute_gram`.
     """
     refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch)
     check_ranks(ranks, gpus_per_node, network)
