@@ -59,9 +59,15 @@ def estimate_noise(
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
-    The block's error E_m is carried over to all N rows by ‖E‖₂ ≈ ‖E_m‖₂ (N/m)^q. Errors that point one way in all rows
-    grow with q = 1, independent ones with q = ½; q is read off the growth from half the block to the whole.
-    Never below 2⁻⁵³ ‖K‖_F, the rounding of the stored entries.
+    The block's error E_m is carried over to all N rows by what rounding does. A gradient φ_j is off by a δ_j of its
+    own, so E = W + Wᵀ with W_ij = φ_i·δ_j, that is W = Φ G with independent entries of some size σ in G. In the block
+    ‖E_m‖_F² ≈ 2σ² m tr K_m, which gives σ; then ‖E‖₂ ≈ σ (√(N λ_max(K)) + √tr K), Chevet's bound of ‖Φ G‖₂. It is
+    what W + Wᵀ has when one eigenvalue dominates, 1/√2 of it when all are equal. Errors ε·K, all one way, it finds to a
+    similar factor while an eigenvalue dominates, and overestimates in a flat spectrum. An outlier among the rows that
+    are not recomputed it cannot see.
+    A Gram of rows against other columns has no such λ_max: there ‖E‖₂ ≈ ‖E_m‖₂ (N/m)^q, with q between ½ (independent
+    errors) and 1 (one way) read off the growth from half the block to the whole.
+    Never below ‖E_m‖₂, nor below 2⁻⁵³ ‖K‖_F, the rounding of the stored entries.
 
     Args:
         model: a float64 copy, frozen, in eval mode.
@@ -83,7 +89,8 @@ def estimate_noise(
     Raises:
         CheckFailed: an error above the limit.
 
-    Cost: a float64 sweep of m samples.
+    Cost: a float64 sweep of m samples; 80 N² flops for λ_max.
+    Source: Vershynin 2018, section 8.7 (Chevet's inequality).
     """
     rng = np.random.default_rng(seed)
     w = frame.width
@@ -113,7 +120,10 @@ def estimate_noise(
     block = K[:, places(0, frame.rows[0])[:, None], places(len(picked) - 1, frame.columns[0])[None, :]]
     error = block - exact
     sizes = samples.sizes[picked[0][0]], samples.sizes[picked[-1][0]]
-    norm = max(_extrapolate(layer, sizes, w) for layer in error)
+    if frame.square and len(picked) == 1:
+        norm = max(_carried(e, layer, places(0, frame.rows[0])) for e, layer in zip(error, K, strict=True))
+    else:
+        norm = max(_extrapolate(layer, sizes, w) for layer in error)
     floor = 2.0**-53 * float(np.linalg.norm(K))
     scale = float(np.linalg.norm(exact))
     relative = float(np.linalg.norm(error)) / scale if scale else 0.0
@@ -134,6 +144,28 @@ def estimate_noise(
             noise.relative,
         )
     return noise
+
+
+def _carried(error: np.ndarray, K: np.ndarray, rows: np.ndarray) -> float:
+    """Return ‖E‖₂ of a square Gram K from its error on a block of its rows and columns."""
+    n, block = K.shape[1], float(np.linalg.norm(error, 2))
+    diagonal = np.abs(K[:n].diagonal())
+    some = float(diagonal[rows].sum())
+    if len(rows) == n or some == 0.0:
+        return block
+    sigma = float(np.linalg.norm(error)) / np.sqrt(2.0 * len(rows) * some)
+    return max(block, sigma * float(np.sqrt(n * _largest(K[:n])) + np.sqrt(diagonal.sum())))
+
+
+def _largest(K: np.ndarray) -> float:
+    """Return ‖K‖₂ by twenty steps of the power method, from below."""
+    x, size = np.random.default_rng(0).standard_normal(K.shape[1]), 0.0
+    for _ in range(20):
+        x = K.T @ (K @ (x / np.linalg.norm(x)))
+        size = float(np.linalg.norm(x))
+        if size == 0.0:
+            break
+    return float(np.sqrt(size))
 
 
 def _extrapolate(error: np.ndarray, sizes: tuple[int, int], width: int) -> float:
