@@ -77,6 +77,12 @@ def test_the_largest_eigenvalues_without_a_gram():
     # The true error is no larger than what one random product shows, up to its spread.
     error = np.column_stack([products(e[:, None])[:, 0] for e in np.eye(len(exact))]) - gram.values
     assert np.linalg.norm(error, 2) <= 2.0 * products.noise
+    y = np.cos(np.arange(len(exact))).reshape(products.outputs.shape)
+    without = ntk.KernelRidge(ridge=0.1 * exact[-1], tol=1e-10).fit(
+        TangentProducts(model, inputs, params=params), y, offset=products.outputs
+    )
+    within = ntk.KernelRidge(ridge=0.1 * exact[-1]).fit(gram, y, offset=products.outputs)
+    np.testing.assert_allclose(without.dual_coef_, within.dual_coef_, atol=1e-9 * np.abs(within.dual_coef_).max())
     right = np.cos(np.arange(len(exact)))
     ridge = 1e-2 * exact[-1]
     found = conjugate_gradients(TangentProducts(model, inputs, params=params), right, ridge, tol=1e-10)
