@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
     from ntkengine.forecast import Forecast, forecast
     from ntkengine.gram.engine import compute_gram, plan_gram
+    from ntkengine.gram.features import Landmarks, tangent_features
+    from ntkengine.gram.jacobian import TangentProducts
     from ntkengine.gram.plan import Plan
     from ntkengine.gram.result import Gram
     from ntkengine.gram.transforms import Preconditioner
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from ntkengine.inputs.language import LabelWords, SequenceLoss, TokenLoss
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import encode_targets
-    from ntkengine.ridge import KernelRidge
+    from ntkengine.ridge import KernelLogistic, KernelRidge
     from ntkengine.spectrum import (
         condition_number,
         effective_dimension,
@@ -35,6 +37,8 @@ _HOME = {
     "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
     "forecast": ("Forecast", "forecast"),
     "gram.engine": ("compute_gram", "plan_gram"),
+    "gram.features": ("Landmarks", "tangent_features"),
+    "gram.jacobian": ("TangentProducts",),
     "gram.plan": ("Plan",),
     "gram.result": ("Gram",),
     "gram.transforms": ("Preconditioner",),
@@ -43,7 +47,7 @@ _HOME = {
     "inputs.language": ("LabelWords", "SequenceLoss", "TokenLoss"),
     "inputs.models": ("load_model",),
     "inputs.readout": ("encode_targets",),
-    "ridge": ("KernelRidge",),
+    "ridge": ("KernelLogistic", "KernelRidge"),
     "spectrum": (
         "condition_number",
         "effective_dimension",
@@ -63,14 +67,17 @@ __all__ = [
     "Forecast",
     "Gram",
     "InputError",
+    "KernelLogistic",
     "KernelRidge",
     "LabelWords",
+    "Landmarks",
     "NonFinite",
     "NotConverged",
     "Plan",
     "Preconditioner",
     "SequenceLoss",
     "TokenLoss",
+    "TangentProducts",
     "compute_gram",
     "condition_number",
     "effective_dimension",
@@ -85,6 +92,7 @@ __all__ = [
     "plan_gram",
     "read_examples",
     "spectral_density",
+    "tangent_features",
     "tokenize",
     "verify_gram",
 ]

@@ -97,6 +97,8 @@ def compare(found, truth):
         scale = np.abs(truth[f"{case}: values"]).max()
         if what == "noise":
             assert np.isfinite(found[name]) == np.isfinite(truth[name]), name
+            if np.isfinite(truth[name]):
+                assert truth[name] / 2 <= found[name] <= 2 * truth[name], name
             continue
         tolerance = {"high, checked": 1e-6, "fast": 1e-2}.get(case, 1e-12)
         if what == "values" and case == "high, checked":

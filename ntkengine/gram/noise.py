@@ -61,9 +61,15 @@ def estimate_noise(
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
-    The block's error E_m is carried over to all N rows by ‖E‖₂ ≈ ‖E_m‖₂ (N/m)^q. Errors that point one way in all rows
-    grow with q = 1, independent ones with q = ½; q is read off the growth from half the block to the whole.
-    Never below 2⁻⁵³ ‖K‖_F, the rounding of the stored entries.
+    The block's error E_m is carried over to all N rows by what rounding does. A gradient φ_j is off by a δ_j of its
+    own, so E = W + Wᵀ with W_ij = φ_i·δ_j, that is W = Φ G with independent entries of some size σ in G. In the block
+    ‖E_m‖_F² ≈ 2σ² m tr K_m, which gives σ; then ‖E‖₂ ≈ σ (√(N λ_max(K)) + √tr K), Chevet's bound of ‖Φ G‖₂. It is
+    what W + Wᵀ has when one eigenvalue dominates, 1/√2 of it when all are equal. Errors ε·K, all one way, it finds to a
+    similar factor while an eigenvalue dominates, and overestimates in a flat spectrum. An outlier among the rows that
+    are not recomputed it cannot see.
+    A Gram that is not symmetric has no such λ_max: there ‖E‖₂ ≈ ‖E_m‖₂ (N/m)^q, with q between ½ (independent
+    errors) and 1 (one way) read off the growth from half the block to the whole.
+    Never below ‖E_m‖₂, nor below 2⁻⁵³ ‖K‖_F, the rounding of the stored entries.
 
     Args:
         model: a float64 copy, frozen, in eval mode.
@@ -85,7 +91,8 @@ def estimate_noise(
     Raises:
         CheckFailed: an error above the limit.
 
-    Cost: a float64 sweep of m samples.
+    Cost: a float64 sweep of m samples; 80 N² flops for λ_max.
+    Source: Vershynin 2018, section 8.7 (Chevet's inequality).
     """
     rng = np.random.default_rng(seed)
     w = frame.width
@@ -113,7 +120,10 @@ def estimate_noise(
 
     error = sums.pick(places(0), places(len(picked) - 1)) - exact
     sizes = samples.sizes[picked[0][0]], samples.sizes[picked[-1][0]]
-    norm = max(_extrapolate(layer, sizes, w) for layer in error)
+    if frame.symmetric and len(picked) == 1:
+        norm = max(_carried(error, sums, places(0) - frame.rows[0] * w))
+    else:
+        norm = max(_extrapolate(layer, sizes, w) for layer in error)
     floor = 2.0**-53 * sums.norm()
     scale = float(np.linalg.norm(exact))
     relative = float(np.linalg.norm(error)) / scale if scale else 0.0
@@ -134,6 +144,31 @@ def estimate_noise(
             noise.relative,
         )
     return noise
+
+
+def _carried(error: np.ndarray, sums: Sums | Spread, rows: np.ndarray) -> list[float]:
+    """Return ‖E‖₂ of every layer of a symmetric Gram from its error on a block of its rows and columns."""
+    diagonal = np.abs(sums.diagonal())
+    n = diagonal.shape[1]
+    largest = _largest(sums, diagonal.shape) if len(rows) < n else np.zeros(len(diagonal))
+    found = []
+    for layer, of_layer, top in zip(error, diagonal, largest, strict=True):
+        block, some = float(np.linalg.norm(layer, 2)), float(of_layer[rows].sum())
+        if len(rows) < n and some > 0.0:
+            sigma = float(np.linalg.norm(layer)) / np.sqrt(2.0 * len(rows) * some)
+            block = max(block, sigma * float(np.sqrt(n * top) + np.sqrt(of_layer.sum())))
+        found.append(block)
+    return found
+
+
+def _largest(sums: Sums | Spread, shape: tuple[int, ...]) -> np.ndarray:
+    """Return ‖K‖₂ of every layer by forty steps of the power method, from below."""
+    x, size = np.random.default_rng(0).standard_normal(shape), np.zeros(shape[0])
+    for _ in range(40):
+        norm = np.linalg.norm(x, axis=1, keepdims=True)
+        x = sums.times(x / np.where(norm > 0, norm, 1.0))
+        size = np.linalg.norm(x, axis=1)
+    return np.asarray(size)
 
 
 def _extrapolate(error: np.ndarray, sizes: tuple[int, int], width: int) -> float:

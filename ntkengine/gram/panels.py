@@ -149,6 +149,39 @@ class Panels:
                 if total.K.is_cuda:
                     total.K.copy_(torch.from_numpy(K))
 
+    def diagonal(self, frame: Frame) -> np.ndarray:
+        """Return the diagonal of the Gram's square, (layers, n), zero where it is on another rank.
+
+        Args:
+            frame: of the whole Gram.
+        """
+        r0, n = frame.rows[0] * frame.width, (frame.columns[1] - frame.columns[0]) * frame.width
+        found = np.zeros((frame.layers, n))
+        for block in self.blocks():
+            if block.rows == block.columns:
+                found[:, block.rows[0] - r0 : block.rows[1] - r0] = block.values.diagonal(axis1=1, axis2=2)
+        return found
+
+    def times(self, frame: Frame, x: np.ndarray) -> np.ndarray:
+        """Return what these rectangles and their mirror images give of a symmetric square's product with x.
+
+        Args:
+            frame: of the whole Gram.
+            x: (layers, n).
+        """
+        r0, c1 = frame.rows[0] * frame.width, frame.columns[1] * frame.width
+        found = np.zeros_like(x)
+        for meeting, totals in zip(self.met, self.totals, strict=True):
+            for total in totals:
+                for block in self._blocks(meeting, total):
+                    if block.rows[1] > c1:
+                        continue
+                    i, j = (slice(start - r0, stop - r0) for start, stop in (block.rows, block.columns))
+                    found[:, i] += np.einsum("lij,lj->li", block.values, x[:, j])
+                    if not total.frame.square:
+                        found[:, j] += np.einsum("lij,li->lj", block.values, x[:, i])
+        return found
+
     def squares(self, frame: Frame, *, square: bool) -> float:
         """Return the sum of squared entries that these rectangles stand for.
 

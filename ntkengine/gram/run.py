@@ -77,6 +77,15 @@ class Sums:
         i, j = (x.to(self.total.K.device) for x in at)
         return self.total.K[:, i[:, None], j[None, :]].cpu().numpy()
 
+    def diagonal(self) -> np.ndarray:
+        """Return the diagonal of the square, (layers, n)."""
+        return self.total.K.diagonal(dim1=1, dim2=2).cpu().numpy()
+
+    def times(self, x: np.ndarray) -> np.ndarray:
+        """Return the square times a vector for each layer, (layers, n)."""
+        K = self.total.K[:, : x.shape[1]]
+        return torch.matmul(K, torch.from_numpy(x).to(K.device)[..., None])[..., 0].cpu().numpy()
+
     def norm(self, *, square: bool = False) -> float:
         """Return the Gram's Frobenius norm, or that of its square of columns against themselves."""
         return float(

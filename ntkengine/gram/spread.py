@@ -75,6 +75,14 @@ class Spread:
         """Return entries of the Gram, as `Sums.pick`; called by rank 0 within `asking`, while the others serve."""
         return np.asarray(self._ask(("pick", rows, columns)))
 
+    def diagonal(self) -> np.ndarray:
+        """Return the diagonal of the square, as `Sums.diagonal`; likewise."""
+        return self._ask(("diagonal",))
+
+    def times(self, x: np.ndarray) -> np.ndarray:
+        """Return the symmetric square times a vector for each layer, as `Sums.times`; likewise."""
+        return self._ask(("times", x))
+
     def norm(self, *, square: bool = False) -> float:
         """Return the Frobenius norm, as `Sums.norm`; likewise."""
         return float(np.sqrt(self._ask(("norm", square))[0]))
@@ -108,6 +116,10 @@ class Spread:
         with self.team.together():
             if question[0] == "pick":
                 found = pick(panels.blocks(), self.frame, question[1], question[2])
+            elif question[0] == "diagonal":
+                found = panels.diagonal(self.frame)
+            elif question[0] == "times":
+                found = panels.times(self.frame, question[1])
             else:
                 found = np.array([panels.squares(self.frame, square=question[1])])
         return self.team.total(found)

@@ -81,7 +81,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         """Fit.
 
         Args:
-            X: K(X, X), (n, n) or (n·m, n·m) float64, symmetric; array-like, Gram-like, or for "cg" a LinearOperator.
+            X: K(X, X), (n, n) or (n·m, n·m) float64, symmetric; array-like, Gram-like, or for "cg" a LinearOperator or
+                a model's `TangentProducts`.
             y: (n,) or (n, m) targets.
             sample_weight: (n,) >= 0: Σ_i w_i (y_i − f_i)² + ridge·‖f − f0‖²_K is minimised. Not with "out-of-core".
             offset: f0(X), the shape of y; default 0.
@@ -95,6 +96,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
 
         Cost: 9 n³ flops for "eigen" plus 2n² per grid point; n³ for "cholesky"; see `outofcore` and `cg`.
         """
+        if callable(X) and hasattr(X, "rows"):  # products of a model
+            X = operator_of(X)
         searched, solver = self._check_parameters(X)
         check_target(y, type(self).__name__)
         stored = X if isinstance(X, LinearOperator) or solver in ("out-of-core", "cg") else kernel_of(X)

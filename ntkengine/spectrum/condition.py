@@ -10,7 +10,8 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import NotConverged
 from ntkengine.spectrum.lanczos import eigsh
-from ntkengine.spectrum.operators import EPS, eigenvalues_of, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of
+from ntkengine.spectrum.panels import operator_of
 
 _PRODUCTS = 500  # for the low end of an operator, which rarely converges
 
@@ -51,7 +52,8 @@ def condition_number(gram: Any) -> ConditionNumber:
     """Return λ_max/λ_min with its error, or a lower bound where the noise hides λ_min.
 
     Args:
-        gram: (N, N) array-like, Gram-like object, or symmetric LinearOperator.
+        gram: (N, N) array-like, Gram-like object, or symmetric LinearOperator; a Gram on disk of more than 12,000 rows
+            is streamed as one.
 
     Returns:
         The condition number; `str()` of it prints only what is known.
@@ -63,16 +65,17 @@ def condition_number(gram: Any) -> ConditionNumber:
         end, the smallest Ritz value is above λ_min (Cauchy) and the condition number unresolved, with a lower bound.
     Source: Weyl's inequality.
     """
-    if isinstance(gram, LinearOperator):
+    operator = operator_of(gram)
+    if isinstance(gram, LinearOperator) or not isinstance(operator, DenseOperator):
         try:
-            ritz = eigsh(gram, k=min(2, gram.shape[0]), which="BE", max_products=_PRODUCTS)
+            ritz = eigsh(operator, k=min(2, operator.shape[0]), which="BE", max_products=_PRODUCTS)
         except NotConverged as stopped:
             ritz = stopped.partial
             error = float((ritz.bounds - ritz.residuals).max())
             found = condition_from_eigenvalues(ritz.values, noise=error, rounding=0.0)
             return replace(found, upper=float("inf"), resolved=False)
         return condition_from_eigenvalues(ritz.values, noise=float(ritz.bounds.max()), rounding=0.0)
-    return condition_from_eigenvalues(eigenvalues_of(gram), noise_of(gram))
+    return condition_from_eigenvalues(eigenvalues_of(operator.matrix), operator.noise)
 
 
 def condition_from_eigenvalues(eigenvalues: np.ndarray, noise: float, rounding: float | None = None) -> ConditionNumber:

@@ -141,7 +141,7 @@ def is_small(gram: Any, method: str) -> bool:
     """
     if method not in ("auto", "exact", "lanczos"):
         raise InputError(f"method: expected 'auto', 'exact' or 'lanczos', got {method!r}")
-    matrix = not isinstance(gram, LinearOperator) or isinstance(gram, DenseOperator)
+    matrix = isinstance(gram, DenseOperator) or not (isinstance(gram, LinearOperator) or callable(gram))
     if method == "exact" and not matrix:
         raise InputError("method: 'exact' needs a matrix, got a LinearOperator")
     return method == "exact" or (

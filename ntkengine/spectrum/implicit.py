@@ -75,6 +75,11 @@ class ImplicitOperator(GramOperator):
         super().__init__(rows, noise, block=block, rounding=rounding)
         self._product = product
 
+    @classmethod
+    def of(cls, products: Any) -> ImplicitOperator:
+        """Return the operator of a function that tells its `rows`, `noise`, `block` and `rounding` itself."""
+        return cls(products, products.rows, products.noise, block=products.block, rounding=products.rounding)
+
     def product(self, X: np.ndarray) -> np.ndarray:
         """Return the function of X, its shape checked."""
         Y = np.asarray(self._product(X), dtype=np.float64)

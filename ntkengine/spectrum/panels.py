@@ -13,6 +13,7 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError
+from ntkengine.spectrum.implicit import ImplicitOperator
 from ntkengine.spectrum.operators import DenseOperator, GramOperator, declared_noise
 
 IN_MEMORY = 12_000  # rows: 1.2 GB in float64
@@ -24,11 +25,13 @@ def operator_of(gram: Any, in_memory: int = IN_MEMORY) -> LinearOperator:
     """Return a Gram as an operator: itself, streamed when on disk and large, else in memory.
 
     Args:
-        gram: LinearOperator, (N, N) array-like or Gram-like.
+        gram: LinearOperator, (N, N) array-like, Gram-like, or a function with `rows` as `ImplicitOperator.of` takes.
         in_memory: rows up to which a stored matrix is read into memory.
     """
     if isinstance(gram, LinearOperator):
         return gram
+    if callable(gram) and hasattr(gram, "rows"):
+        return ImplicitOperator.of(gram)
     values = getattr(gram, "values", gram)
     on_disk = hasattr(values, "chunks") or isinstance(values, np.memmap)
     if on_disk and len(values.shape) == 2 and values.shape[0] > in_memory:

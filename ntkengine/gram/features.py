@@ -1,0 +1,177 @@
+"""Tangent features themselves, their squared norms, and columns of a Gram for a few landmarks.
+
+Φ has a row for each row of the Gram, and K = Φ Φᵀ:
+    "full"            (N·C, P), row n·C + c: the gradient of output c of example n
+    "trace"           (N, C·P): the gradients of its C outputs side by side
+    "sum-of-outputs"  (N, P)
+
+Shapes: N examples, C outputs, P parameters, p of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.planning import planned
+from ntkengine.gram.strategies import feature_tiles
+from ntkengine.gram.task import Task
+from ntkengine.gram.transforms import Preconditioner
+from ntkengine.inputs.batches import check_inputs
+from ntkengine.inputs.readout import ReadoutFunction
+from ntkengine.inputs.running import evaluation
+from ntkengine.tangents.capture import matrix_shape
+from ntkengine.tangents.sweep import Sweep
+
+_CONTRACTIONS = ("trace", "full", "sum-of-outputs")
+
+
+def tangent_features(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    readout: str | ReadoutFunction = "logits",
+    params: str | Iterable[str] = "trainable",
+    contraction: str = "full",
+    transform: str | Preconditioner = "sgd",
+    precision: str = "high",
+    memory_gib: float | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return Φ: for few parameters, such as LoRA's, or more rows than parameters, it is smaller than the Gram.
+
+    Args:
+        model: as for `compute_gram`.
+        inputs: likewise.
+        readout: likewise.
+        params: likewise.
+        contraction: "trace", "full" or "sum-of-outputs".
+        transform: "sgd" or a `Preconditioner`, whose square root is multiplied in.
+        precision: "exact" or "high": the passes' dtype, and Φ's.
+        memory_gib: as for `compute_gram`; Φ comes on top.
+        seed: of the probe.
+
+    Returns:
+        (rows, columns) float64 or float32, rows in the order of the examples; columns ordered by the sweep, the same
+        for the same model.
+
+    Raises:
+        InputError: as `compute_gram`.
+        CheckFailed: a gradient that plain autograd does not reproduce.
+
+    Cost: one sweep; rows·columns numbers.
+    """
+    blocks: list[np.ndarray] = []
+    order, outputs = None, 0
+    for tile, order in _tiles(  # noqa: B007  (the last one holds for all)
+        model, inputs, readout, params, contraction, transform, precision, memory_gib, seed
+    ):
+        outputs = tile.shape[1]
+        blocks.append(tile.cpu().numpy().copy())
+    if order is None:
+        raise InputError("params: the outputs depend on none of the selected parameters")
+    whole = np.concatenate(blocks, axis=2)[order]
+    n, width = len(whole), whole.shape[2]
+    return whole.reshape(n * outputs, width) if contraction == "full" else whole.reshape(n, outputs * width)
+
+
+class Landmarks:
+    """Columns of a Gram by index, for `ridge.random_cholesky`: K against a few chosen examples.
+
+    Args:
+        model: as for `compute_gram`.
+        inputs: N examples.
+        options: of `compute_gram`: readout, params, contraction ("trace" or "sum-of-outputs"), transform, precision,
+            memory_gib, seed. The first columns asked for are checked as any Gram is; later ones are not.
+
+    Attributes:
+        diagonal: (N,) float64 of K.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> None:
+        self.model, self.inputs, self.options = model, dict(inputs), options
+        contraction = options.get("contraction", "trace")
+        if contraction not in ("trace", "sum-of-outputs"):
+            raise InputError(f"contraction: expected 'trace' or 'sum-of-outputs', got {contraction!r}")
+        unknown = set(options) - {
+            "readout", "params", "contraction", "transform", "precision", "memory_gib", "seed", "backend", "check",
+        }  # fmt: skip
+        if unknown:
+            raise InputError(f"options: landmarks take no {', '.join(sorted(unknown))}")
+        self._check = bool(options.get("check", True))
+        self.diagonal = np.zeros(check_inputs(inputs))
+        precision = options.get("precision", "high")
+        found = _tiles(
+            model,
+            inputs,
+            options.get("readout", "logits"),
+            options.get("params", "trainable"),
+            contraction,
+            options.get("transform", "sgd"),
+            "high" if precision == "fast" else precision,
+            options.get("memory_gib"),
+            options.get("seed", 0),
+        )
+        for tile, order in found:
+            self.diagonal += tile.double().square().sum(dim=(1, 2)).cpu().numpy()[order]
+
+    def __call__(self, index: np.ndarray) -> np.ndarray:
+        """Return columns `index` of K, (N, len(index)) float64."""
+        rows = torch.from_numpy(np.ascontiguousarray(index))
+        chosen = {name: value[rows.to(value.device)] for name, value in self.inputs.items()}
+        gram = compute_gram(self.model, self.inputs, chosen, **{**self.options, "check": self._check})
+        self._check = False
+        return np.asarray(gram.values)
+
+
+def _tiles(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    readout: Any,
+    params: Any,
+    contraction: str,
+    transform: Any,
+    precision: str,
+    memory_gib: float | None,
+    seed: int,
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Yield (features (N, C, p) in sweep order, in a buffer that is reused; positions of the examples in them)."""
+    if contraction not in _CONTRACTIONS:
+        raise InputError(f"contraction: expected one of {', '.join(map(repr, _CONTRACTIONS))}, got {contraction!r}")
+    if precision not in ("exact", "high"):
+        raise InputError(f"precision: expected 'exact' or 'high', got {precision!r}")
+    if transform != "sgd" and not isinstance(transform, Preconditioner):
+        raise InputError(f"transform: expected 'sgd' or a Preconditioner, got {transform!r}")
+    task = Task.prepare(model, inputs, None, None, readout, params, contraction, transform, precision)
+    with ExitStack() as running:
+        running.enter_context(evaluation(task.model))
+        structure, plan, layout, samples, _ = planned(task, precision, False, memory_gib, seed)
+        sweep = Sweep(
+            task.model,
+            task.selected,
+            structure,
+            samples,
+            task.readout,
+            hidden=layout.hidden,
+            factor_bytes={row.parameter: row.bytes for row in plan.parameters},
+            limit=layout.factor_bytes,
+        )
+        frame, order = task.frame(structure.outputs), samples.unsort(0)
+        for _, found in sweep.segments():
+            while found:
+                factors = found.pop()
+                if factors.kind == "zero":
+                    continue
+                root = None if task.roots is None else task.roots[factors.name]
+                if root is not None:
+                    root = root.reshape(matrix_shape(root))
+                    root = root.T if structure.transposed[factors.name] else root
+                for tile, _ in feature_tiles(factors, frame, root):
+                    yield tile, order

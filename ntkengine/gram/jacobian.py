@@ -1,0 +1,180 @@
+"""K v = J(Jᵀ v) without K: one VJP and one JVP sweep over the examples, for as many rows as one likes.
+
+Shapes: N examples, C outputs, P parameters, k vectors, n examples of a microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ntkengine.errors import InputError, NonFinite
+from ntkengine.gram.task import Task, in_precision
+from ntkengine.inputs.batches import Chunk
+from ntkengine.inputs.readout import ReadoutFunction
+from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
+
+_HELD = 1 << 28  # entries of the k parameter-shaped vectors held at once
+_ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6}  # of a product, relative to ‖K‖·‖v‖
+
+
+class TangentProducts:
+    """The map v -> K v of a model, for `spectrum.eigsh`, conjugate gradients and quadrature.
+
+    Jᵀ v is one backward pass of Σ v·f over all microbatches; J u the derivative along v of that backward pass, which
+    takes only operations that can be differentiated twice (attention runs in plain matrix products).
+
+    Args:
+        model: as for `compute_gram`.
+        inputs: likewise.
+        readout: likewise.
+        params: likewise.
+        contraction: "full" (N·C rows, row n·C + c), "trace" (N rows; C sweeps a product) or "sum-of-outputs".
+        precision: "exact": float64, products right to rounding, except where the model itself casts to float32. "high":
+            float32; `noise` is then measured by one product in float64.
+        seed: of the vectors that measure the noise and the rounding.
+
+    Attributes:
+        rows: of K.
+        noise: ‖(K̃ − K) z‖ for a standard normal z: in the mean over z at least ‖K̃ − K‖₂; 0 for "exact".
+        rounding: relative error of a product, at least ten times the asymmetry |uᵀKv − vᵀKu| measured on two vectors:
+            models that cast to float32 themselves show it there.
+        block: vectors that fit into one product.
+        outputs: (N, C) float64 f, of the last product.
+
+    Raises:
+        InputError: arguments that cannot be used.
+        NonFinite: a gradient is not finite.
+
+    Cost: a product of k vectors: two forward passes, and k backward and k double-backward passes (C times that for
+        "trace"); k·P numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        *,
+        readout: str | ReadoutFunction = "logits",
+        params: str | Iterable[str] = "trainable",
+        contraction: str = "full",
+        precision: str = "exact",
+        seed: int = 0,
+    ) -> None:
+        if contraction not in ("full", "trace", "sum-of-outputs"):
+            raise InputError(f"contraction: expected 'full', 'trace' or 'sum-of-outputs', got {contraction!r}")
+        if precision not in ("exact", "high"):
+            raise InputError(f"precision: expected 'exact' or 'high', got {precision!r}")
+        self._task = Task.prepare(model, inputs, None, None, readout, params, contraction, "sgd", precision)
+        count = sum(p.numel() for p in self._task.selected.values())
+        self.block = int(max(1, min(8, _HELD // count)))
+        with self._running() as task:
+            self.outputs = self._forward(task)
+        self._folded = contraction == "trace"
+        self.rows = self.outputs.shape[0] * (1 if self._folded else self.outputs.shape[1])
+        self.noise = 0.0
+        z = np.random.default_rng(seed).standard_normal((self.rows, 2))
+        coarse = self(z)
+        sizes = np.linalg.norm(z, axis=0) * np.linalg.norm(coarse, axis=0)[::-1]
+        asymmetry = abs(float(z[:, 0] @ coarse[:, 1] - z[:, 1] @ coarse[:, 0])) / (float(sizes.sum()) or 1.0)
+        self.rounding = max(_ROUNDING[self._task.dtype], 10.0 * asymmetry)
+        if self._task.dtype != torch.float64:
+            double = in_precision(self._task.model, "exact")
+            by_name = dict(double.named_parameters())
+            held = self._task.model, self._task.selected
+            self._task.model, self._task.selected = double, {n: by_name[n] for n in held[1]}
+            try:
+                self.noise = float(np.linalg.norm(coarse[:, :1] - self(z[:, :1])))
+            finally:
+                self._task.model, self._task.selected = held
+
+    def __call__(self, X: np.ndarray) -> np.ndarray:
+        """Return K X, (rows, k) float64, of X (rows, k)."""
+        N, C = self.outputs.shape
+        with self._running() as task:
+            if not self._folded:
+                return self._product(task, X.reshape(N, C, -1)).reshape(X.shape)
+            total = np.zeros((N, X.shape[1]))
+            for c in range(C):
+                cotangents = np.zeros((N, C, X.shape[1]))
+                cotangents[:, c] = X
+                total += self._product(task, cotangents)[:, c]
+            return total
+
+    def _product(self, task: Task, V: np.ndarray) -> np.ndarray:
+        """Return J(Jᵀ V), (N, C, k), `block` vectors at a time."""
+        parts = []
+        for start in range(0, V.shape[2], self.block):
+            part = V[:, :, start : start + self.block]
+            parts.append(self._push(task, self._pull(task, part), part.shape))
+        return np.concatenate(parts, axis=2)
+
+    def _pull(self, task: Task, V: np.ndarray) -> list[list[Tensor]]:
+        """Return Jᵀ V: for each of the k vectors one tensor a parameter."""
+        parameters = list(task.selected.values())
+        total = [[torch.zeros_like(p) for p in parameters] for _ in range(V.shape[2])]
+        for chunk, f in self._batches(task):
+            v = torch.from_numpy(V[chunk.rows]).to(f)
+            for i, sums in enumerate(total):
+                last = i + 1 == len(total)
+                found = torch.autograd.grad(f, parameters, v[:, :, i], retain_graph=not last, allow_unused=True)
+                for held, g in zip(sums, found, strict=True):
+                    if g is not None:
+                        held += g.to_dense() if g.is_sparse else g
+        return total
+
+    def _push(self, task: Task, U: list[list[Tensor]], shape: tuple[int, ...]) -> np.ndarray:
+        """Return J U, (N, C, k): the pull-back is linear in its cotangent, and J U its derivative there along U."""
+        parameters = list(task.selected.values())
+        out = np.zeros(shape)
+        for chunk, f in self._batches(task):
+            w = torch.zeros_like(f, requires_grad=True)
+            pulled = torch.autograd.grad(f, parameters, w, create_graph=True, allow_unused=True)
+            used = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+            for k, u in enumerate(U):
+                if not used:
+                    continue
+                last = k + 1 == len(U)
+                directions = [u[i] for i in used]
+                (found,) = torch.autograd.grad([pulled[i] for i in used], w, directions, retain_graph=not last)
+                if not bool(torch.isfinite(found).all()):
+                    bad = int(chunk.rows[int((~torch.isfinite(found)).any(1).nonzero()[0])])
+                    raise NonFinite(f"the gradient is not finite for example {bad}, or for one multiplied with it")
+                out[chunk.rows, :, k] = found.double().cpu().numpy()
+        return out
+
+    def _batches(self, task: Task) -> Iterator[tuple[Chunk, Tensor]]:
+        """Yield (microbatch, its f (n, C) with a graph)."""
+        for chunk in task.samples.chunks:
+            inputs = task.samples.inputs(chunk, task.device, task.dtype)
+            with wanting_gradients(task.selected.values()):
+                yield chunk, task.readout(call_model(task.model, inputs), inputs)
+
+    def _forward(self, task: Task) -> np.ndarray:
+        rows: dict[int, np.ndarray] = {}
+        with torch.no_grad():
+            for chunk, f in self._batches(task):
+                rows.update(zip(chunk.rows.tolist(), f.double().cpu().numpy(), strict=True))
+        return np.stack([rows[i] for i in range(len(rows))])
+
+    def _running(self) -> _Running:
+        return _Running(self._task)
+
+
+class _Running(ExitStack):
+    """The task with its model frozen, in eval mode, and in operations that can be differentiated twice."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self._task = task
+
+    def __enter__(self) -> Task:  # type: ignore[override]
+        super().__enter__()
+        self.enter_context(evaluation(self._task.model))
+        self.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return self._task

@@ -1,0 +1,69 @@
+"""The estimate of ‖K̃ − K‖₂ against the truth in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ntkengine as ntk
+from ntkengine.gram.noise import _carried, _largest
+from tests.brute import tiny_inputs, tiny_model, with_lora
+from tests.test_spectrum import with_spectrum
+from tests.zoo import inputs as zoo_inputs
+from tests.zoo import model as zoo_model
+
+MODELS = ("bert", "roberta", "gpt2", "llama", "lora", "vit")
+
+
+def built(name, n):
+    lengths = np.random.default_rng(0).integers(2, 12, n).tolist()
+    if name == "vit":
+        model = zoo_model(name)
+        return model, zoo_inputs(name, model, lengths)
+    model = tiny_model("bert" if name == "lora" else name)
+    if name == "lora":
+        model = with_lora(model, ["query", "value"], away_from_start=True)
+    return model, tiny_inputs(model, lengths, 12)
+
+
+@pytest.mark.parametrize("contraction", ["trace", "full"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_true_error_is_within_a_factor_of_three(name, contraction):
+    model, inputs = built(name, 96)
+    options = {"params": "trainable" if name == "lora" else "all", "contraction": contraction}
+    exact = np.asarray(ntk.compute_gram(model, inputs, precision="exact", check=False, **options).values)
+    for precision in ("high", "fast"):
+        for seed in (0, 1, 2):
+            gram = ntk.compute_gram(model, inputs, precision=precision, seed=seed, **options)
+            true = np.linalg.norm(np.asarray(gram.values) - exact, 2)
+            assert true / 3 <= gram.noise <= 3 * true, (precision, seed, gram.noise / true)
+
+
+@pytest.mark.parametrize(
+    ("kind", "one_way"),
+    [("outlier", False), ("outlier", True), ("power law", False), ("power law", True), ("flat", False)],
+)
+def test_errors_are_carried_over_from_a_block(kind, one_way):
+    n, m = 300, 16
+    values = {
+        "outlier": np.r_[100.0, np.full(n - 1, 0.1)],
+        "power law": np.arange(1.0, n + 1) ** -1.0,
+        "flat": np.ones(n),
+    }
+    K = with_spectrum(values[kind])
+    root = np.linalg.cholesky(K + 1e-12 * np.eye(n))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        W = root @ rng.standard_normal((n, n))
+        E = 1e-6 * (K if one_way else W + W.T)
+        rows = np.sort(rng.choice(n, m, replace=False))
+        found = _carried(E[np.ix_(rows, rows)], K + E, rows)
+        assert 1 / 3 <= found / np.linalg.norm(E, 2) <= 3
+
+
+def test_a_block_that_is_the_whole_is_exact():
+    K = with_spectrum(np.arange(1.0, 9.0))
+    E = 1e-3 * with_spectrum(np.r_[-1.0, np.zeros(7)], 1)
+    assert _carried(E, K, np.arange(8)) == pytest.approx(1e-3)
+    assert _largest(K) == pytest.approx(8.0, rel=0.02)
+    assert _carried(np.zeros((2, 2)), np.zeros((8, 8)), np.arange(2)) == 0.0
