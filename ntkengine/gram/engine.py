@@ -368,42 +368,21 @@ def _sweep(
         if progress is not None:
             progress(min(done, total), total, stage)
 
-    options: dict[str, Any] = {"group": module_of if per_module else None, "tick": tick}
-    options |= {"roots": task.roots, "kernels": task.kernels}
-    sizes = {row.parameter: row.bytes for row in plan.parameters}
-    pass_flops = plan.pass_flops + plan.projection_flops
+    given = task.model, task.selected, structure, samples, task.readout, frame, layout
+    options: dict[str, Any] = {
+        "group": module_of if per_module else None,
+        "tick": tick,
+        "roots": task.roots,
+        "kernels": task.kernels,
+        "factor_bytes": {row.parameter: row.bytes for row in plan.parameters},
+        "pass_flops": plan.pass_flops + plan.projection_flops,
+        "keep_bytes": keep_bytes,
+        "sketches": sketches,
+        "checkpoints": checkpoints,
+    }
     if team is not None:
-        return sum_spread(
-            team,
-            task.model,
-            task.selected,
-            structure,
-            samples,
-            task.readout,
-            frame,
-            layout,
-            factor_bytes=sizes,
-            pass_flops=pass_flops,
-            keep_bytes=keep_bytes,
-            sketches=sketches,
-            checkpoints=checkpoints,
-            **options,
-        )
-    sums = sum_tiled(
-        task.model,
-        task.selected,
-        structure,
-        samples,
-        task.readout,
-        frame,
-        layout,
-        factor_bytes=sizes,
-        pass_flops=pass_flops,
-        keep_bytes=keep_bytes,
-        sketches=sketches,
-        checkpoints=checkpoints,
-        **options,
-    )
+        return sum_spread(team, *given, **options)
+    sums = sum_tiled(*given, **options)
     if per_module:
         for part in sums.parts.values():
             part.finish()

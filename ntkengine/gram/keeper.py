@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -55,8 +56,8 @@ class Keeper:
         return nullcontext()
 
 
-class SweepKeeper(Keeper):
-    """The checkpoints of one sweep.
+class Writer(ABC):
+    """When sums are written down: of a sweep by one process (`Sums`), or of a rank's (`spreading.Spreading`).
 
     Args:
         owner: of the job.
@@ -69,31 +70,65 @@ class SweepKeeper(Keeper):
         self.owner, self.region, self.size, self.symmetric = owner, region, tile, symmetric
         self._new = False
 
-    def start(self, sums: Sums) -> None:
-        """Put the newest checkpoint into empty sums."""
+    def start(self, sums: Any) -> None:
+        """Put the newest checkpoint into empty sums.
+
+        Raises:
+            InputError: it lacks entries.
+        """
         found = self.owner.found(self.region, self.size)
         if found:
+            before = self.owner.resumed
             self.take(found, sums)
-            log.info("going on from a checkpoint: %d parameters are summed already", len(sums.done))
+            log.info("going on from a checkpoint: %d parameters are summed already", self.owner.resumed - before)
 
-    def passing(self, sums: Sums) -> None:
-        """Stop between two microbatches if asked to; ranks stop together, after the same parameter."""
-        if self.owner.ranks == 1 and self.owner.stop.signal is not None:
-            self._stop(sums)
+    def step(self, sums: Any) -> None:
+        """Note that more has been added, on all ranks; write a checkpoint when it is time.
 
-    def step(self, sums: Sums) -> None:
-        """Write a checkpoint when it is time."""
+        Raises:
+            Stopped: on all ranks, when any was asked to stop.
+        """
         self._new = True
         if self.owner.agree(self.owner.stop.signal is not None):
             self._stop(sums)
         if self.owner.agree(self.owner.due()):
             self._save(sums)
 
-    def finish(self, sums: Sums) -> None:
+    def finish(self, sums: Any) -> None:
         """Write everything down, whatever the time: from here on a kill costs no contraction."""
         if self._new:
             self._save(sums)
         if self.owner.agree(self.owner.stop.signal is not None):
+            self._stop(sums)
+
+    @abstractmethod
+    def take(self, found: list[store.Saved], sums: Any) -> None:
+        """Put the sums of a checkpoint's files, one for each rank, into empty sums."""
+
+    @abstractmethod
+    def _work(self, sums: Any) -> dict[str, Any]:
+        """Return `done`, `traces` and `pass_seconds`."""
+
+    @abstractmethod
+    def _pieces(self, sums: Any) -> Iterator[store.Part]:
+        """Yield the sums."""
+
+    def _stop(self, sums: Any) -> None:
+        if self._new:
+            self._save(sums)
+        raise Stopped(self.owner.stop.signal or signal.SIGTERM)
+
+    def _save(self, sums: Any, path: Path | None = None, **arrays: Any) -> None:
+        state = {**json.loads(json.dumps(self._work(sums))), "region": self.region, "tile": self.size}
+        self._new = not self.owner.save(state, lambda: self._pieces(sums), path, **arrays)
+
+
+class SweepKeeper(Writer, Keeper):
+    """The checkpoints of one sweep."""
+
+    def passing(self, sums: Sums) -> None:
+        """Stop between two microbatches if asked to."""
+        if self.owner.stop.signal is not None:
             self._stop(sums)
 
     def waits(self) -> AbstractContextManager[None]:
@@ -118,17 +153,8 @@ class SweepKeeper(Keeper):
         sums.pass_seconds = sum(saved.state["pass_seconds"] for saved in found) / len(found)
         self.owner.resumed += len(sums.done)
 
-    def _stop(self, sums: Sums) -> None:
-        if self._new:
-            self._save(sums)
-        raise Stopped(self.owner.stop.signal or signal.SIGTERM)
-
-    def _save(self, sums: Sums, path: Path | None = None, **arrays: Any) -> None:
-        self._new = not self.owner.save(self._state(sums), lambda: self._pieces(sums), path, **arrays)
-
-    def _state(self, sums: Sums) -> dict[str, Any]:
-        plain = {"done": sums.done, "traces": sums.traces, "pass_seconds": sums.pass_seconds}
-        return {**json.loads(json.dumps(plain)), "region": self.region, "tile": self.size}
+    def _work(self, sums: Sums) -> dict[str, Any]:
+        return {"done": sums.done, "traces": sums.traces, "pass_seconds": sums.pass_seconds}
 
     def _pieces(self, sums: Sums) -> Iterator[store.Part]:
         for name, sum_ in sums.parts.items() or [("", sums.total)]:

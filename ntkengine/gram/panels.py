@@ -115,15 +115,13 @@ class Panels:
 
     def finish(self) -> None:
         """Mirror what is symmetric."""
-        for totals in self.totals:
-            for total in totals:
-                total.finish()
+        for _, total in self._each():
+            total.finish()
 
     def add(self, other: Panels) -> None:
         """Add another Gram's entries."""
-        for mine, theirs in zip(self.totals, other.totals, strict=True):
-            for total, more in zip(mine, theirs, strict=True):
-                total.K += more.K
+        for (_, mine), (_, theirs) in zip(self._each(), other._each(), strict=True):
+            mine.K += theirs.K
 
     def blocks(self, *, mirrored: bool = False) -> Iterator[Block]:
         """Yield the rectangles on the job's axis; those on the rank's own samples with both triangles once finished.
@@ -131,9 +129,8 @@ class Panels:
         Args:
             mirrored: with both triangles before that too.
         """
-        for meeting, totals in zip(self.met, self.totals, strict=True):
-            for total in totals:
-                yield from self._blocks(meeting, total, mirrored=mirrored)
+        for meeting, total in self._each():
+            yield from self._blocks(meeting, total, mirrored=mirrored)
 
     def restore(self, put: Callable[[Span, Span, np.ndarray], None]) -> None:
         """Fill the rectangles.
@@ -141,13 +138,12 @@ class Panels:
         Args:
             put: takes rows and columns on the job's axis, in Gram rows, and the array to write their entries into.
         """
-        for meeting, totals in zip(self.met, self.totals, strict=True):
-            for total in totals:
-                K = total.K.cpu().numpy()
-                for block in self._cut(meeting, total, K):
-                    put(block.rows, block.columns, block.values)
-                if total.K.is_cuda:
-                    total.K.copy_(torch.from_numpy(K))
+        for meeting, total in self._each():
+            K = total.K.cpu().numpy()
+            for block in self._cut(meeting, total, K):
+                put(block.rows, block.columns, block.values)
+            if total.K.is_cuda:
+                total.K.copy_(torch.from_numpy(K))
 
     def diagonal(self, frame: Frame) -> np.ndarray:
         """Return the diagonal of the Gram's square, (layers, n), zero where it is on another rank.
@@ -171,15 +167,14 @@ class Panels:
         """
         r0, c1 = frame.rows[0] * frame.width, frame.columns[1] * frame.width
         found = np.zeros_like(x)
-        for meeting, totals in zip(self.met, self.totals, strict=True):
-            for total in totals:
-                for block in self._blocks(meeting, total):
-                    if block.rows[1] > c1:
-                        continue
-                    i, j = (slice(start - r0, stop - r0) for start, stop in (block.rows, block.columns))
-                    found[:, i] += np.einsum("lij,lj->li", block.values, x[:, j])
-                    if not total.frame.square:
-                        found[:, j] += np.einsum("lij,li->lj", block.values, x[:, i])
+        for meeting, total in self._each():
+            for block in self._blocks(meeting, total):
+                if block.rows[1] > c1:
+                    continue
+                i, j = (slice(start - r0, stop - r0) for start, stop in (block.rows, block.columns))
+                found[:, i] += np.einsum("lij,lj->li", block.values, x[:, j])
+                if not total.frame.square:
+                    found[:, j] += np.einsum("lij,li->lj", block.values, x[:, i])
         return found
 
     def squares(self, frame: Frame, *, square: bool) -> float:
@@ -191,14 +186,18 @@ class Panels:
         """
         c1 = frame.columns[1] * frame.width
         found = 0.0
+        for meeting, total in self._each():
+            for block in self._blocks(meeting, total):
+                inside = block.rows[1] <= c1
+                twice = frame.symmetric and inside and not total.frame.square
+                if inside or not square:
+                    found += (2 if twice else 1) * float(np.square(block.values).sum())
+        return found
+
+    def _each(self) -> Iterator[tuple[Meeting, Accumulator]]:
         for meeting, totals in zip(self.met, self.totals, strict=True):
             for total in totals:
-                for block in self._blocks(meeting, total):
-                    inside = block.rows[1] <= c1
-                    twice = frame.symmetric and inside and not total.frame.square
-                    if inside or not square:
-                        found += (2 if twice else 1) * float(np.square(block.values).sum())
-        return found
+                yield meeting, total
 
     def _blocks(self, meeting: Meeting, total: Accumulator, *, mirrored: bool = False) -> Iterator[Block]:
         K = total.K.cpu().numpy()

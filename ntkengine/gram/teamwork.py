@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,13 +11,11 @@ from ntkengine import store
 from ntkengine.cluster.comm import Team
 from ntkengine.errors import Stopped
 from ntkengine.gram.checkpoint import Checkpoints
-from ntkengine.gram.keeper import Region, work_of
+from ntkengine.gram.keeper import Writer, work_of
 from ntkengine.gram.tiles import Frame
 
 if TYPE_CHECKING:
     from ntkengine.gram.spreading import Spreading
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -56,7 +51,7 @@ def checkpointing(
             yield mine
 
 
-class SpreadKeeper:
+class SpreadKeeper(Writer):
     """The checkpoints of one rank's sweep, written by all ranks after the same block.
 
     Args:
@@ -66,19 +61,15 @@ class SpreadKeeper:
     """
 
     def __init__(self, owner: Checkpoints, team: Team, frame: Frame) -> None:
-        self.owner, self.team, self.symmetric = owner, team, frame.symmetric
-        self.region: Region = (*frame.rows, *frame.columns)
-        self._new = False
+        super().__init__(owner, (*frame.rows, *frame.columns), 0, symmetric=frame.symmetric)
+        self.team = team
 
-    def start(self, spreading: Spreading) -> None:
-        """Put the newest checkpoint, of any number of ranks, into empty sums.
+    def take(self, found: list[store.Saved], spreading: Spreading) -> None:
+        """Put this rank's rectangles together from a checkpoint of any number of ranks.
 
         Raises:
             InputError: it lacks entries.
         """
-        found = self.owner.found(self.region, 0)
-        if not found:
-            return
         for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
             spreading.panels(name).restore(
                 lambda rows, columns, values, name=name: store.overlay(  # type: ignore[misc]
@@ -94,41 +85,20 @@ class SpreadKeeper:
             spreading.sums.done, spreading.sums.traces = done, traces
         spreading.before_s = sum(saved.state["pass_seconds"] for saved in found) / len(found)
         self.owner.resumed += len(done)
-        log.info("going on from a checkpoint: %d parameters are summed already", len(done))
 
-    def step(self, spreading: Spreading) -> None:
-        """Note that a block is in on all ranks; write a checkpoint when it is time.
-
-        Raises:
-            Stopped: on all ranks, when any was asked to stop.
-        """
-        self._new = True
-        self._perhaps_stop(spreading)
-        if self.owner.agree(self.owner.due()):
-            self._save(spreading)
-
-    def finish(self, spreading: Spreading) -> None:
-        """Write everything down, whatever the time."""
-        if self._new:
-            self._save(spreading)
-        self._perhaps_stop(spreading)
-
-    def _perhaps_stop(self, spreading: Spreading) -> None:
-        if not self.owner.agree(self.owner.stop.signal is not None):
-            return
-        if self._new:
-            self._save(spreading)
-        self.team.agreed = Stopped(self.owner.stop.signal or signal.SIGTERM)
-        raise self.team.agreed
-
-    def _save(self, spreading: Spreading) -> None:
+    def _work(self, spreading: Spreading) -> dict[str, Any]:
         sums = spreading.sums
-        plain = {"done": sums.done, "traces": sums.traces, "pass_seconds": spreading.pass_seconds}
-        state = {**json.loads(json.dumps(plain)), "region": self.region, "tile": 0}
-        self._new = not self.owner.save(state, lambda: self._pieces(spreading))
+        return {"done": sums.done, "traces": sums.traces, "pass_seconds": spreading.pass_seconds}
 
     def _pieces(self, spreading: Spreading) -> Iterator[store.Part]:
         sums = spreading.sums
         for panels in sums.parts.values() or [sums.total]:
             for block in panels.blocks(mirrored=True):
                 yield store.Part(block.part, block.rows, block.columns, block.values, symmetric=self.symmetric)
+
+    def _stop(self, spreading: Spreading) -> None:
+        try:
+            super()._stop(spreading)
+        except Stopped as stop:
+            self.team.agreed = stop
+            raise
