@@ -2,7 +2,8 @@
 
 * `arpack`: the 10 largest pairs of a dense 3,000² Gram (outlier and power law) against scipy's ARPACK.
 * `disk`: products with a 20,000² float32 Gram on disk, 512 MiB of panels, against plain reads of the same file: both
-  from the disk (the file's pages dropped before each pass) and both from the page cache.
+  from the disk (the file's pages dropped before each pass) and both from the page cache. Rates count the whole matrix,
+  of which a product reads one triangle.
 * `gradients`: preconditioned against plain conjugate gradients on a 10,000² system.
 * `landmarks`: randomly pivoted Cholesky of 20,000 rows from an oracle of columns.
 
