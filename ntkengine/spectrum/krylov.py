@@ -86,7 +86,7 @@ class Krylov:
             if done and (settled is None or not self._unchanged(settled, values[wanted])):
                 settled = np.sort(values[wanted])
                 start = self._restart(values, S, wanted)
-                self._draw(start, self.block)
+                self._draw(start, min(self.block, self.rows - start))
             elif self.size + self.width > self.capacity:
                 start = self._restart(values, S, order[: self.k + (self.size - self.k) // 2])
             else:
