@@ -14,6 +14,7 @@ Shapes: N rows, k columns.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,28 @@ class DenseOperator(GramOperator):
         if X.shape[1] == 1:
             return dsymv(1.0, self.matrix.T, X[:, 0], lower=1)[:, None]
         return self.matrix @ X
+
+
+def check_symmetry(
+    product: Callable[[np.ndarray], np.ndarray], operator: LinearOperator, random: np.random.Generator
+) -> None:
+    """Refuse an operator whose products with two random vectors show that it is not symmetric.
+
+    Args:
+        product: (N, k) -> (N, k), the operator's.
+        operator: for its size and `rounding`.
+        random: of the vectors.
+
+    Raises:
+        InputError: not symmetric.
+
+    Cost: two products.
+    """
+    u, v = X = random.standard_normal((operator.shape[0], 2)).T
+    Ku, Kv = product(X.T).T
+    size = np.linalg.norm(u) * np.linalg.norm(Kv) + np.linalg.norm(v) * np.linalg.norm(Ku)
+    if abs(u @ Kv - v @ Ku) > max(1e-10, 100.0 * getattr(operator, "rounding", EPS)) * size:
+        raise InputError(f"gram: expected a symmetric operator, got u.Kv = {u @ Kv:.9g} and v.Ku = {v @ Ku:.9g}")
 
 
 def _stored(gram: Any) -> np.ndarray:
