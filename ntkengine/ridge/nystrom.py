@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, DenseOperator
+from ntkengine.spectrum.operators import EPS, DenseOperator, noise_of
 from ntkengine.spectrum.panels import operator_of
 
 Columns = Callable[[np.ndarray], np.ndarray]
@@ -23,7 +23,7 @@ Columns = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class LowRank:
-    """K̂ = F Fᵀ with 0 <= K̂ <= K.
+    """K̂ = F Fᵀ with 0 <= K̂ <= K, for a K that is exact; else up to its noise, which few pivots can amplify.
 
     Attributes:
         factor: (n, r) float64 F.
@@ -44,7 +44,14 @@ class LowRank:
 
 
 def random_cholesky(
-    columns: Columns, diagonal: ArrayLike, rank: int, *, block: int = 64, tol: float = 0.0, seed: int = 0
+    columns: Columns,
+    diagonal: ArrayLike,
+    rank: int,
+    *,
+    block: int = 64,
+    tol: float = 0.0,
+    noise: float = 0.0,
+    seed: int = 0,
 ) -> LowRank:
     """Return a partial Cholesky factorisation of K whose pivots are drawn by the residual diagonal.
 
@@ -57,10 +64,11 @@ def random_cholesky(
         rank: columns to keep at most, r.
         block: candidates drawn at once.
         tol: stop when tr(K − K̂) <= tol · tr K.
+        noise: of K in the spectral norm: what is left below it is no pivot.
         seed: of the draws.
 
     Returns:
-        The factor; fewer columns than `rank` when K is exhausted to rounding, or `tol` reached.
+        The factor; fewer columns than `rank` when K is exhausted to its rounding or noise, or `tol` reached.
 
     Raises:
         InputError: bad argument, columns of another shape, not finite, or at odds with the diagonal.
@@ -76,7 +84,7 @@ def random_cholesky(
         raise InputError(f"rank, block: expected at least 1, got {rank!r} and {block!r}")
     rank, rng = min(int(rank), n), np.random.default_rng(seed)
     F, residual, pivots = np.zeros((n, rank), order="F"), start.copy(), np.empty(rank, dtype=np.int64)
-    floor = 10.0 * n * EPS * float(start.max())
+    floor = max(10.0 * n * EPS * float(start.max()), noise)
     kept = 0
     while kept < rank and residual.sum() > max(tol * trace, n * floor):
         order = rng.choice(n, size=min(block, rank - kept), p=residual / residual.sum())
@@ -89,20 +97,26 @@ def random_cholesky(
         G, rows = G[:, chosen], drawn[chosen]
         L = scipy.linalg.cholesky(G[rows], lower=True)  # its pivots are those accepted
         new = scipy.linalg.solve_triangular(L, G.T, lower=True).T
+        left = residual - (new**2).sum(axis=1)
+        smallest = float(L.diagonal().min()) ** 2
+        if left.min() < -floor - 0.1 * smallest:  # F Fᵀ would be more than K is: that pivot was noise
+            floor = 2.0 * max(floor, smallest)
+            continue
         F[:, kept : kept + len(rows)] = new
         pivots[kept : kept + len(rows)] = rows
         kept += len(rows)
-        residual = np.maximum(residual - (new**2).sum(axis=1), 0.0)
+        residual = np.maximum(left, 0.0)
         residual[rows] = 0.0
     return LowRank(np.ascontiguousarray(F[:, :kept]), pivots[:kept], residual, trace)
 
 
-def nystrom(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
+def nystrom(operator: LinearOperator, rank: int, *, noise: float = 0.0, seed: int = 0) -> LowRank:
     """Return the Nyström approximation from a random subspace: products with K in place of its columns.
 
     Args:
         operator: (n, n) symmetric positive semi-definite.
         rank: r.
+        noise: how far below zero an eigenvalue may be, in the unit of K.
         seed: of the subspace.
 
     Returns:
@@ -119,13 +133,17 @@ def nystrom(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
         raise InputError(f"rank: expected 1 to {n}, got {rank!r}")
     test = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, int(rank))))[0]
     Y = operator.matmat(test)
-    shift = np.sqrt(n) * EPS * float(np.linalg.norm(Y))
-    Y = Y + shift * test
+    rounding = np.sqrt(n) * max(EPS, getattr(operator, "rounding", EPS)) * float(np.linalg.norm(Y))
     core = test.T @ Y
-    try:
-        C = scipy.linalg.cholesky(0.5 * (core + core.T), lower=True)
-    except np.linalg.LinAlgError:
-        raise InputError("operator: expected a positive semi-definite matrix, its projection is not") from None
+    core = 0.5 * (core + core.T)
+    lowest = float(scipy.linalg.eigvalsh(core, subset_by_index=[0, 0])[0])
+    if -lowest > max(rounding, noise):
+        raise InputError(
+            f"operator: expected a positive semi-definite matrix, its projection has the eigenvalue {lowest:.3g}"
+        )
+    shift = rounding + 2.0 * max(-lowest, 0.0)
+    Y = Y + shift * test
+    C = scipy.linalg.cholesky(core + shift * np.eye(len(core)), lower=True)
     U, s, _ = np.linalg.svd(scipy.linalg.solve_triangular(C, Y.T, lower=True).T, full_matrices=False)
     unknown = np.full(n, np.nan)
     return LowRank(U * np.sqrt(np.maximum(s**2 - shift, 0.0)), np.empty(0, dtype=np.int64), unknown, float("nan"))
@@ -194,16 +212,18 @@ def preconditioner(
         InputError: bad argument, or a K that is not positive semi-definite.
     """
     operator = operator_of(gram)
-    rank = min(int(rank), operator.shape[0])
+    rank, noise = min(int(rank), operator.shape[0]), noise_of(operator)
     if columns is not None:
         if diagonal is None:
             raise InputError("diagonal: expected with columns, got None")
-        low = random_cholesky(columns, diagonal, rank, seed=seed)
+        low = random_cholesky(columns, diagonal, rank, noise=noise, seed=seed)
     elif isinstance(operator, DenseOperator):
         matrix = operator.matrix
-        low = random_cholesky(lambda at: matrix[:, at], np.maximum(matrix.diagonal(), 0.0), rank, seed=seed)
+        low = random_cholesky(
+            lambda at: matrix[:, at], np.maximum(matrix.diagonal(), 0.0), rank, noise=noise, seed=seed
+        )
     else:
-        low = nystrom(operator, rank, seed=seed)
+        low = nystrom(operator, rank, noise=max(noise, ridge), seed=seed)  # K + ridge·I is what must be positive
     return Preconditioner(low, ridge)
 
 

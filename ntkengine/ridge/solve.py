@@ -208,6 +208,7 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
         raise InputError(
             f"ridge: expected a value that makes K + ridge*I positive definite, got {ridge!r}: Cholesky broke down"
         ) from None
+    check_pivots(factor[0].diagonal() ** 2, float(np.trace(shifted)), float(np.linalg.norm(shifted)), ridge)
     dual = scipy.linalg.cho_solve(factor, right)
     dual += scipy.linalg.cho_solve(factor, right - shifted @ dual)
     if not np.isfinite(dual).all():
@@ -247,6 +248,23 @@ def as_columns(name: str, values: ArrayLike, rows: int) -> np.ndarray:
     if not np.isfinite(array).all():
         raise InputError(f"{name}: expected finite numbers, row {int(np.argwhere(~np.isfinite(array))[0][0])} is not")
     return array.reshape(rows, -1)
+
+
+def check_pivots(pivots: np.ndarray, trace: float, norm: float, ridge: float) -> None:
+    """Refuse a factorisation that only rounding let pass, where `RidgePath` would refuse the eigenvalues.
+
+    Args:
+        pivots: (n,) of Cholesky, none below λ_min.
+        trace: of the matrix.
+        norm: ‖·‖_F; ‖·‖_F²/trace is not above λ_max.
+        ridge: for the message.
+    """
+    smallest, floor = float(pivots.min()), np.sqrt(len(pivots)) * EPS * norm * (norm / trace)
+    if smallest <= floor:
+        raise InputError(
+            f"ridge: expected a value that makes K + ridge*I positive definite, got {ridge!r}: the pivot "
+            f"{smallest:.3g} of Cholesky is not above its rounding {floor:.3g}"
+        )
 
 
 def check_block(block: int, rows: int, columns: int) -> None:

@@ -143,9 +143,8 @@ def is_small(gram: Any, method: str) -> bool:
     matrix = isinstance(gram, DenseOperator) or not (isinstance(gram, LinearOperator) or callable(gram))
     if method == "exact" and not matrix:
         raise InputError("method: 'exact' needs a matrix, got a LinearOperator")
-    return method == "exact" or (
-        method == "auto" and matrix and np.shape(getattr(gram, "values", gram))[0] <= _EXACT_ROWS
-    )
+    rows = max(np.shape(getattr(gram, "values", gram)), default=0) if matrix else np.inf
+    return method == "exact" or (method == "auto" and rows <= _EXACT_ROWS)
 
 
 def _trace(gram: Any, ridge: float, clipped: Function, f: Function, how: tuple[str, int, int, int]) -> Estimate:

@@ -199,6 +199,8 @@ class Krylov:
     def _product(self, X: np.ndarray) -> np.ndarray:
         self.products += X.shape[1]
         W = self.operator.matvec(X[:, 0]) if X.shape[1] == 1 else self.operator.matmat(X)
+        if np.iscomplexobj(W):
+            raise InputError("gram: expected real products, got complex ones")
         W = np.array(W, dtype=np.float64, order="F").reshape(X.shape)
         if not np.isfinite(W).all():
             raise InputError(f"gram: expected finite products, got NaN or infinity in product {self.products}")

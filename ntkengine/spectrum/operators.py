@@ -113,6 +113,10 @@ class GramOperator(LinearOperator):
     """
 
     def __init__(self, rows: int, noise: float = 0.0, *, block: int = 1, rounding: float = EPS) -> None:
+        given = {"rows": (rows, 1), "noise": (noise, 0), "block": (block, 1), "rounding": (rounding, 0)}
+        for name, (value, least) in given.items():
+            if not least <= value < np.inf:
+                raise InputError(f"{name}: expected a finite number >= {least}, got {value!r}")
         self.noise, self.block, self.rounding = float(noise), block, rounding
         self.products = self.passes = 0
         super().__init__(dtype=np.dtype(np.float64), shape=(rows, rows))  # type: ignore[call-arg]
@@ -178,7 +182,10 @@ def _stored(gram: Any) -> np.ndarray:
     if isinstance(gram, LinearOperator):
         raise InputError("gram: expected a matrix, got a LinearOperator; give its dense matrix")
     values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
-    return np.asarray(values)
+    raw = np.asarray(values)
+    if raw.dtype.kind == "O" and not raw.ndim:
+        raise InputError(f"gram: expected a dense square matrix of numbers, got {type(values).__name__}")
+    return raw
 
 
 def _first_bad(matrix: np.ndarray) -> int:
