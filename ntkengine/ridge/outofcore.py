@@ -15,7 +15,8 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from ntkengine.errors import InputError, NonFinite
-from ntkengine.ridge.solve import CholeskySolution, as_columns, check_block, check_pivots, solve_blocks
+from ntkengine.ridge.direct import CholeskySolution, check_pivots
+from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 
 
 def cholesky_on_disk(
@@ -41,7 +42,7 @@ def cholesky_on_disk(
         loo: whether to leave examples out as well, which takes as long again; else `loo_residuals` is NaN.
 
     Returns:
-        As `solve.cholesky_solve`.
+        As `direct.cholesky_solve`.
 
     Raises:
         InputError: K + ridge·I is not positive definite, shapes do not fit, or a budget below four rows.
