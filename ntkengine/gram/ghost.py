@@ -14,6 +14,7 @@ from ntkengine.gram.tiles import Accumulator, Frame, product
 from ntkengine.tangents.factors import Outer, ParameterFactors
 
 _PAIR_BYTES = 4 << 20  # products of token pairs at once: they stay in the second-level cache
+_KEPT_BYTES = 32 << 20  # products of inputs kept for the next parameter that reads the same: a key's after a query's
 
 
 def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callable[[], None]) -> None:
@@ -37,11 +38,16 @@ def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callab
     else:
         layers = [d_STCR.reshape(S * T, C * R)]
     a = (a_STI.repeat_interleave(w, 0) if w > 1 else a_STI).reshape(S * w * T, -1)
+    inputs = [use.a for uses in factors.chunks for use in uses if isinstance(use, Outer)]
     for total in totals:
+        known = total.workspace.pairs_of(inputs, total.frame)
         for start, stop, last in _panels(total.frame, T):
             left, right = slice(start * T, stop * T), slice(total.c0 * T, last * T)
             q = last - total.c0
-            pairs = product(a[left], a[right])
+            if (pairs := known.get(start)) is None:
+                pairs = product(a[left], a[right])
+                if 2 * len(a) ** 2 * pairs.element_size() <= _KEPT_BYTES:
+                    known[start] = pairs
             for layer, d in zip(total.K, layers, strict=True):
                 values = product(d[left], d[right]).to(torch.promote_types(d.dtype, torch.float32)).mul_(pairs)
                 sums = values.view(stop - start, T, q, T).sum(3).sum(1, dtype=torch.float64)

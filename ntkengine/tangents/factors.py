@@ -143,7 +143,8 @@ class ParameterFactors:
     def dense(self, chunk: int, outputs: int, like: Tensor) -> Tensor:
         """Return the whole per-sample gradient of a microbatch, (n, C, R, I): for checks on a few samples."""
         uses = self.chunks[chunk]
-        out = torch.full((self.sizes[chunk], outputs, *self.shape), float("nan"), dtype=like.dtype, device=like.device)
+        make = torch.empty if uses else torch.zeros  # the first use writes every entry
+        out = make((self.sizes[chunk], outputs, *self.shape), dtype=like.dtype, device=like.device)
         for i, use in enumerate(uses):
             use.rows(0, self.shape[0], out, add=i > 0)
         return out
