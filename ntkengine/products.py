@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 _SMALLEST = 1 << 21  # flops below which the longer way to oneDNN costs more than it saves
 _SHORT = 256  # tokens up to which the backward pass of bfloat16 attention is faster in float32 (4.5 times at 32)
@@ -49,19 +49,36 @@ def full_rate() -> Iterator[None]:
 
     And the backward pass of short bfloat16 attention is computed in float32, which there is faster.
     """
-    if not prefers_onednn() or _Routed.active:
+    if not prefers_onednn() or _Routed.active is not None:
         yield
         return
-    _Routed.active = True
+    _Routed.active = _Routed()
     try:
-        with _Routed():
+        with _Routed.active:
             yield
     finally:
-        _Routed.active = False
+        _Routed.active = None
+
+
+@contextmanager
+def unrouted() -> Iterator[None]:
+    """Within the block `full_rate` rests: for code that calls `inner_products` itself.
+
+    Looking at each of many small operations takes longer than some of them.
+    """
+    mode = _Routed.active
+    if mode is None or _get_current_dispatch_mode() is not mode:
+        yield
+        return
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
 
 
 class _Routed(TorchDispatchMode):
-    active = False
+    active: _Routed | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
