@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
+from ntkengine.products import unrouted
 from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.factors import ParameterFactors
 from ntkengine.tangents.sketch import Sketch
@@ -178,7 +179,7 @@ def sum_gram(
             while found:
                 factors = found.pop()
                 began = time.perf_counter()
-                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                with torch.cuda.device(device) if device.type == "cuda" else unrouted():
                     _add(factors, sums, frame, group, sweep, samples, roots)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from ntkengine.gram.tiles import Accumulator, Frame, Workspace
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
+from ntkengine.products import unrouted
 from ntkengine.tangents.factors import ParameterFactors
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sketch import Sketch
@@ -226,7 +226,7 @@ class Spreading:
             panels = self.panels(TOTAL if self.group is None else self.group(own.name))
             totals = panels.totals[w]
             before = panels.trace()
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else unrouted():
                 root = root_of(own.name, self.roots, self.structure)
                 contract(joined, strategy, totals[0], root, *totals[1:], poll=poll)
             after = panels.trace() if self.frame.square else sum(float(total.K.sum()) for total in totals)

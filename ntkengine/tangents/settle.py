@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.parameters import leave_out
+from ntkengine.products import unrouted
 from ntkengine.tangents.capture import Call, Pulled, matrix_shape
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.rehearsal import Rehearsal, Scene, rounding
@@ -71,8 +72,9 @@ class Verifier:
         for names in parts:
             truth = truths.pop() if len(parts) == 1 else None
             truth = truth or reference_gradients(self.model, scenes, {name: here[name] for name in names}, v)
-            for name, true in truth.items():
-                self._settle(segment, name, true, scale, v, whole, pulled, counts, scenes, met)
+            with unrouted():  # many small operations, no large product
+                for name, true in truth.items():
+                    self._settle(segment, name, true, scale, v, whole, pulled, counts, scenes, met)
         return True
 
     def _settle(
