@@ -14,6 +14,7 @@ import torch
 import ntkengine as ntk
 from ntkengine.cluster.shards import deal
 from ntkengine.errors import Stopped
+from ntkengine.gram.spread import Spread
 from ntkengine.gram.teamwork import SpreadKeeper
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
@@ -83,6 +84,28 @@ def computed(group, comm=None):
         if comm is not None and comm.size > 1:
             found[f"{name}: sent"] = np.array(gram.meta["ranks"]["sent_bytes"])
     return found
+
+
+WRITTEN = ("high, checked", "full, per module", "lora", "asymmetric", "two inputs")
+
+
+def few_rows(inputs):
+    """Return arguments of a job with fewer rows than ranks."""
+    return {k: v[:3] for k, v in inputs.items()}, {"eval_inputs": inputs, "per_module": True}
+
+
+def written(comm, folder):
+    """Compute cases into files, one for each rank, and never gather."""
+    whole = Spread.whole
+    Spread.whole = None
+    found = [(name, *case) for name, *case in cases("all") if name in WRITTEN]
+    model, inputs, _ = made()
+    rows, options = few_rows(inputs)
+    found.append(("few rows", model, rows, {"params": "all", "precision": "exact", "check": False} | options))
+    for name, given, batch, arguments in found:
+        gram = ntk.compute_gram(given, batch, comm=comm, out=folder / f"{name}.h5", **arguments)
+        assert (gram.path, gram.shape) == (folder / f"{name}.h5", gram.values.shape)
+    Spread.whole = whole
 
 
 def refused(comm):
@@ -209,6 +232,7 @@ def main():
         ntk.compute_gram(model, inputs, comm=comm, readout=deadly)
     else:
         save(group, comm, folder)
+        written(comm, folder)
         save(group, comm.Split(min(comm.rank // 2, 1), comm.rank), folder)  # two ranks, and the others at the same time
         if comm.rank == 0:
             save("few", MPI.COMM_SELF, folder)

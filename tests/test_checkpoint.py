@@ -13,7 +13,7 @@ import torch
 
 from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, Stopped
-from ntkengine.gram import engine, run
+from ntkengine.gram import computing, run
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.layout import Layout
@@ -105,14 +105,14 @@ def test_a_job_that_ended_early_goes_on_to_the_same_numbers(tmp_path, contracted
 def test_tiles_that_are_finished_are_not_swept_again(tmp_path, contracted, monkeypatch, per_module):
     model = tiny_model("bert")
     inputs, others = tiny_inputs(model, LENGTHS, 12), tiny_inputs(model, [4, 6, 3], 9, seed=1)
-    planned = engine.planned
+    planned = computing.planned
 
     def in_tiles(size):
         def laid_out(*args):
             structure, plan, _, samples, sketches = planned(*args)
             return structure, plan, Layout(tile=size), samples, sketches
 
-        monkeypatch.setattr(engine, "planned", laid_out)
+        monkeypatch.setattr(computing, "planned", laid_out)
 
     in_tiles(4)
     call = {"params": "all", "check": False, "per_module": per_module, "eval_inputs": others}
@@ -207,7 +207,7 @@ def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkey
     call = {"params": "all", "check": False}
     wanted = compute_gram(model, inputs, **call)
     call |= {"out": tmp_path / "k.h5", "checkpoint_s": 0.0}
-    planned = engine.planned
+    planned = computing.planned
 
     def split(*args):
         structure, plan, _, samples, sketches = planned(*args)
@@ -218,7 +218,7 @@ def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkey
         contracted.stop = stop
         with pytest.raises(Killed):
             compute_gram(model, inputs, **call)
-        monkeypatch.setattr(engine, "planned", split)
+        monkeypatch.setattr(computing, "planned", split)
         call["memory_gib"] = 8.0
     contracted.stop = 10**9
     got = compute_gram(model, inputs, **call)
@@ -311,7 +311,7 @@ def test_what_a_check_has_refuted_is_not_kept(tmp_path, monkeypatch):
     def refuted(*_args, **_kwargs):
         raise CheckFailed("no")
 
-    monkeypatch.setattr(engine.Check, "entries", refuted)
+    monkeypatch.setattr(computing.Check, "entries", refuted)
     with pytest.raises(CheckFailed):
         compute_gram(model, tiny_inputs(model, LENGTHS, 12), params="all", out=tmp_path / "k.h5", checkpoint_s=0)
     assert list(tmp_path.iterdir()) == []

@@ -93,12 +93,14 @@ class Spreading:
         return Panels(part, self.met, self.device, self.workspace, kernels=self.kernels)
 
     def panels(self, part: str) -> Panels:
-        """Return where a part's products are added."""
-        if part == TOTAL:
-            return self.sums.total
-        if part not in self.sums.parts:
+        """Return where a part's products are added, empty the first time."""
+        if part not in (TOTAL, *self.sums.parts):
             self.sums.parts[part] = self._panels(part)
-        return self.sums.parts[part]
+        return self.sums.panels(part)
+
+    def _part(self, name: str) -> str:
+        """Return the part that a parameter is kept under."""
+        return TOTAL if self.group is None else self.group(name)
 
     @property
     def pass_seconds(self) -> float:
@@ -169,6 +171,8 @@ class Spreading:
         sizes = [[self._sizes(rank, labels[rank][b]) for rank in range(self.team.size)] for b in range(len(bundles))]
         queue = Queue(self.team, self.wire, sizes, lambda b: self._packed(bundles[b], sizes[b]), self.window)
         failed: Exception | None = None
+        for own in (f for bundle in bundles for f in bundle):
+            self.panels(self._part(own.name))  # on a rank without rectangles too
         for b, bundle in enumerate(bundles):
             for w, meeting in enumerate(self.met):
                 there: dict[Piece, list[ParameterFactors]] = {}
@@ -223,7 +227,7 @@ class Spreading:
             unsigned = self.frame.transform in SIGNS and own.name in self.structure.negligible
             kind = "zero" if unsigned else joined.kind
             strategy, flops = choose(kind, joined.shape, joined.tokens, meeting.size, *meeting.frames)
-            panels = self.panels(TOTAL if self.group is None else self.group(own.name))
+            panels = self.panels(self._part(own.name))
             totals = panels.totals[w]
             before = panels.trace()
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():

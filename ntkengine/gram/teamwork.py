@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ntkengine import store
 from ntkengine.cluster.comm import Team
-from ntkengine.errors import Stopped
+from ntkengine.errors import InputError, Stopped
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.keeper import Writer, work_of
 from ntkengine.gram.tiles import Frame
@@ -41,12 +41,19 @@ def checkpointing(
             yield alone
         return
     ranks: dict[str, Any] = {"rank": team.rank, "ranks": team.size, "agree": lambda yes: any(team.exchange(yes))}
-    mine = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks)
+    mine, mark = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks), ""
     with ExitStack() as entered:
         for first in (True, False):
             with team.together():
                 if team.root is first:
+                    if not first and not mine.folder.shows(mark):
+                        msg = f"out: {mine.folder.path} is not rank 0's here: all ranks need one folder that they share"
+                        raise InputError(msg)
                     entered.enter_context(mine)
+                    if first and not mine.repairs:
+                        store.refuse_shards(out, team.size)
+            mark = team.broadcast(mine.folder.mark)
+        team.same({"out": mine.start}, f"do all ranks see the same files in {mine.folder.path}?")
         with mine.stop.waits():  # a signal to one rank alone would leave the others waiting
             yield mine
 
