@@ -11,7 +11,7 @@ from ntkengine import store
 from ntkengine.cluster.comm import Team
 from ntkengine.errors import InputError, Stopped
 from ntkengine.gram.checkpoint import Checkpoints
-from ntkengine.gram.keeper import Writer, work_of
+from ntkengine.gram.keeper import Writer, names_of, work_of
 from ntkengine.gram.tiles import Frame
 
 if TYPE_CHECKING:
@@ -77,15 +77,10 @@ class SpreadKeeper(Writer):
         Raises:
             InputError: it lacks entries.
         """
-        for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
-            spreading.panels(name).restore(
-                lambda rows, columns, values, name=name: store.overlay(  # type: ignore[misc]
-                    (part for saved in found for part in store.read_parts(saved, name, rows, columns)),
-                    rows,
-                    columns,
-                    values,
-                )
-            )
+        names = names_of(found)
+        with ExitStack() as filled:
+            blocks = [block for name in names for block in filled.enter_context(spreading.panels(name).filling())]
+            store.overlay(found, [store.Part(block.part, block.rows, block.columns, block.values) for block in blocks])
         done, traces = work_of(found)
         spreading.skip = frozenset(done)
         if self.team.root:  # they are summed over ranks in the end

@@ -27,7 +27,6 @@ from ntkengine.store.checkpoints import (
     Saved,
     load,
     load_newest,
-    overlay,
     read_parts,
     save_parts,
     saved_states,
@@ -35,6 +34,7 @@ from ntkengine.store.checkpoints import (
 )
 from ntkengine.store.folder import Folder, parts_of, read_progress, staged
 from ntkengine.store.merging import merge_gram
+from ntkengine.store.overlay import overlay
 from ntkengine.store.placing import place, refuse_shards, tidy
 from ntkengine.store.reading import first_difference, open_gram, read_job
 from ntkengine.store.repair import differences, fill_tiles, open_damaged, repair_gram
