@@ -64,29 +64,30 @@ def _inject(campaign: Campaign, kills: int) -> None:
     # A moment in each of as many equal parts of the job's life; every fifth job is killed again after a resume.
     for i, share in enumerate((np.arange(kills) + rng.random(kills)) / kills):
         campaign.killed(float(share), pause_s=0.02, times=2 if i % 5 == 4 else 1)
+    alone = campaign.ranks == 1  # a launcher's processes start anew for every fault
     for share in (0.8, 0.85, 0.9, 0.95):
         campaign.killed(share, checkpoint_s=1.0, pause_s=0.1)
     for rank in range(campaign.ranks):
         total = campaign.operations(rank)
-        steps = 40 if campaign.ranks == 1 else 8
-        for number in sorted({*range(1, total, max(1, total // steps)), *range(total - steps // 2 - 4, total + 1)}):
+        steps, last = (40, 24) if alone else (4, 6)
+        for number in sorted({*range(1, total, max(1, total // steps)), *range(total - last, total + 1)}):
             campaign.killed_at_operation(number, rank)
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9) if alone else (0.3, 0.7):
         campaign.stopped(share)
         campaign.full_disk(share)
         if not campaign.full_tmpfs(share):
             print("no tmpfs can be mounted here: the full disk is a limit on the file size only")
-    for k in range(8):
+    for k in range(8 if alone else 4):
         campaign.damaged_checkpoint(both=k % 4 == 3, truncated=k % 2 == 1)
-    for _ in range(5):
+    for _ in range(5 if alone else 3):
         campaign.flipped_tiles(20)
-    if campaign.ranks > 1:
-        for share in (0.2, 0.4, 0.6, 0.8):
+    if not alone:
+        for share in (0.3, 0.7):
             campaign.raises(share)
             campaign.killed(share, pause_s=0.02, launcher=[])
-        for harm in ("truncated", "missing", "exchanged") * 2:
+        for harm in ("truncated", "missing", "exchanged"):
             campaign.harmed_shard(harm)
-    for number in range(2, 40, 4 if campaign.ranks == 1 else 8):
+    for number in range(2, 40, 4 if alone else 12):
         campaign.killed_in_repair(number, later=number % 8 == 2)
     campaign.second_process()
     campaign.another_job()

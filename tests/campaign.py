@@ -260,9 +260,13 @@ class Campaign:
         where = self._new()
         job = self.start(where, fault=Fault(pause_s=0.05))
         self._until(job, where, 1)
+        for rank in range(self.ranks):  # until the second one has spoken
+            job.send(signal.SIGSTOP, rank)
         (where / "second").mkdir()
         there = Child(self._arguments(where, 0.0), where / "second" / "said", Fault(), self.launcher, self.limit_s)
         code, last = there.wait(), self._last(where / "second")
+        for rank in range(self.ranks):
+            job.send(signal.SIGCONT, rank)
         if code != 2 or "is being computed by process" not in last:
             self._note("second process", where, f"exit {code}: {last}")
         elif job.wait() != 0 or not self._right(where, exactly=True):
