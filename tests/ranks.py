@@ -139,6 +139,7 @@ def refused(comm):
         "one rank raises": (model, inputs, {"readout": broken}),
         "not finite": (model, inputs, {"readout": infinite, "check": False}),
         "rank 0 raises between sweeps": (model, inputs, {"extras": extras, "check": False}),
+        "extras on one rank": (model, inputs, {"extras": dict if comm.rank == 1 else None}),
         "too little memory": (model, inputs, {"memory_gib": 1e-6}),
     }
     found = {}

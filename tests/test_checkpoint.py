@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -341,6 +342,27 @@ def test_two_processes_on_one_file(tmp_path):
         with pytest.raises(InputError, match=f"k.h5 is being computed by process {os.getpid()} on"):
             compute_gram(model, tiny_inputs(model, [3, 4], 5), params="all", check=False, out=tmp_path / "k.h5")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    progress = tmp_path / ".k.h5.parts" / "progress.json"
+    with store.Folder(tmp_path / "k.h5") as held:
+        held.tell({"done": 0.0})
+        assert "no locks on this file system" in caplog.text
+        told = json.loads(progress.read_text())
+        for other in ({"pid": os.getppid()}, {"host": "elsewhere"}):
+            progress.write_text(json.dumps(told | other))
+            with pytest.raises(InputError, match="is being computed by process"):
+                store.Folder(tmp_path / "k.h5").__enter__()
+        for gone in ({"pid": 2**22 + 1}, {"host": "elsewhere", "at": told["at"] - 3600}):
+            progress.write_text(json.dumps(told | gone))
+            with store.Folder(tmp_path / "k.h5") as again:
+                progress.write_text(json.dumps(told))
+                (again.path / "rank-0000-of-0001.a").write_text("work")
 
 
 def test_progress_of_an_unfinished_job(tmp_path, contracted, monkeypatch):

@@ -160,6 +160,7 @@ def test_what_fails_on_one_rank_is_told_by_all(done):
         "InputError",
         "model: rank 1 has another than rank 0; every rank must be given the same",
     ]
+    assert told["extras on one rank"][1] == "extras: rank 1 has another than rank 0; every rank must be given the same"
     assert told["fewer samples than ranks"][0] == "InputError"
     assert told["fewer samples than ranks"][1].startswith(f"{ranks} ranks for {ranks - 1} examples")
     kind, text = told["one rank raises"]

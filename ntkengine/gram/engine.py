@@ -151,7 +151,8 @@ def compute_gram(
             arrays |= {} if extras is None or callable(extras) else extras
             wanted = identity(model, task, settings, arrays, job)
     if team is not None:
-        team.same(wanted | {"memory_gib": memory_gib, "out": str(out)}, "every rank must be given the same")
+        given = {"memory_gib": memory_gib, "out": str(out), "extras": callable(extras)}
+        team.same(wanted | given, "every rank must be given the same")
 
     def made(checkpoints: Checkpoints | None) -> tuple[Gram, Sums | Spread, Samples]:
         report = progress if checkpoints is None else checkpoints.watched(progress)

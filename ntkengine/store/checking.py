@@ -50,7 +50,7 @@ def find_damage(path: str | Path) -> list[Damage]:
     with opened(path) as file:
         try:
             return list(_all_damage(file, path))
-        except (KeyError, OSError, ValueError, RuntimeError) as error:
+        except (KeyError, OSError, ValueError, RuntimeError, TypeError) as error:
             return [Damage(f"a dataset is missing or unreadable: {error}")]
 
 

@@ -141,6 +141,13 @@ class Folder:
             partial.write_text(json.dumps(told))
             partial.replace(self.path / "progress.json")
 
+    def _busy(self) -> bool:
+        """Return whether another process is at work, as far as files tell."""
+        found = read_progress(self.out) or {}
+        if found.get("running") is None:  # on another host; it speaks up every two seconds while it sums
+            return time.time() - float(found.get("at", 0.0)) < _SEEN_S
+        return bool(found["running"]) and found.get("pid") != os.getpid()
+
     def _drop_shards(self) -> None:
         """Remove shards that never became a whole."""
         if not staged(self.out).is_file():
@@ -150,7 +157,7 @@ class Folder:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and not self._busy():
                 log.warning("%s: no locks on this file system (%s): start one job at a time", self.path, error.strerror)
                 return
             msg = f"out: {self.out} is being computed by {_owner(self.path)}; wait for it or choose another name"

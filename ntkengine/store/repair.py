@@ -53,7 +53,9 @@ def repair_gram(path: str | Path) -> tuple[int, int]:
 
 
 def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], dict[str, Any]]:
-    """Return a damaged file's job, open tiles by dataset, and meta with `width`, rows per sample, and `modules`' datasets.
+    """Return a damaged file's job, its open tiles by dataset, and its meta with more.
+
+    That is `width`, rows per sample, and `modules`, the dataset of each module by its name.
 
     Raises:
         InputError: as `open_gram`.
