@@ -20,11 +20,11 @@ from ntkengine.gram.layout import Layout, tune_allocator
 from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned
+from ntkengine.gram.ranksweep import sum_spread
 from ntkengine.gram.result import Gram
 from ntkengine.gram.run import Sums, by_module
 from ntkengine.gram.sketching import described
 from ntkengine.gram.spread import Spread
-from ntkengine.gram.spreading import sum_spread
 from ntkengine.gram.task import Task, in_precision
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.tiling import sum_tiled
