@@ -176,10 +176,10 @@ class _Prepared:
         part = self.job.head
         return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
 
-    def cross_fit(self, fit: HeadFit, progress: Progress | None, team: Team | None = None) -> dict[str, np.ndarray]:
+    def cross_fit(self, fit: HeadFit, progress: Progress | None, team: Team | None = None) -> dict[str, Any]:
         """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold.
 
-        With an `out` each of them is a file among its parts until all are done.
+        With an `out` each of them is a file among its parts until all are done, and stays there until it is copied.
 
         Args:
             fit: of the head.
@@ -187,6 +187,7 @@ class _Prepared:
             team: likewise; only rank 0 has the arrays.
         """
         from ntkengine.gram.engine import compute_gram
+        from ntkengine.gram.result import Stacked
         from ntkengine.store import parts_of
 
         out, part = self.job.out, self.job.gram
@@ -210,13 +211,14 @@ class _Prepared:
                     comm=team,
                 )
                 if team is None or team.root:
-                    grams.append(np.asarray(found))
+                    grams.append(found.values)
                     outputs.append(found.outputs)
         finally:
             fit.write(self.model, -1)
         if not grams:
             return {}
-        return {"fold": fit.fold, "fold_grams": np.stack(grams), "fold_outputs": np.stack(outputs)}
+        stack = np.stack(grams) if out is None else Stacked(grams)
+        return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack(outputs)}
 
 
 def _staged(progress: Progress, stage: str) -> Progress:

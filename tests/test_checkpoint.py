@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import torch
 
 from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError, Stopped
-from ntkengine.gram import engine, run
+from ntkengine.gram import computing, run
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.layout import Layout
@@ -105,14 +106,14 @@ def test_a_job_that_ended_early_goes_on_to_the_same_numbers(tmp_path, contracted
 def test_tiles_that_are_finished_are_not_swept_again(tmp_path, contracted, monkeypatch, per_module):
     model = tiny_model("bert")
     inputs, others = tiny_inputs(model, LENGTHS, 12), tiny_inputs(model, [4, 6, 3], 9, seed=1)
-    planned = engine.planned
+    planned = computing.planned
 
     def in_tiles(size):
         def laid_out(*args):
             structure, plan, _, samples, sketches = planned(*args)
             return structure, plan, Layout(tile=size), samples, sketches
 
-        monkeypatch.setattr(engine, "planned", laid_out)
+        monkeypatch.setattr(computing, "planned", laid_out)
 
     in_tiles(4)
     call = {"params": "all", "check": False, "per_module": per_module, "eval_inputs": others}
@@ -166,8 +167,8 @@ def test_another_number_of_ranks_left_the_checkpoint(tmp_path, contracted, per_m
         pieces = []
         for name in names:
             values = np.full((1, b - a, span[1]), np.nan)
-            store.overlay(store.read_parts(saved, name), (a, b), span, values)
             pieces.append(store.Part(name, (a, b), span, values, symmetric=True))
+        store.overlay([saved], pieces)
         traces = {name: value / 3 for name, value in saved.state["traces"].items()}
         # The middle one did all that was counted: flops and seconds are each rank's own.
         done = {n: row[:2] + [x * (rank == 1) for x in row[2:]] for n, row in saved.state["done"].items()}
@@ -207,7 +208,7 @@ def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkey
     call = {"params": "all", "check": False}
     wanted = compute_gram(model, inputs, **call)
     call |= {"out": tmp_path / "k.h5", "checkpoint_s": 0.0}
-    planned = engine.planned
+    planned = computing.planned
 
     def split(*args):
         structure, plan, _, samples, sketches = planned(*args)
@@ -218,7 +219,7 @@ def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkey
         contracted.stop = stop
         with pytest.raises(Killed):
             compute_gram(model, inputs, **call)
-        monkeypatch.setattr(engine, "planned", split)
+        monkeypatch.setattr(computing, "planned", split)
         call["memory_gib"] = 8.0
     contracted.stop = 10**9
     got = compute_gram(model, inputs, **call)
@@ -266,7 +267,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen_or_harmless(tmp_path):
         path.write_bytes(damaged)
         try:
             saved = store.load(path)
-            (part,) = store.read_parts(saved, "m")
+            (part,) = store.read_parts(saved)
         except OSError:
             continue
         missed += 1
@@ -311,7 +312,7 @@ def test_what_a_check_has_refuted_is_not_kept(tmp_path, monkeypatch):
     def refuted(*_args, **_kwargs):
         raise CheckFailed("no")
 
-    monkeypatch.setattr(engine.Check, "entries", refuted)
+    monkeypatch.setattr(computing.Check, "entries", refuted)
     with pytest.raises(CheckFailed):
         compute_gram(model, tiny_inputs(model, LENGTHS, 12), params="all", out=tmp_path / "k.h5", checkpoint_s=0)
     assert list(tmp_path.iterdir()) == []
@@ -341,6 +342,27 @@ def test_two_processes_on_one_file(tmp_path):
         with pytest.raises(InputError, match=f"k.h5 is being computed by process {os.getpid()} on"):
             compute_gram(model, tiny_inputs(model, [3, 4], 5), params="all", check=False, out=tmp_path / "k.h5")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_where_there_are_no_locks(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    progress = tmp_path / ".k.h5.parts" / "progress.json"
+    with store.Folder(tmp_path / "k.h5") as held:
+        held.tell({"done": 0.0})
+        assert "no locks on this file system" in caplog.text
+        told = json.loads(progress.read_text())
+        for other in ({"pid": os.getppid()}, {"host": "elsewhere"}):
+            progress.write_text(json.dumps(told | other))
+            with pytest.raises(InputError, match="is being computed by process"):
+                store.Folder(tmp_path / "k.h5").__enter__()
+        for gone in ({"pid": 2**22 + 1}, {"host": "elsewhere", "at": told["at"] - 3600}):
+            progress.write_text(json.dumps(told | gone))
+            with store.Folder(tmp_path / "k.h5") as again:
+                progress.write_text(json.dumps(told))
+                (again.path / "rank-0000-of-0001.a").write_text("work")
 
 
 def test_progress_of_an_unfinished_job(tmp_path, contracted, monkeypatch):
@@ -393,10 +415,12 @@ def test_any_cut_of_the_pieces_gives_any_other(tmp_path, symmetric):
         if symmetric and r[0] < n:  # right of the diagonal of the last panel only its mirror image is there
             r = (r[0], min(r[1], n))
             out = out[:, : r[1] - r[0]]
-        store.overlay(store.read_parts(saved, ""), r, c, out)
+        store.overlay([saved], [store.Part("", r, c, out)])
         np.testing.assert_array_equal(out, K[:, slice(*r), slice(*c)])
+    store.save_parts(tmp_path / "some", {}, [part for part in parts if part.rows[1] < m])
+    target = store.Part("", (10, m), (0, 3), np.zeros((2, m - 10, 3)))
     with pytest.raises(InputError, match=rf"has no entry \({max(cut[-2], 10)}, 0\)"):
-        store.overlay([part for part in parts if part.rows[1] < m], (10, m), (0, 3), np.zeros((2, m - 10, 3)))
+        store.overlay([store.load(tmp_path / "some")], [target])
 
 
 def test_a_checkpoint_counts_when_every_rank_has_it(tmp_path):

@@ -112,6 +112,21 @@ def test_open_tiles_are_computed_from_their_samples(tmp_path, monkeypatch, setti
     assert [p.name for p in tmp_path.iterdir()] == ["k.h5"]
 
 
+def test_tiles_of_modules_are_told_by_name(tmp_path):
+    """A job over other ranks, or gone on with, may have met the modules in another order."""
+    held, again = computed(tmp_path, per_module=True)
+    path = tmp_path / "k.h5"
+    with h5py.File(path, "r+") as file:
+        for group in ("modules", "tiles/modules"):
+            for old, new in (("0", "x"), ("1", "0"), ("x", "1")):
+                file.move(f"{group}/{old}", f"{group}/{new}")
+    spoil(path, ("modules/0", 1, 2), ("modules/0", 2, 1), ("modules/1", 1, 2), ("modules/1", 2, 1))
+    assert store.repair_gram(path)[1] > 0
+    got = again()
+    assert store.verify_gram(path) == []
+    near(got, held)
+
+
 def test_a_repair_of_another_job_or_of_wrong_numbers_is_refused(tmp_path, monkeypatch, caplog):
     held, again = computed(tmp_path)
     path = tmp_path / "k.h5"

@@ -67,7 +67,8 @@ def fill_open_tiles(
         msg = f"out: {folder.damaged}: these samples alone give other parameters without a sign; {whole}"
         raise InputError(msg)
     down, across = _entries(rows, width), _entries(others, width)
-    found = {"gram": gram.values} | {f"modules/{i}": part for i, part in enumerate(gram.modules.values())}
+    found = {"gram": gram.values}  # other ranks or another start may have met the modules in another order
+    found |= {meta["modules"][name]: part for name, part in gram.modules.items()}
     computed = {name: (down, down if inputs2 is None else across, found[name]) for name in tiles if name != "cross"}
     if "cross" in tiles:
         computed["cross"] = across, down, gram.cross

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import NonFinite
+from ntkengine.gram.blocks import TOTAL
 from ntkengine.gram.keeper import Keeper
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.strategies import choose, contract
@@ -63,9 +64,9 @@ class Sums:
     def serve(self) -> None:
         """Nobody asks for entries that are here."""
 
-    def whole(self, part: str | None = None) -> np.ndarray | None:
+    def whole(self, part: str = TOTAL) -> np.ndarray | None:
         """Return the Gram, or a part of it, (layers, rows, columns)."""
-        return (self.total if part is None else self.parts[part]).K.cpu().numpy()
+        return (self.total if part == TOTAL else self.parts[part]).K.cpu().numpy()
 
     @property
     def frame(self) -> Frame:

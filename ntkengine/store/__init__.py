@@ -14,9 +14,9 @@ A Gram file, readable with plain h5py, HDFView or MATLAB (HDF5 1.10 format, whos
 Root attributes: schema, contraction, transform, precision, noise; sketch, its features, when there is one. Datasets
 without tiles, and the root, carry a checksum of their own in the attribute `crc32`.
 
-A sharded file has its rows in one file for each rank, `<name>.rank-0000-of-0004.h5` beside it, and virtual datasets
-over them. A file appears under its name only when it is complete. Until then `.<name>.parts/` holds what there is
-(`store.folder`): checkpoints, finished tiles, who is at work and how far.
+A job over several ranks writes a sharded file: each has its rows in a file of its own, `<name>.rank-0000-of-0004.h5`
+beside the whole, which has virtual datasets over them. A file appears under its name only when it is complete. Until
+then `.<name>.parts/` holds what there is (`store.folder`): checkpoints, finished tiles, who is at work and how far.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from ntkengine.store.checkpoints import (
     Saved,
     load,
     load_newest,
-    overlay,
     read_parts,
     save_parts,
     saved_states,
     slots,
 )
-from ntkengine.store.folder import Folder, parts_of, read_progress, tidy
+from ntkengine.store.folder import Folder, parts_of, read_progress, staged
 from ntkengine.store.merging import merge_gram
+from ntkengine.store.overlay import overlay
+from ntkengine.store.placing import place, refuse_shards, tidy
 from ntkengine.store.reading import first_difference, open_gram, read_job
 from ntkengine.store.repair import differences, fill_tiles, open_damaged, repair_gram
 from ntkengine.store.schema import SCHEMA
-from ntkengine.store.shards import link_shards, shard_path, write_shard
+from ntkengine.store.shards import Shard, link_shards, shard_path, writing_shard
 from ntkengine.store.tiles import TILE
 from ntkengine.store.writing import write_gram
 
@@ -49,6 +50,7 @@ __all__ = [
     "Folder",
     "Part",
     "Saved",
+    "Shard",
     "differences",
     "fill_tiles",
     "find_damage",
@@ -61,16 +63,19 @@ __all__ = [
     "open_gram",
     "overlay",
     "parts_of",
+    "place",
     "read_job",
     "read_parts",
     "read_progress",
+    "refuse_shards",
     "repair_gram",
     "save_parts",
     "saved_states",
     "shard_path",
     "slots",
+    "staged",
     "tidy",
     "verify_gram",
     "write_gram",
-    "write_shard",
+    "writing_shard",
 ]

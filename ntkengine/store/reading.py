@@ -56,7 +56,7 @@ def open_gram(path: str | Path) -> Gram:
             modules=Modules(file["modules"]) if "modules" in file else {},
             plan=Plan.from_dict(plan) if plan else None,
             meta=read_json(file, "meta") | {"job": read_json(file, "job")} | _ids(file),
-            extras={name: file[f"extras/{name}"][...] for name in file.get("extras", ())},
+            extras={name: _extra(file, name) for name in file.get("extras", ())},
             path=path,
             **arrays,
         )
@@ -97,6 +97,12 @@ def _all_done(file: h5py.File, path: Path) -> None:
         if flags in file and not file[flags][...].all():
             msg = f"{path}: has tiles of /{name} that are not done; run the job again"
             raise InputError(msg)
+
+
+def _extra(file: h5py.File, name: str) -> Any:
+    """Return a further array; Grams among them stay on disk."""
+    dataset = file[f"extras/{name}"]
+    return dataset if dataset.ndim > 1 and dataset.shape[-2:] == file["gram"].shape[-2:] else dataset[...]
 
 
 def _ids(file: h5py.File) -> dict[str, list[str]]:

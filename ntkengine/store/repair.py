@@ -53,7 +53,9 @@ def repair_gram(path: str | Path) -> tuple[int, int]:
 
 
 def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], dict[str, Any]]:
-    """Return a damaged file's job, its open tiles by dataset, and its meta with `width`, rows per sample.
+    """Return a damaged file's job, its open tiles by dataset, and its meta with more.
+
+    That is `width`, rows per sample, and `modules`, the dataset of each module by its name.
 
     Raises:
         InputError: as `open_gram`.
@@ -66,7 +68,8 @@ def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], di
             found[name] = [where for where, fine in zip(places, done, strict=True) if not fine]
         width = file["outputs"].shape[1] if file.attrs["contraction"] == "full" else 1
         open_tiles = {name: where for name, where in found.items() if where}
-        return read_json(file, "job"), open_tiles, read_json(file, "meta") | {"width": width}
+        modules = {str(file[name].attrs["name"]): name for name in matrices(file) if name.startswith("modules/")}
+        return read_json(file, "job"), open_tiles, read_json(file, "meta") | {"width": width, "modules": modules}
 
 
 # By dataset: rows, columns (ascending indices into the matrix) and values (…, rows, columns).
