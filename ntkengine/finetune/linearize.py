@@ -1,0 +1,78 @@
+"""The model's first-order expansion in its parameters, exact, as a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ntkengine.errors import InputError
+from ntkengine.inputs.parameters import select_parameters
+from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
+from ntkengine.inputs.running import arguments, evaluation
+
+
+class Linearized(nn.Module):
+    """f̄(x; δ) = f(x; θ_0) + J(x) δ: linear in its parameters, the displacement δ, which starts at 0.
+
+    J(x) δ is one forward-mode derivative, so nothing of J is stored. Its tangent kernel is that of the model at θ_0,
+    everywhere. The model itself is referred to, not copied; θ_0 is.
+
+    Attributes:
+        displacement: δ, one parameter for each selected one, in their order.
+        names: their names in the model.
+    """
+
+    def __init__(self, model: nn.Module, selected: Mapping[str, nn.Parameter], readout: Readout) -> None:
+        super().__init__()
+        self.names = list(selected)
+        self.displacement = nn.ParameterList([torch.zeros_like(p) for p in selected.values()])
+        self._origin = {name: p.detach().clone() for name, p in selected.items()}
+        self._model = [model]  # in a list: its parameters are none of this module's
+        self._readout = readout
+        self._versions = [(n, p, p._version) for n, p in model.named_parameters() if n not in selected]
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return f̄, (N, C), of a batch.
+
+        Args:
+            inputs: tensors with a leading sample axis, as for `compute_gram`.
+
+        Raises:
+            InputError: a parameter that was not selected has changed since.
+
+        Cost: about two forward passes; backwards about two more.
+        """
+        for name, p, version in self._versions:
+            if p._version != version:
+                raise InputError(f"linearize: {name} of the model has changed since, and is no parameter of this one")
+        model, origin = self._model[0], self._origin
+        args, kwargs = arguments(model, inputs)
+        delta = {name: d.to(origin[name]) for name, d in zip(self.names, self.displacement, strict=True)}
+
+        def f(parameters: dict[str, Tensor]) -> Tensor:
+            return self._readout(functional_call(model, parameters, args, kwargs), inputs)
+
+        grad = torch.is_grad_enabled()
+        with evaluation(model), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
+            value, tangent = jvp(f, (origin,), (delta,))
+        return value + tangent
+
+
+def linearize(
+    model: nn.Module, params: str | Iterable[str] = "trainable", *, readout: str | ReadoutFunction = "logits"
+) -> Linearized:
+    """Return the exact first-order model around the current parameters, as a module whose parameters are displacements.
+
+    Args:
+        model: any module; it is run in eval mode and left as it is.
+        params: which parameters it is expanded in, as for `compute_gram`.
+        readout: which outputs, likewise.
+
+    Raises:
+        InputError: no such parameters, or an operation of the model has no forward-mode derivative (when called).
+    """
+    return Linearized(model, select_parameters(model, params), resolve_readout(readout, "full"))
