@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,14 @@ class Recipe:
         if self.momentum and self.optimizer != "sgd":
             raise InputError(f"momentum: belongs to optimizer 'sgd', got optimizer {self.optimizer!r}")
 
-    def batches(self, n: int) -> Iterator[np.ndarray]:
+    def batches(self, n: int, seed: int | None = None) -> Iterator[np.ndarray]:
         """Yield the rows of every step, in the order of training.
 
         Args:
             n: examples.
+            seed: of the order, other than the recipe's.
         """
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(self.seed if seed is None else seed)
         size = min(self.batch_size or n, n)
         for _ in range(self.epochs):
             order = rng.permutation(n)
@@ -94,6 +95,17 @@ class Recipe:
     def rate(self, step: int, n: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         return self.learning_rate * (1.0 if self.schedule == "constant" else 1.0 - step / self.steps(n))
+
+    def pulls(self, gradients: Sequence[Any], moved: Sequence[Any]) -> bool:
+        """Say whether a step takes the proximal gradient: always, or where `selective` when the loss moves away.
+
+        Args:
+            gradients: of the batch's loss, a tensor or array each parameter.
+            moved: θ_t − θ_0, likewise.
+        """
+        if not self.proximal or not self.selective:
+            return self.proximal > 0
+        return sum(float((g * m).sum()) for g, m in zip(gradients, moved, strict=True)) >= 0
 
     @classmethod
     def of(cls, given: Recipe | dict[str, Any]) -> Recipe:

@@ -1,4 +1,4 @@
-"""Fine-tuning as the forecast means it: the same loss, the same batches, a proximal term, the linear model beside it."""
+"""Fine-tuning as the forecast means it: its loss, its batches, a proximal term, the linear model beside it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.finetune.history import FineTuning, Measured
 from ntkengine.finetune.linearize import Linearized
-from ntkengine.finetune.losses import accuracy, as_targets, divergence, mean_loss
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
+from ntkengine.losses import as_targets, correct, divergence, losses
 from ntkengine.recipe import Recipe
 
 Progress = Callable[[float, float, str], None]
@@ -116,12 +116,12 @@ class _Run:
         Raises:
             NonFinite: the loss is not finite; nothing was changed.
         """
-        loss = mean_loss(self.f(batch), y, self.recipe.loss)
+        loss = losses(self.f(batch), y, self.recipe.loss).mean()
         if not bool(torch.isfinite(loss)):
             raise NonFinite(f"fine_tune: the loss of a batch is {float(loss)}; a lower learning rate may help")
         if self.linear is not None and self.linear_optimizer is not None:
             linear = list(self.linear.parameters())
-            value = mean_loss(self.linear(batch), y, self.recipe.loss)
+            value = losses(self.linear(batch), y, self.recipe.loss).mean()
             grads = torch.autograd.grad(value, linear)
             self._apply(self.linear_optimizer, linear, grads, [d.detach() for d in linear], rate)
         grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
@@ -165,6 +165,10 @@ class _Group:
     def batch(self, rows: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
         """Return the inputs and targets of some examples."""
         return self.samples.inputs(Chunk(0, rows, 0), self.device, self.dtype), self.y[torch.from_numpy(rows)]
+
+    def scored(self, f: Tensor) -> tuple[float, float]:
+        """Return the mean loss and the accuracy of outputs of all examples."""
+        return float(losses(f, self.y, self.run.recipe.loss).mean()), float(correct(f, self.y).double().mean())
 
     @torch.no_grad()
     def outputs(self, f: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
@@ -217,7 +221,7 @@ def _trained(
 def _measure(
     run: _Run, train: _Group, held: _Group | None, step: int, seen: int, clock: float
 ) -> tuple[Measured, Tensor, Tensor | None]:
-    loss, found = run.recipe.loss, {}
+    found: dict[str, Any] = {}
     outputs: dict[str, Tensor] = {}
     for name, group in (("train", train), ("eval", held)):
         found[f"{name}_loss"] = found[f"{name}_accuracy"] = None
@@ -226,12 +230,11 @@ def _measure(
         f = outputs[name] = group.outputs(run.f)
         if not bool(torch.isfinite(f).all()):
             raise NonFinite(f"fine_tune: outputs are not finite after {step} steps; a lower learning rate may help")
-        found[f"{name}_loss"], found[f"{name}_accuracy"] = float(mean_loss(f, group.y, loss)), accuracy(f, group.y)
+        found[f"{name}_loss"], found[f"{name}_accuracy"] = group.scored(f)
         if run.linear is None:
             continue
         g = group.outputs(run.linear)
-        found[f"linear_{name}_loss"] = float(mean_loss(g, group.y, loss))
-        found[f"linear_{name}_accuracy"] = accuracy(g, group.y)
+        found[f"linear_{name}_loss"], found[f"linear_{name}_accuracy"] = group.scored(g)
         prefix = "" if name == "train" else "eval_"
         found[f"{prefix}gap"] = float((f - g).norm())
         found[f"{prefix}divergence"] = divergence(f, g)
@@ -245,7 +248,7 @@ def _measure(
         epoch=seen / train.samples.total,
         time=clock,
         displacement=_norm(run.displacement()),
-        **found,  # type: ignore[arg-type]
+        **found,
     )
     return measured, outputs["train"], outputs.get("eval")
 
