@@ -121,4 +121,5 @@ class Recipe:
         if unknown or "learning_rate" not in given:
             what = f"no field {unknown[0]!r}" if unknown else "needs learning_rate"
             raise InputError(f"recipe: {what}; fields are {', '.join(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**fields)

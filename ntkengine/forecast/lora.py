@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ntkengine.errors import InputError, NonFinite
+from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.losses import as_targets, correct, losses
 from ntkengine.recipe import Recipe
 
@@ -42,6 +43,7 @@ class Rehearsal:
         eval_correct: (R, M) bool, or None.
         batch_losses: (R, steps), the loss of each step's batch before the step.
         displacement: (R,) ‖θ_t − θ_0‖ over A and B.
+        movement: root mean square of f_t − f_0 over the eval outputs and repeats; over the training ones without eval.
         seconds: all repeats together.
     """
 
@@ -55,7 +57,13 @@ class Rehearsal:
     eval_correct: np.ndarray | None
     batch_losses: np.ndarray
     displacement: np.ndarray
+    movement: float
     seconds: float
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the run is forecast to reach, with intervals."""
+        return outcome(self.train_losses, self.eval_losses, self.eval_correct, self.movement)
 
 
 def rehearse(
@@ -116,18 +124,21 @@ def rehearse(
         _Run(factors, names, rank, scale, recipe, f0, seed + k).trained(train, y, recipe.seed + k)
         for k in range(repeats)
     ]
+    fitted = [run.outputs(train) for run in runs]
     scored = [] if y_eval is None else [run.outputs(held) for run in runs]
+    moved = [f - f0[torch.from_numpy(train if y_eval is None else held)] for f in scored or fitted]
     return Rehearsal(
         modules=tuple(names),
         rank=rank,
         alpha=scale * rank,
         parameters=rank * sum(_width(factors, n) for n in names),
         recipe=recipe,
-        train_losses=np.stack([losses(run.outputs(train), y, recipe.loss).numpy() for run in runs]),
+        train_losses=np.stack([losses(f, y, recipe.loss).numpy() for f in fitted]),
         eval_losses=None if y_eval is None else np.stack([losses(f, y_eval, recipe.loss).numpy() for f in scored]),
         eval_correct=None if y_eval is None else np.stack([correct(f, y_eval).numpy() for f in scored]),
         batch_losses=np.stack([run.history for run in runs]),
         displacement=np.array([run.displacement() for run in runs]),
+        movement=float(torch.stack(moved).square().mean().sqrt()),
         seconds=time.perf_counter() - begun,
     )
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ntkengine.errors import InputError, NonFinite
+from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.losses import as_targets, correct, losses, slopes
 from ntkengine.recipe import Recipe
 
@@ -37,6 +38,7 @@ class Simulation:
         eval_correct: (M,) bool, or None.
         batch_losses: (steps,) loss of each step's batch before the step.
         displacement: ‖θ_t − θ_0‖.
+        movement: root mean square of f_t − f_0 over the eval outputs; over the training ones without eval.
     """
 
     recipe: Recipe
@@ -47,6 +49,14 @@ class Simulation:
     eval_correct: np.ndarray | None
     batch_losses: np.ndarray
     displacement: float
+    movement: float
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the run is forecast to reach, with intervals."""
+        held = None if self.eval_losses is None else self.eval_losses[None]
+        hits = None if self.eval_correct is None else self.eval_correct[None]
+        return outcome(self.train_losses[None], held, hits, self.movement)
 
 
 def simulate(
@@ -110,6 +120,7 @@ def simulate(
     if eval_targets is not None and after is not None:
         y_eval = as_targets("eval_targets", eval_targets, recipe.loss, len(after), C)
     scored = None if after is None or y_eval is None else torch.from_numpy(after)
+    start = f0 if after is None or eval_offset is None else np.asarray(eval_offset, dtype=np.float64)
     return Simulation(
         recipe=recipe,
         outputs=run.outputs,
@@ -119,6 +130,7 @@ def simulate(
         eval_correct=None if scored is None or y_eval is None else correct(scored, y_eval).numpy(),
         batch_losses=np.array(history),
         displacement=float(np.sqrt(max(0.0, sum(float((a * b).sum()) for a, b in zip(run.A, run.KA, strict=True))))),
+        movement=float(np.sqrt(np.mean(((run.outputs if after is None else after) - start) ** 2))),
     )
 
 
