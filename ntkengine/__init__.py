@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
+    from ntkengine.finetune import FineTuning, fine_tune, linearize
     from ntkengine.forecast import Forecast, forecast
     from ntkengine.gram.engine import compute_gram, plan_gram
     from ntkengine.gram.features import Landmarks, tangent_features
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ntkengine.inputs.language import LabelWords, SequenceLoss, TokenLoss
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import encode_targets
+    from ntkengine.recipe import Recipe
     from ntkengine.ridge import KernelLogistic, KernelRidge
     from ntkengine.spectrum import (
         condition_number,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
+    "finetune": ("FineTuning", "fine_tune", "linearize"),
     "forecast": ("Forecast", "forecast"),
     "gram.engine": ("compute_gram", "plan_gram"),
     "gram.features": ("Landmarks", "tangent_features"),
@@ -47,6 +50,7 @@ _HOME = {
     "inputs.language": ("LabelWords", "SequenceLoss", "TokenLoss"),
     "inputs.models": ("load_model",),
     "inputs.readout": ("encode_targets",),
+    "recipe": ("Recipe",),
     "ridge": ("KernelLogistic", "KernelRidge"),
     "spectrum": (
         "condition_number",
@@ -64,6 +68,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckFailed",
     "Examples",
+    "FineTuning",
     "Forecast",
     "Gram",
     "InputError",
@@ -75,6 +80,7 @@ __all__ = [
     "NotConverged",
     "Plan",
     "Preconditioner",
+    "Recipe",
     "SequenceLoss",
     "TokenLoss",
     "TangentProducts",
@@ -84,8 +90,10 @@ __all__ = [
     "effective_rank",
     "eigsh",
     "encode_targets",
+    "fine_tune",
     "fit_head",
     "forecast",
+    "linearize",
     "load_model",
     "log_determinant",
     "open_gram",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,14 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
+        for name in ("learning_rate", "momentum", "eps", "proximal"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise InputError(f"{name}: expected a number, got {value!r}")
+        if not isinstance(self.selective, bool):
+            raise InputError(f"selective: expected true or false, got {self.selective!r}")
+        if not isinstance(self.betas, tuple) or not all(isinstance(b, int | float) for b in self.betas):
+            raise InputError(f"betas: expected two numbers, got {self.betas!r}")
         within = {"learning_rate": self.learning_rate > 0, "proximal": self.proximal >= 0, "eps": self.eps >= 0}
         within |= {"momentum": 0 <= self.momentum < 1}
         within |= {"betas": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)}
@@ -96,7 +104,7 @@ class Recipe:
         return self.learning_rate * (1.0 if self.schedule == "constant" else 1.0 - step / self.steps(n))
 
     @classmethod
-    def of(cls, given: Recipe | dict[str, Any]) -> Recipe:
+    def of(cls, given: Recipe | Mapping[str, Any]) -> Recipe:
         """Return the recipe, or the one a mapping describes.
 
         Raises:
@@ -109,4 +117,5 @@ class Recipe:
         if unknown or "learning_rate" not in given:
             what = f"no field {unknown[0]!r}" if unknown else "needs learning_rate"
             raise InputError(f"recipe: {what}; fields are {', '.join(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**plain)

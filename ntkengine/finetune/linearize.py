@@ -33,7 +33,8 @@ class Linearized(nn.Module):
         self._origin = {name: p.detach().clone() for name, p in selected.items()}
         self._model = [model]  # in a list: its parameters are none of this module's
         self._readout = readout
-        self._versions = [(n, p, p._version) for n, p in model.named_parameters() if n not in selected]
+        self._statistics = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self._frozen = _states(model, self.names)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return f̄, (N, C), of a batch.
@@ -46,19 +47,21 @@ class Linearized(nn.Module):
 
         Cost: about two forward passes; backwards about two more.
         """
-        for name, p, version in self._versions:
-            if p._version != version:
-                raise InputError(f"linearize: {name} of the model has changed since, and is no parameter of this one")
         model, origin = self._model[0], self._origin
+        now = _states(model, self.names)
+        for name in sorted(self._frozen.keys() | now.keys()):
+            if now.get(name) != self._frozen.get(name):
+                raise InputError(f"linearize: {name} of the model has changed since, and is no parameter of this one")
         args, kwargs = arguments(model, inputs)
+        buffers = {name: b.clone() for name, b in self._statistics.items()}  # some models write to theirs
         delta = {name: d.to(origin[name]) for name, d in zip(self.names, self.displacement, strict=True)}
 
         def f(parameters: dict[str, Tensor]) -> Tensor:
-            return self._readout(functional_call(model, parameters, args, kwargs), inputs)
+            return self._readout(functional_call(model, {**buffers, **parameters}, args, kwargs), inputs)
 
         grad = torch.is_grad_enabled()
         with evaluation(model), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
-            value, tangent = jvp(f, (origin,), (delta,))
+            value, tangent = jvp(f, (origin,), (delta,))[:2]
         return value + tangent
 
 
@@ -76,3 +79,10 @@ def linearize(
         InputError: no such parameters, or an operation of the model has no forward-mode derivative (when called).
     """
     return Linearized(model, select_parameters(model, params), resolve_readout(readout, "full"))
+
+
+def _states(model: nn.Module, but: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """Return what tells a parameter from one that was replaced or written to (other than through `.data`)."""
+    left_out = set(but)
+    found = {name: p for name, p in model.named_parameters() if name not in left_out}
+    return {name: (id(p), p.data_ptr(), p._version) for name, p in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from ntkengine.errors import InputError
 
@@ -23,7 +23,10 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     Raises:
         InputError: another shape, numbers that are not finite, or classes out of range.
     """
-    y = torch.as_tensor(targets)
+    try:
+        y = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name}: expected numbers, got {type(targets).__name__}") from None
     classes = loss == "cross-entropy" and y.ndim == 1 and not y.is_floating_point()
     if not classes and y.ndim == 1:
         y = y[:, None]
@@ -43,8 +46,8 @@ def mean_loss(f: Tensor, y: Tensor, loss: str) -> Tensor:
     if loss == "squared":
         return 0.5 * ((f - y.to(f)) ** 2).sum(1).mean()
     if f.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(f[:, 0], y.to(f))
-    return F.cross_entropy(f, y)
+        return functional.binary_cross_entropy_with_logits(f[:, 0], y.to(f))
+    return functional.cross_entropy(f, y)
 
 
 def accuracy(f: Tensor, y: Tensor) -> float:
@@ -58,4 +61,8 @@ def divergence(f: Tensor, g: Tensor) -> float:
     """Return the mean over examples of KL(softmax f ‖ softmax g); with one output, of the two-class ones."""
     if f.shape[1] == 1:
         f, g = (torch.cat([torch.zeros_like(x), x], dim=1) for x in (f, g))
-    return float(F.kl_div(F.log_softmax(g, 1), F.log_softmax(f, 1), log_target=True, reduction="batchmean"))
+    return float(
+        functional.kl_div(
+            functional.log_softmax(g, 1), functional.log_softmax(f, 1), log_target=True, reduction="batchmean"
+        )
+    )

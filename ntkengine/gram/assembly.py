@@ -67,9 +67,7 @@ def shared(team: Team | None, gram: Gram | None) -> Gram:
         far = {name: Elsewhere(matrix.shape) for name, matrix in gram.modules.items()}
         cross = None if gram.cross is None else Elsewhere(gram.cross.shape)
         crosses = {name: Elsewhere(matrix.shape) for name, matrix in gram.cross_modules.items()}
-        told = replace(
-            gram, values=Elsewhere(gram.shape), cross=cross, modules=far, cross_modules=crosses, extras={}
-        )
+        told = replace(gram, values=Elsewhere(gram.shape), cross=cross, modules=far, cross_modules=crosses, extras={})
     found: Gram = team.broadcast(told)
     return gram if gram is not None and team.root else found
 
