@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
     from ntkengine.finetune import FineTuning, fine_tune, linearize
+    from ntkengine.finetune.callback import LinearityCallback
     from ntkengine.forecast import Forecast, forecast
     from ntkengine.gram.engine import compute_gram, plan_gram
     from ntkengine.gram.features import Landmarks, tangent_features
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _HOME = {
     "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
     "finetune": ("FineTuning", "fine_tune", "linearize"),
+    "finetune.callback": ("LinearityCallback",),
     "forecast": ("Forecast", "forecast"),
     "gram.engine": ("compute_gram", "plan_gram"),
     "gram.features": ("Landmarks", "tangent_features"),
@@ -76,6 +78,7 @@ __all__ = [
     "KernelRidge",
     "LabelWords",
     "Landmarks",
+    "LinearityCallback",
     "NonFinite",
     "NotConverged",
     "Plan",

@@ -148,3 +148,16 @@ def test_readout_and_selection_are_those_of_the_gram():
     assert max(relative_error(moved, 2.0 * (gram.outputs + J @ delta)[:, :2])) < 1e-10
     with pytest.raises(ntk.InputError, match="matches no parameter"):
         ntk.linearize(model, "nothing")
+
+
+def test_a_fused_optimiser_that_leaves_no_trace_is_noticed():
+    model, inputs, _ = case("tied")
+    model.float()
+    inputs = {"x": inputs["x"].float()}
+    linear = ntk.linearize(model, "up.weight")
+    optimizer = torch.optim.AdamW([model.out.weight], lr=1e-6, fused=True)
+    model.out.weight.grad = torch.ones_like(model.out.weight)
+    linear(inputs)
+    optimizer.step()
+    with pytest.raises(ntk.InputError, match=r"out\.weight of the model has changed"):
+        linear(inputs)
