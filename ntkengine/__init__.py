@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
+    from ntkengine.finetune import FineTuning, fine_tune, linearize
+    from ntkengine.finetune.callback import LinearityCallback
     from ntkengine.forecast import Forecast, forecast
     from ntkengine.forecast.lora import rehearse
     from ntkengine.forecast.simulate import simulate
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ntkengine.inputs.language import LabelWords, SequenceLoss, TokenLoss
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import encode_targets
+    from ntkengine.recipe import Recipe
     from ntkengine.ridge import KernelLogistic, KernelRidge
     from ntkengine.spectrum import (
         condition_number,
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
+    "finetune": ("FineTuning", "fine_tune", "linearize"),
+    "finetune.callback": ("LinearityCallback",),
     "forecast": ("Forecast", "forecast"),
     "forecast.lora": ("rehearse",),
     "forecast.simulate": ("simulate",),
@@ -55,6 +60,7 @@ _HOME = {
     "inputs.language": ("LabelWords", "SequenceLoss", "TokenLoss"),
     "inputs.models": ("load_model",),
     "inputs.readout": ("encode_targets",),
+    "recipe": ("Recipe",),
     "ridge": ("KernelLogistic", "KernelRidge"),
     "spectrum": (
         "condition_number",
@@ -72,6 +78,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckFailed",
     "Examples",
+    "FineTuning",
     "Forecast",
     "Gram",
     "InputError",
@@ -79,10 +86,12 @@ __all__ = [
     "KernelRidge",
     "LabelWords",
     "Landmarks",
+    "LinearityCallback",
     "NonFinite",
     "NotConverged",
     "Plan",
     "Preconditioner",
+    "Recipe",
     "SequenceLoss",
     "TangentFactors",
     "TangentProducts",
@@ -93,8 +102,10 @@ __all__ = [
     "effective_rank",
     "eigsh",
     "encode_targets",
+    "fine_tune",
     "fit_head",
     "forecast",
+    "linearize",
     "load_model",
     "log_determinant",
     "open_gram",

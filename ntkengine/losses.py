@@ -23,7 +23,10 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     Raises:
         InputError: another shape, numbers that are not finite, or classes out of range.
     """
-    y = torch.as_tensor(targets)
+    try:
+        y = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name}: expected numbers, got {type(targets).__name__}") from None
     classes = loss == "cross-entropy" and y.ndim == 1 and not y.is_floating_point()
     if not classes and y.ndim == 1:
         y = y[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +105,10 @@ class Recipe:
         """
         if not self.proximal or not self.selective:
             return self.proximal > 0
-        return sum(float((g * m).sum()) for g, m in zip(gradients, moved, strict=True)) >= 0
+        return sum(float((g * m).sum()) for g, m in zip(gradients, moved, strict=True)) >= 0.0
 
     @classmethod
-    def of(cls, given: Recipe | dict[str, Any]) -> Recipe:
+    def of(cls, given: Recipe | Mapping[str, Any]) -> Recipe:
         """Return the recipe, or the one a mapping describes.
 
         Raises:

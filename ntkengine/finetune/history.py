@@ -34,6 +34,7 @@ class Measured:
         relative_gap: the gap divided by ‖f_θt − f_θ0‖; None while that is 0.
         divergence: mean over training examples of KL(softmax f_θt ‖ softmax f̄_θ̄t).
         eval_gap: the gap over the eval examples.
+        eval_relative_gap: the relative gap over them.
         eval_divergence: the divergence over them.
     """
 
@@ -54,6 +55,7 @@ class Measured:
     relative_gap: float | None = None
     divergence: float | None = None
     eval_gap: float | None = None
+    eval_relative_gap: float | None = None
     eval_divergence: float | None = None
 
 
