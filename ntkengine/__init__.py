@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from ntkengine.finetune import FineTuning, fine_tune, linearize
     from ntkengine.finetune.callback import LinearityCallback
     from ntkengine.forecast import Forecast, forecast
+    from ntkengine.forecast.lora import rehearse
+    from ntkengine.forecast.simulate import simulate
+    from ntkengine.forecast.subsets import rank_subsets
     from ntkengine.gram.engine import compute_gram, plan_gram
     from ntkengine.gram.features import Landmarks, tangent_features
     from ntkengine.gram.jacobian import TangentProducts
+    from ntkengine.gram.linear import TangentFactors, tangent_factors
     from ntkengine.gram.plan import Plan
     from ntkengine.gram.result import Gram
     from ntkengine.gram.transforms import Preconditioner
@@ -41,9 +45,13 @@ _HOME = {
     "finetune": ("FineTuning", "fine_tune", "linearize"),
     "finetune.callback": ("LinearityCallback",),
     "forecast": ("Forecast", "forecast"),
+    "forecast.lora": ("rehearse",),
+    "forecast.simulate": ("simulate",),
+    "forecast.subsets": ("rank_subsets",),
     "gram.engine": ("compute_gram", "plan_gram"),
     "gram.features": ("Landmarks", "tangent_features"),
     "gram.jacobian": ("TangentProducts",),
+    "gram.linear": ("TangentFactors", "tangent_factors"),
     "gram.plan": ("Plan",),
     "gram.result": ("Gram",),
     "gram.transforms": ("Preconditioner",),
@@ -85,8 +93,9 @@ __all__ = [
     "Preconditioner",
     "Recipe",
     "SequenceLoss",
-    "TokenLoss",
+    "TangentFactors",
     "TangentProducts",
+    "TokenLoss",
     "compute_gram",
     "condition_number",
     "effective_dimension",
@@ -101,8 +110,12 @@ __all__ = [
     "log_determinant",
     "open_gram",
     "plan_gram",
+    "rank_subsets",
     "read_examples",
+    "rehearse",
+    "simulate",
     "spectral_density",
+    "tangent_factors",
     "tangent_features",
     "tokenize",
     "verify_gram",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,6 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
-        for name in ("learning_rate", "momentum", "eps", "proximal"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise InputError(f"{name}: expected a number, got {value!r}")
-        if not isinstance(self.selective, bool):
-            raise InputError(f"selective: expected true or false, got {self.selective!r}")
-        if not isinstance(self.betas, tuple) or not all(isinstance(b, int | float) for b in self.betas):
-            raise InputError(f"betas: expected two numbers, got {self.betas!r}")
         within = {"learning_rate": self.learning_rate > 0, "proximal": self.proximal >= 0, "eps": self.eps >= 0}
         within |= {"momentum": 0 <= self.momentum < 1}
         within |= {"betas": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)}
@@ -82,13 +74,14 @@ class Recipe:
         if self.momentum and self.optimizer != "sgd":
             raise InputError(f"momentum: belongs to optimizer 'sgd', got optimizer {self.optimizer!r}")
 
-    def batches(self, n: int) -> Iterator[np.ndarray]:
+    def batches(self, n: int, seed: int | None = None) -> Iterator[np.ndarray]:
         """Yield the rows of every step, in the order of training.
 
         Args:
             n: examples.
+            seed: of the order, other than the recipe's.
         """
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(self.seed if seed is None else seed)
         size = min(self.batch_size or n, n)
         for _ in range(self.epochs):
             order = rng.permutation(n)
@@ -102,6 +95,17 @@ class Recipe:
     def rate(self, step: int, n: int) -> float:
         """Return the learning rate of a step, counted from 0."""
         return self.learning_rate * (1.0 if self.schedule == "constant" else 1.0 - step / self.steps(n))
+
+    def pulls(self, gradients: Sequence[Any], moved: Sequence[Any]) -> bool:
+        """Say whether a step takes the proximal gradient: always, or where `selective` when the loss moves away.
+
+        Args:
+            gradients: of the batch's loss, a tensor or array each parameter.
+            moved: θ_t − θ_0, likewise.
+        """
+        if not self.proximal or not self.selective:
+            return self.proximal > 0
+        return sum(float((g * m).sum()) for g, m in zip(gradients, moved, strict=True)) >= 0.0
 
     @classmethod
     def of(cls, given: Recipe | Mapping[str, Any]) -> Recipe:
@@ -117,5 +121,5 @@ class Recipe:
         if unknown or "learning_rate" not in given:
             what = f"no field {unknown[0]!r}" if unknown else "needs learning_rate"
             raise InputError(f"recipe: {what}; fields are {', '.join(known)}")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        return cls(**plain)
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        return cls(**fields)

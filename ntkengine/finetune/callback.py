@@ -16,12 +16,12 @@ from transformers import TrainerCallback
 
 from ntkengine.errors import InputError
 from ntkengine.finetune.linearize import Linearized
-from ntkengine.finetune.losses import divergence
 from ntkengine.finetune.measuring import Examples
 from ntkengine.finetune.stepping import norm
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import call_model, evaluation
+from ntkengine.losses import divergence
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ntkengine.errors import NonFinite
 from ntkengine.finetune.history import Measured
-from ntkengine.finetune.losses import accuracy, divergence, mean_loss
 from ntkengine.finetune.stepping import Stepper, norm
 from ntkengine.inputs.batches import Chunk, Samples
+from ntkengine.losses import correct, divergence, losses
 
 Outputs = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -71,11 +71,11 @@ def measure(
         f = outputs[name] = examples.outputs(stepper.f)
         if not bool(torch.isfinite(f).all()):
             raise NonFinite(f"fine_tune: outputs are not finite after {step} steps; a lower learning rate may help")
-        found[f"{name}_loss"], found[f"{name}_accuracy"] = float(mean_loss(f, y, loss)), accuracy(f, y)
+        found[f"{name}_loss"], found[f"{name}_accuracy"] = _scored(f, y, loss)
         if stepper.linear is None:
             continue
         g = examples.outputs(stepper.linear)
-        found[f"linear_{name}_loss"], found[f"linear_{name}_accuracy"] = float(mean_loss(g, y, loss)), accuracy(g, y)
+        found[f"linear_{name}_loss"], found[f"linear_{name}_accuracy"] = _scored(g, y, loss)
         prefix = "" if name == "train" else "eval_"
         found[f"{prefix}gap"] = gap = float((f - g).norm())
         found[f"{prefix}divergence"] = divergence(f, g)
@@ -85,3 +85,8 @@ def measure(
         found["linear_displacement"] = norm([d.detach() for d in stepper.linear.parameters()])
     moved = norm(stepper.displacement())
     return Measured(step=step, epoch=epoch, time=time, displacement=moved, **found), outputs  # type: ignore[arg-type]
+
+
+def _scored(f: Tensor, y: Tensor, loss: str) -> tuple[float, float]:
+    """Return the mean loss and the accuracy of outputs."""
+    return float(losses(f, y, loss).mean()), float(correct(f, y).double().mean())

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ntkengine.errors import NonFinite
 from ntkengine.finetune.linearize import Linearized
-from ntkengine.finetune.losses import mean_loss
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
+from ntkengine.losses import losses
 from ntkengine.recipe import Recipe
 
 
@@ -65,7 +65,7 @@ class Stepper:
     def _gradients(
         self, whose: str, f: Tensor, y: Tensor, parameters: list[nn.Parameter]
     ) -> tuple[float, list[Tensor]]:
-        loss = mean_loss(f, y, self.recipe.loss)
+        loss = losses(f, y, self.recipe.loss).mean()
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         if not bool(torch.stack([torch.isfinite(x).all() for x in (loss, *grads)]).all()):
@@ -82,7 +82,7 @@ class Stepper:
         rate: float,
     ) -> None:
         r = self.recipe
-        if r.proximal and (not r.selective or _inner(grads, moved) >= 0):
+        if r.pulls(grads, moved):
             grads = [g + r.proximal * m for g, m in zip(grads, moved, strict=True)]
         for p, g in zip(parameters, grads, strict=True):
             p.grad = g

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.finetune.history import FineTuning, Measured
-from ntkengine.finetune.losses import as_targets
 from ntkengine.finetune.measuring import Examples, measure
 from ntkengine.finetune.stepping import Stepper
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation, wanting_gradients
+from ntkengine.losses import as_targets
 from ntkengine.recipe import Recipe
 
 Progress = Callable[[float, float, str], None]
@@ -107,7 +107,7 @@ def _trained(
     steps = recipe.steps(train.n)
     every = measure_every or steps // recipe.epochs
     history: list[Measured] = []
-    losses, clock, waited, seen = [], 0.0, 0.0, 0
+    batches, clock, waited, seen = [], 0.0, 0.0, 0
     start: dict[str, Tensor] = {}
     begun = time.perf_counter()
 
@@ -123,7 +123,7 @@ def _trained(
     with wanting_gradients(stepper.parameters):
         for step, rows in enumerate(recipe.batches(train.n)):
             rate = recipe.rate(step, train.n)
-            losses.append(stepper.step(train.batch(rows), y[torch.from_numpy(rows)], rate))
+            batches.append(stepper.step(train.batch(rows), y[torch.from_numpy(rows)], rate))
             clock, seen = clock + rate, seen + len(rows)
             if progress is not None:
                 progress(step + 1, steps, "fine-tuning")
@@ -134,7 +134,7 @@ def _trained(
         history=history,
         outputs=outputs["train"].cpu().numpy(),
         eval_outputs=outputs["eval"].cpu().numpy() if "eval" in outputs else None,
-        batch_losses=np.array(losses),
+        batch_losses=np.array(batches),
         seconds=time.perf_counter() - begun - waited,
         measuring_seconds=waited,
     )

@@ -1,4 +1,4 @@
-"""Losses and accuracies of a batch of outputs, as tensors."""
+"""Losses and hits of outputs, example by example, as tensors."""
 
 from __future__ import annotations
 
@@ -41,20 +41,29 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     return y.long()
 
 
-def mean_loss(f: Tensor, y: Tensor, loss: str) -> Tensor:
-    """Return the mean over examples of the loss of outputs f (n, C)."""
+def losses(f: Tensor, y: Tensor, loss: str) -> Tensor:
+    """Return the loss of each example, (n,), of outputs f (n, C)."""
     if loss == "squared":
-        return 0.5 * ((f - y.to(f)) ** 2).sum(1).mean()
+        return 0.5 * ((f - y.to(f)) ** 2).sum(1)
     if f.shape[1] == 1:
-        return functional.binary_cross_entropy_with_logits(f[:, 0], y.to(f))
-    return functional.cross_entropy(f, y)
+        return functional.binary_cross_entropy_with_logits(f[:, 0], y.to(f), reduction="none")
+    return functional.cross_entropy(f, y, reduction="none")
 
 
-def accuracy(f: Tensor, y: Tensor) -> float:
-    """Return the share of examples whose largest output (with one output: its sign) is the target's."""
+def slopes(f: Tensor, y: Tensor, loss: str) -> Tensor:
+    """Return the derivative of each example's loss with respect to its outputs, (n, C)."""
+    if loss == "squared":
+        return f - y.to(f)
+    if f.shape[1] == 1:
+        return torch.sigmoid(f) - y.to(f)[:, None]
+    return torch.softmax(f, 1) - functional.one_hot(y, f.shape[1]).to(f)
+
+
+def correct(f: Tensor, y: Tensor) -> Tensor:
+    """Return whether each example's largest output (with one output: its sign) is the target's, (n,) bool."""
     if f.shape[1] > 1:
-        return float((f.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).double().mean())
-    return float(((f[:, 0] > 0) == ((y if y.ndim == 1 else y[:, 0]) > 0)).double().mean())
+        return f.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
+    return (f[:, 0] > 0) == ((y if y.ndim == 1 else y[:, 0]) > 0)
 
 
 def divergence(f: Tensor, g: Tensor) -> float:
