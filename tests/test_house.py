@@ -23,7 +23,7 @@ ALLOWED = {
     "ridge": {"errors", "spectrum"},
     "forecast": {"errors", "spectrum", "ridge", "report"},
     "recipe": {"errors"},
-    "finetune": {"errors", "inputs", "recipe", "gram", "spectrum", "forecast"},
+    "finetune": {"errors", "inputs", "losses", "recipe", "gram", "spectrum", "forecast"},
     "report": {"errors"},
 }
 ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": {"cluster"}, "ntk_kernels": {"gram"}, "triton": set()}
