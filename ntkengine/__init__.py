@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
+    from ntkengine.finetune import FineTuning, fine_tune, linearize
+    from ntkengine.finetune.callback import LinearityCallback
     from ntkengine.forecast import Forecast, forecast
+    from ntkengine.forecast.lora import rehearse
+    from ntkengine.forecast.simulate import simulate
+    from ntkengine.forecast.subsets import rank_subsets
     from ntkengine.gram.engine import compute_gram, plan_gram
     from ntkengine.gram.features import Landmarks, tangent_features
     from ntkengine.gram.jacobian import TangentProducts
+    from ntkengine.gram.linear import TangentFactors, tangent_factors
     from ntkengine.gram.plan import Plan
     from ntkengine.gram.result import Gram
     from ntkengine.gram.transforms import Preconditioner
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
     from ntkengine.inputs.language import LabelWords, SequenceLoss, TokenLoss
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import encode_targets
+    from ntkengine.recipe import Recipe
     from ntkengine.ridge import KernelLogistic, KernelRidge
     from ntkengine.spectrum import (
         condition_number,
@@ -35,10 +42,16 @@ if TYPE_CHECKING:
 
 _HOME = {
     "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
+    "finetune": ("FineTuning", "fine_tune", "linearize"),
+    "finetune.callback": ("LinearityCallback",),
     "forecast": ("Forecast", "forecast"),
+    "forecast.lora": ("rehearse",),
+    "forecast.simulate": ("simulate",),
+    "forecast.subsets": ("rank_subsets",),
     "gram.engine": ("compute_gram", "plan_gram"),
     "gram.features": ("Landmarks", "tangent_features"),
     "gram.jacobian": ("TangentProducts",),
+    "gram.linear": ("TangentFactors", "tangent_factors"),
     "gram.plan": ("Plan",),
     "gram.result": ("Gram",),
     "gram.transforms": ("Preconditioner",),
@@ -47,6 +60,7 @@ _HOME = {
     "inputs.language": ("LabelWords", "SequenceLoss", "TokenLoss"),
     "inputs.models": ("load_model",),
     "inputs.readout": ("encode_targets",),
+    "recipe": ("Recipe",),
     "ridge": ("KernelLogistic", "KernelRidge"),
     "spectrum": (
         "condition_number",
@@ -64,6 +78,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckFailed",
     "Examples",
+    "FineTuning",
     "Forecast",
     "Gram",
     "InputError",
@@ -71,27 +86,36 @@ __all__ = [
     "KernelRidge",
     "LabelWords",
     "Landmarks",
+    "LinearityCallback",
     "NonFinite",
     "NotConverged",
     "Plan",
     "Preconditioner",
+    "Recipe",
     "SequenceLoss",
-    "TokenLoss",
+    "TangentFactors",
     "TangentProducts",
+    "TokenLoss",
     "compute_gram",
     "condition_number",
     "effective_dimension",
     "effective_rank",
     "eigsh",
     "encode_targets",
+    "fine_tune",
     "fit_head",
     "forecast",
+    "linearize",
     "load_model",
     "log_determinant",
     "open_gram",
     "plan_gram",
+    "rank_subsets",
     "read_examples",
+    "rehearse",
+    "simulate",
     "spectral_density",
+    "tangent_factors",
     "tangent_features",
     "tokenize",
     "verify_gram",

@@ -144,7 +144,7 @@ def movie_snippets(archive: Path, n_train: int, n_eval: int, seed: int) -> tuple
         InputError: more examples asked for than there are.
     """
     rows: dict[str, tuple[int, int]] = {}
-    for line, (rating, text) in enumerate(_rated(archive), start=1):
+    for line, (rating, text) in enumerate(rated(archive), start=1):
         if rating != 0 and text not in rows:
             rows[text] = int(rating > 0), line
     if not 0 < n_train + n_eval <= len(rows) or min(n_train, n_eval) < 1:
@@ -160,7 +160,16 @@ def movie_snippets(archive: Path, n_train: int, n_eval: int, seed: int) -> tuple
     return parts[0], parts[1]
 
 
-def _rated(archive: Path) -> list[tuple[float, str]]:
+def rated(archive: Path, kind: str = "movieReviewSnippets") -> list[tuple[float, str]]:
+    """Return (mean human rating between −4 and 4, text) of a set in the archive.
+
+    Args:
+        archive: from `fetch_demo`.
+        kind: "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets" or "tweets".
+
+    Raises:
+        InputError: an archive without it.
+    """
     with tarfile.open(archive) as outer:
         inner = next((m for m in outer if m.name.endswith("hutto_ICWSM_2014.tar.gz")), None)
         data = outer.extractfile(inner) if inner else None
@@ -168,7 +177,7 @@ def _rated(archive: Path) -> list[tuple[float, str]]:
             msg = f"{archive}: holds no hutto_ICWSM_2014.tar.gz"
             raise InputError(msg)
         with tarfile.open(fileobj=io.BytesIO(data.read())) as texts:
-            file = texts.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            file = texts.extractfile(f"hutto_ICWSM_2014/{kind}_GroundTruth.txt")
             raw = file.read().decode("utf-8", "replace") if file else ""
     fields = (line.split("\t", 2) for line in raw.splitlines())
     return [(float(p[1]), p[2].strip()) for p in fields if len(p) == 3 and p[2].strip()]

@@ -6,6 +6,7 @@ out = "k.h5"
 [head]   fit, ridge, folds, seed
 [gram]   arguments of `compute_gram`
 [forecast]  ridge
+[finetune]  fields of `Recipe`, linear, measure_every
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkengine.errors import InputError
+from ntkengine.finetunejob import FinetunePart
 
 _WORDS = {
     bool: "true or false",
@@ -28,6 +30,7 @@ _WORDS = {
     str: "text",
     Path: "a path",
     list[str]: "a list of texts",
+    tuple[float, float]: "two numbers",
     dict: "a table",
     type(None): "nothing",
 }
@@ -148,6 +151,7 @@ class Job:
         head: what is done to its head first.
         gram: which Gram.
         forecast: how it is read.
+        finetune: how it is trained for real.
         out: HDF5 file to write; None keeps the Gram in memory.
     """
 
@@ -156,6 +160,7 @@ class Job:
     head: HeadPart = field(default_factory=HeadPart)
     gram: GramPart = field(default_factory=GramPart)
     forecast: ForecastPart = field(default_factory=ForecastPart)
+    finetune: FinetunePart | None = None
     out: Path | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -235,13 +240,17 @@ def _built(found: Mapping[str, Any], kind: type, where: str) -> Any:
                 raise InputError(f"{place}: is missing")
             continue
         hint, value = hints[item.name], found[item.name]
+        hint = next((kind for kind in typing.get_args(hint) if is_dataclass(kind)), hint)
         if is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise InputError(f"{place}: expected a table, got {value!r}")
             given[item.name] = _built(value, typing.cast(type, hint), place)
         else:
             given[item.name] = _checked(value, hint, place)
-    return kind(**given)
+    try:
+        return kind(**given)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _check_names(found: Mapping[str, Any], kind: type, where: str) -> None:
@@ -259,6 +268,9 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if kind == list[str]:
             if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
                 return list(value)
+        elif kind == tuple[float, float]:
+            if isinstance(value, list | tuple):
+                return tuple(value)
         elif kind is dict:
             if isinstance(value, Mapping):
                 return dict(value)

@@ -48,10 +48,10 @@ def run_gram(
     from ntkengine.cluster.comm import together
     from ntkengine.gram.engine import compute_gram
 
-    tell = progress or _quiet
+    tell = progress or quiet
     with together(team):
-        _check_early(job)
-        prepared = _Prepared(job, tell, examples, team)
+        check_early(job)
+        prepared = Prepared(job, tell, examples, team)
         call = prepared.arguments()
         fit = prepared.fit_head(tell) if team is None or team.root else None
     if team is not None:
@@ -90,12 +90,12 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
     """
     from ntkengine.gram.engine import plan_gram
 
-    _check_early(replace(job, out=None))
-    prepared = _Prepared(job, progress or _quiet, None)
+    check_early(replace(job, out=None))
+    prepared = Prepared(job, progress or quiet, None)
     return plan_gram(prepared.model, prepared.inputs, **prepared.arguments(), memory_gib=job.gram.memory_gib, **ranks)
 
 
-class _Prepared:
+class Prepared:
     """A job's model and data, loaded and checked against each other."""
 
     def __init__(self, job: Job, tell: Progress, examples: Pair | None, team: Team | None = None) -> None:
@@ -321,7 +321,7 @@ def _read(job: Job) -> Pair:
     return train, read_examples(part.eval, **columns, limit=part.eval_limit, label_names=names, shuffle=part.shuffle)
 
 
-def _check_early(job: Job) -> None:
+def check_early(job: Job) -> None:
     """Refuse what can be refused without reading anything large, and a file that another job has written or begun."""
     from ntkengine.gram.identity import writable
     from ntkengine.gram.task import refuse
@@ -349,5 +349,5 @@ def _check_early(job: Job) -> None:
             raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
 
 
-def _quiet(_done: float, _total: float, _stage: str) -> None:
+def quiet(_done: float, _total: float, _stage: str) -> None:
     """Tell nobody."""

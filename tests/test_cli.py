@@ -82,6 +82,7 @@ def test_help_is_quick_and_names_every_command():
         "spectrum",
         "ridge",
         "forecast",
+        "finetune",
         "report",
         "doctor",
         "demo",
@@ -89,7 +90,7 @@ def test_help_is_quick_and_names_every_command():
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "gram", "info", "spectrum", "report", "demo"])
+@pytest.mark.parametrize("command", ["plan", "gram", "info", "spectrum", "finetune", "report", "demo"])
 def test_every_command_has_help(run, command):
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
@@ -113,6 +114,15 @@ def test_every_command_has_help(run, command):
         (["gram", "--model", "m", "--data", "a.tsv"], "--out: is missing"),
         (["gram", "--model", "m", "--data", "a.tsv", "--rank", "8", "--out", "k.h5"], "--peft: is missing"),
         (["gram", "none.toml"], "none.toml: no such file"),
+        (["finetune", "--model", "m", "--data", "a.tsv"], "finetune: is missing"),
+        (
+            ["finetune", "--model", "m", "--data", "a.tsv", "--epochs", "2"],
+            "finetune: learning_rate: is missing",
+        ),
+        (["finetune", "--model", "m", "--data", "a.tsv", "--out", "k.h5"], "--out: is for a Gram"),
+        (["finetune", "--model", "m", "--data", "a.tsv", "--learning-rate", "-1"], "learning_rate: out of range"),
+        (["finetune", "--model", "m", "--data", "a.tsv", "--learning-rate", "1", "--save", "."], ".: is there already"),
+        (["finetune", "--model", "m", "--data", "a", "--learning-rate", "1", "--history", "n/h"], "n/h: folder n does"),
         (["demo", "--train", "3"], "train: expected at least 10 examples, got 3"),
     ],
 )

@@ -21,7 +21,10 @@ ALLOWED = {
     "store": {"errors", "gram"},
     "spectrum": {"errors"},
     "ridge": {"errors", "spectrum"},
-    "forecast": {"errors", "spectrum", "ridge", "report"},
+    "forecast": {"errors", "losses", "recipe", "spectrum", "ridge", "report", "gram"},
+    "losses": {"errors"},
+    "recipe": {"errors"},
+    "finetune": {"errors", "inputs", "losses", "recipe", "gram", "spectrum", "forecast"},
     "report": {"errors"},
 }
 ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": {"cluster"}, "ntk_kernels": {"gram"}, "triton": set()}

@@ -72,8 +72,8 @@ def linearisation_gap_bound(
         lipschitz: Lip(f).
         gradient_lipschitz: Lip(∇f).
         radius: r >= 0, of the ball that θ stays in.
-        initial_loss: R̃(θ_0) >= 0, in the source's normalisation.
-        time: t >= 0.
+        initial_loss: R̃(θ_0) >= 0: read as ‖f0 − y‖, which both sides' unit requires.
+        time: t >= 0 of the loss ‖f − y‖²; that of the mean over n examples of ½‖f − y‖² divided by 2n.
 
     Returns:
         The bound, a Euclidean norm over the outputs.

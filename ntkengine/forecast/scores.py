@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
+Z90 = 1.6448536269514722  # of the 90% interval
 
 
 def name_classes(targets: np.ndarray, eval_targets: np.ndarray | None = None) -> bool:

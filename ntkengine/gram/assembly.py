@@ -53,6 +53,7 @@ def assemble(sums: Sums | Spread, samples: Samples, plan: Plan, *, two: bool, ga
         gram.eval_outputs = outputs[1]
     elif len(samples.sizes) > 1:
         gram.cross, gram.eval_outputs = order(K, 1, 0), outputs[1]
+        gram.cross_modules = {name: order(sums.whole(name), 1, 0) for name in sums.parts}
     return gram
 
 
@@ -70,7 +71,8 @@ def shared(team: Team | None, gram: Gram | None) -> Gram:
     if gram is not None and team.root:
         far = {name: Elsewhere(matrix.shape) for name, matrix in gram.modules.items()}
         cross = None if gram.cross is None else Elsewhere(gram.cross.shape)
-        told = replace(gram, values=Elsewhere(gram.shape), cross=cross, modules=far, extras={})
+        crosses = {name: Elsewhere(matrix.shape) for name, matrix in gram.cross_modules.items()}
+        told = replace(gram, values=Elsewhere(gram.shape), cross=cross, modules=far, cross_modules=crosses, extras={})
     found: Gram = team.broadcast(told)
     return gram if gram is not None and team.root else found
 

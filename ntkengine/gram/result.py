@@ -63,6 +63,7 @@ class Gram:
         noise: estimate of ‖K̃ − K‖₂, the error of `values` in the spectral norm. By Weyl every eigenvalue is ± noise.
         modules: per-module Grams by module name, empty unless asked for; they sum to `values`.
         cross: eval × train Gram in the same layout, when eval inputs were given.
+        cross_modules: its parts by module name, with `modules`.
         eval_outputs: (M, C) float64, f of the eval examples.
         targets: (N, C) float64 or None.
         eval_targets: (M, C) float64 or None.
@@ -81,6 +82,7 @@ class Gram:
     noise: float
     modules: Mapping[str, Any] = field(default_factory=dict)
     cross: Any = None
+    cross_modules: Mapping[str, Any] = field(default_factory=dict)
     eval_outputs: np.ndarray | None = None
     targets: np.ndarray | None = None
     eval_targets: np.ndarray | None = None

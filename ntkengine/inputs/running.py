@@ -17,12 +17,18 @@ _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
 
 
-def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """Return the model's output on a batch, labels kept back (the readout, not the model, looks at them)."""
+def arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Return what a model is called with on a batch: labels are kept back (the readout, not the model, reads them)."""
     given = {k: v for k, v in inputs.items() if k != "labels"}
     if len(given) == 1 and not hasattr(model, "config"):  # a plain torch module: its one input has no agreed name
-        return model(*given.values())
-    return model(**given)
+        return tuple(given.values()), {}
+    return (), given
+
+
+def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """Return the model's output on a batch."""
+    args, kwargs = arguments(model, inputs)
+    return model(*args, **kwargs)
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Experiments on real text: `python -m bench.experiments.NAME DATA`, DATA a folder with sst2/ and cola/."""

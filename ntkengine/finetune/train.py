@@ -1,0 +1,140 @@
+"""Fine-tuning as the forecast means it: same loss, same batches, a proximal term, the linear model beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+from ntkengine.finetune.history import FineTuning, Measured
+from ntkengine.finetune.measuring import Examples, measure
+from ntkengine.finetune.stepping import Stepper
+from ntkengine.inputs.parameters import select_parameters
+from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
+from ntkengine.inputs.running import evaluation, wanting_gradients
+from ntkengine.losses import as_targets
+from ntkengine.recipe import Recipe
+
+Progress = Callable[[float, float, str], None]
+
+
+def fine_tune(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    targets: Any,
+    recipe: Recipe | dict[str, Any] | None = None,
+    *,
+    params: str | Iterable[str] = "trainable",
+    readout: str | ReadoutFunction = "logits",
+    eval_inputs: Mapping[str, Tensor] | None = None,
+    eval_targets: Any = None,
+    linear: bool = False,
+    measure_every: int | None = None,
+    progress: Progress | None = None,
+    **fields: Any,
+) -> FineTuning:
+    """Fine-tune a model, in place, by a recipe.
+
+    The model runs in eval mode throughout (no dropout), so that the loss is the one its tangent kernel describes.
+    `fine_tune(model, inputs, targets, learning_rate=1e-3, proximal=0.1)` needs no recipe.
+
+    Args:
+        model: any module with float32 or float64 parameters.
+        inputs: tensors with a leading sample axis N.
+        targets: (N, C), or for "cross-entropy" (N,) classes.
+        recipe: the recipe, or a mapping of its fields.
+        params: what is trained, as for `compute_gram`.
+        readout: f, likewise.
+        eval_inputs: further examples to measure on.
+        eval_targets: theirs.
+        linear: train the exact linearised model on the same batches along, and measure how far the two are apart.
+        measure_every: steps between measurements; default: after every epoch.
+        progress: called with (steps done, steps in all, stage).
+        **fields: of the recipe, stronger than the one given.
+
+    Returns:
+        The run. The model keeps the parameters it ended with.
+
+    Raises:
+        InputError: arguments that cannot be used.
+        NonFinite: a loss or a gradient is not finite; the model keeps the parameters before that step.
+
+    Cost: a forward and a backward pass of every batch; a forward pass of all examples a measurement; with `linear`
+        about three times that; two copies of the parameters trained, and the optimiser's.
+    Source: the proximal and selective terms, Rahimi Afzal et al. 2025 (arXiv 2602.08239).
+    """
+    given = asdict(recipe) if isinstance(recipe, Recipe) else {} if recipe is None else recipe
+    if not isinstance(given, Mapping):
+        raise InputError(f"recipe: expected a Recipe or a mapping of its fields, got {type(given).__name__}")
+    chosen = Recipe.of({**given, **fields})
+    selected = select_parameters(model, params)
+    for name, p in selected.items():
+        if p.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"params: expected float32 or float64 parameters to train, {name} is {p.dtype}")
+    if (eval_inputs is None) != (eval_targets is None):
+        raise InputError("eval_targets: expected together with eval_inputs, got one without the other")
+    if measure_every is not None and measure_every < 1:
+        raise InputError(f"measure_every: expected a number of steps >= 1, got {measure_every!r}")
+    with evaluation(model):
+        stepper = Stepper(model, selected, resolve_readout(readout, "full"), chosen, linear)
+        groups = {"train": _group(stepper, "targets", inputs, targets)}
+        if eval_inputs is not None:
+            groups["eval"] = _group(stepper, "eval_targets", eval_inputs, eval_targets)
+        return _trained(stepper, groups, measure_every, progress)
+
+
+def _group(stepper: Stepper, name: str, inputs: Mapping[str, Tensor], targets: Any) -> tuple[Examples, Tensor]:
+    examples = Examples(inputs, stepper.parameters[0])
+    with torch.no_grad():
+        outputs = stepper.f(examples.batch(np.arange(1))).shape[1]
+    y = as_targets(name, targets, stepper.recipe.loss, examples.n, outputs)
+    return examples, y.to(stepper.parameters[0].device)
+
+
+def _trained(
+    stepper: Stepper,
+    groups: dict[str, tuple[Examples, Tensor]],
+    measure_every: int | None,
+    progress: Progress | None,
+) -> FineTuning:
+    recipe, (train, y) = stepper.recipe, groups["train"]
+    steps = recipe.steps(train.n)
+    every = measure_every or steps // recipe.epochs
+    history: list[Measured] = []
+    batches, clock, waited, seen = [], 0.0, 0.0, 0
+    start: dict[str, Tensor] = {}
+    begun = time.perf_counter()
+
+    def look(step: int) -> dict[str, Tensor]:
+        nonlocal waited
+        at = time.perf_counter()
+        measured, outputs = measure(stepper, groups, start, step=step, epoch=seen / train.n, time=clock)
+        history.append(measured)
+        waited += time.perf_counter() - at
+        return outputs
+
+    start = outputs = look(0)
+    with wanting_gradients(stepper.parameters):
+        for step, rows in enumerate(recipe.batches(train.n)):
+            rate = recipe.rate(step, train.n)
+            batches.append(stepper.step(train.batch(rows), y[torch.from_numpy(rows)], rate))
+            clock, seen = clock + rate, seen + len(rows)
+            if progress is not None:
+                progress(step + 1, steps, "fine-tuning")
+            if (step + 1) % every == 0 or step + 1 == steps:
+                outputs = look(step + 1)
+    return FineTuning(
+        recipe=recipe,
+        history=history,
+        outputs=outputs["train"].cpu().numpy(),
+        eval_outputs=outputs["eval"].cpu().numpy() if "eval" in outputs else None,
+        batch_losses=np.array(batches),
+        seconds=time.perf_counter() - begun - waited,
+        measuring_seconds=waited,
+    )

@@ -1,0 +1,129 @@
+"""`[finetune]` of a job, and what it does: the job's model really trained on the job's data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntkengine.errors import InputError
+from ntkengine.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ntkengine.finetune import FineTuning
+    from ntkengine.jobfile import Job
+
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class FinetunePart(Recipe):
+    """[finetune]: the fields of a `Recipe`, and what is measured.
+
+    Attributes:
+        linear: train the exact linearised model along.
+        measure_every: steps between measurements; default: after every epoch.
+    """
+
+    linear: bool = False
+    measure_every: int | None = None
+
+    def recipe(self) -> Recipe:
+        """Return the recipe alone."""
+        return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
+
+
+def run_finetune(
+    job: Job, progress: Progress | None = None, *, history: Path | None = None, save: Path | None = None
+) -> FineTuning:
+    """Run a job's fine-tuning: model, data, token ids, head, training.
+
+    Args:
+        job: the job; its [gram] says what is trained (params) and which outputs (readout), its `out` is not touched.
+        progress: called with (done, in all, stage).
+        history: JSON lines to write: the recipe, then every measurement.
+        save: a new folder for the model, or for the adapter and, where the head was fitted, the model below it.
+
+    Returns:
+        The run.
+
+    Raises:
+        InputError: the job cannot be trained, or `save` is there already.
+        NonFinite: training diverged; nothing is written.
+    """
+    from ntkengine.finetune import fine_tune
+    from ntkengine.jobs import Prepared, check_early, quiet
+
+    part = job.finetune
+    if part is None:
+        raise InputError("finetune: is missing; give the job a [finetune] table, or --learning-rate")
+    if save is not None and save.exists():
+        raise InputError(f"{save}: is there already; name a new folder for the model")
+    for path in (history, save):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InputError(f"{path}: folder {path.parent} does not exist")
+    tell = progress or quiet
+    check_early(replace(job, out=None))
+    prepared = Prepared(job, tell, None)
+    targets = prepared.targets(prepared.train)
+    if targets is None:
+        raise InputError("finetune: expected labelled examples and readout 'logits' or 'margin'")
+    fitted = prepared.fit_head(tell) is not None
+    run = fine_tune(
+        prepared.model,
+        prepared.inputs,
+        targets,
+        part.recipe(),
+        params=job.gram.params,
+        readout=job.gram.readout,
+        eval_inputs=prepared.eval_inputs,
+        eval_targets=prepared.targets(prepared.eval),
+        linear=part.linear,
+        measure_every=part.measure_every,
+        progress=progress,
+    )
+    if history is not None:
+        _write_history(run, history)
+    if save is not None:
+        _save(prepared.model, save, fitted)
+    return run
+
+
+def _write_history(run: FineTuning, path: Path) -> None:
+    found = run.to_dict()
+    first = {name: found[name] for name in ("recipe", "seconds", "measuring_seconds", "batch_losses")}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in (first, *found["history"])), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _save(model: nn.Module, folder: Path, fitted: bool) -> None:
+    """Save the model, whole or not at all.
+
+    An adapter's file has no head, and what it adapts may have got one fitted, which is then saved beside it.
+    """
+    partial = folder.absolute().with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tuned: Any = model
+    try:
+        tuned.save_pretrained(partial)
+        if tuned.ntk_tokenizer is not None:
+            tuned.ntk_tokenizer.save_pretrained(partial)
+        if hasattr(tuned, "peft_config") and fitted:
+            base = tuned.unload() if hasattr(tuned.base_model, "unload") else tuned.get_base_model()
+            base.save_pretrained(partial / "base")
+            config = partial / "adapter_config.json"
+            found = json.loads(config.read_text(encoding="utf-8"))
+            found["base_model_name_or_path"] = str(folder.absolute() / "base")
+            config.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

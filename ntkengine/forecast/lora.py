@@ -1,0 +1,227 @@
+"""LoRA training forecast on a frozen tangent: the adapters are trained as they will be, the network to first order.
+
+A LoRA of rank r changes a weight by ΔW = (α/r) B A. With the network linearised in its weights at the start,
+    f(x) = f0(x) + (α/r) Σ_maps Σ_t (Bᵀδ_t)·(A a_t),
+which is cheap to train in A and B: r·(d_in + C·d_out) operations a token. Unlike the tangent kernel at the start it
+keeps what is not linear in the adapters: A's part, which is nothing while B = 0, and an optimiser that normalises every
+entry's step, such as Adam. What it leaves out is how the network bends as ΔW grows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ntkengine.errors import InputError, NonFinite
+from ntkengine.forecast.outcome import Outcome, outcome
+from ntkengine.losses import as_targets, correct, losses
+from ntkengine.recipe import Recipe
+
+if TYPE_CHECKING:
+    from ntkengine.gram.linear import TangentFactors
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What training a set of adapters is forecast to reach.
+
+    Attributes:
+        modules: the maps adapted.
+        rank: r.
+        alpha: α.
+        parameters: trained, r·(d_in + d_out) summed over the maps.
+        recipe: of the training.
+        train_losses: (R, N) float64, loss of each training example after it, by repeat (start of A, order of batches).
+        eval_losses: (R, M), or None without eval examples.
+        eval_correct: (R, M) bool, or None.
+        batch_losses: (R, steps), the loss of each step's batch before the step.
+        displacement: (R,) ‖θ_t − θ_0‖ over A and B.
+        movement: root mean square of f_t − f_0 over the eval outputs and repeats; over the training ones without eval.
+        seconds: all repeats together.
+    """
+
+    modules: tuple[str, ...]
+    rank: int
+    alpha: float
+    parameters: int
+    recipe: Recipe
+    train_losses: np.ndarray
+    eval_losses: np.ndarray | None
+    eval_correct: np.ndarray | None
+    batch_losses: np.ndarray
+    displacement: np.ndarray
+    movement: float
+    seconds: float
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the run is forecast to reach, with intervals."""
+        return outcome(self.train_losses, self.eval_losses, self.eval_correct, self.movement)
+
+
+def rehearse(
+    factors: TangentFactors,
+    targets: Any,
+    recipe: Recipe | dict[str, Any],
+    modules: Iterable[str] | None = None,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    eval_targets: Any = None,
+    rows: np.ndarray | None = None,
+    eval_rows: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+) -> Rehearsal:
+    """Train LoRA adapters of some maps by a recipe, with the network held to first order at the start.
+
+    Args:
+        factors: of `tangent_factors`, of the model before adapters are put on.
+        targets: of the training examples, as for `fine_tune`.
+        recipe: the recipe, or a mapping of its fields. Its proximal term acts on A and B.
+        modules: names of the maps to adapt; default all of them.
+        rank: r.
+        alpha: α; default 2r.
+        eval_targets: of the eval examples.
+        rows: positions among all examples to train on; default the train examples.
+        eval_rows: positions to score; default the eval examples.
+        offset: (N + M, C), other outputs at the start than `factors.outputs`, such as a held-out head's.
+        repeats: runs that differ in the start of A (uniform, Kaiming, as PEFT's) and in the order of batches.
+        seed: of the first repeat: A's start; the order of batches is the recipe's seed plus the repeat.
+
+    Raises:
+        InputError: unknown modules, or arguments that do not fit.
+        NonFinite: the run diverges.
+
+    Cost: steps × tokens of a batch × 6·r·(d_in + C·d_out) flops a map and repeat.
+    """
+    recipe = Recipe.of(recipe)
+    begun = time.perf_counter()
+    names = list(factors.maps) if modules is None else list(modules)
+    unknown = [n for n in names if n not in factors.maps]
+    if unknown or not names:
+        raise InputError(f"modules: expected some of {', '.join(list(factors.maps)[:3])}, …, got {unknown or names}")
+    if rank < 1 or repeats < 1:
+        raise InputError(f"rank and repeats: expected at least 1, got {rank} and {repeats}")
+    total, C = factors.outputs.shape
+    train = np.arange(factors.train) if rows is None else np.asarray(rows)
+    held = np.arange(factors.train, total) if eval_rows is None else np.asarray(eval_rows)
+    f0 = torch.from_numpy(factors.outputs if offset is None else np.asarray(offset, dtype=np.float64))
+    if f0.shape != (total, C):
+        raise InputError(f"offset: expected shape {(total, C)}, got {tuple(f0.shape)}")
+    y = as_targets("targets", targets, recipe.loss, len(train), C)
+    y_eval = None if eval_targets is None else as_targets("eval_targets", eval_targets, recipe.loss, len(held), C)
+    scale = (2.0 * rank if alpha is None else float(alpha)) / rank
+    runs = [
+        _Run(factors, names, rank, scale, recipe, f0, seed + k).trained(train, y, recipe.seed + k)
+        for k in range(repeats)
+    ]
+    fitted = [run.outputs(train) for run in runs]
+    scored = [] if y_eval is None else [run.outputs(held) for run in runs]
+    moved = [f - f0[torch.from_numpy(train if y_eval is None else held)] for f in scored or fitted]
+    return Rehearsal(
+        modules=tuple(names),
+        rank=rank,
+        alpha=scale * rank,
+        parameters=rank * sum(_width(factors, n) for n in names),
+        recipe=recipe,
+        train_losses=np.stack([losses(f, y, recipe.loss).numpy() for f in fitted]),
+        eval_losses=None if y_eval is None else np.stack([losses(f, y_eval, recipe.loss).numpy() for f in scored]),
+        eval_correct=None if y_eval is None else np.stack([correct(f, y_eval).numpy() for f in scored]),
+        batch_losses=np.stack([run.history for run in runs]),
+        displacement=np.array([run.displacement() for run in runs]),
+        movement=float(torch.stack(moved).square().mean().sqrt()),
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _width(factors: TangentFactors, name: str) -> int:
+    held = factors.maps[name]
+    return int(held.inputs.shape[1] + held.gradients.shape[2])
+
+
+class _Run:
+    """Adapters of some maps, being trained."""
+
+    def __init__(
+        self, factors: TangentFactors, names: list[str], rank: int, scale: float, recipe: Recipe, f0: Tensor, seed: int
+    ) -> None:
+        self.maps, self.scale, self.recipe, self.f0 = [factors.maps[n] for n in names], scale, recipe, f0
+        generator = torch.Generator().manual_seed(seed)
+        self.A, self.B = [], []
+        for held in self.maps:
+            x, d = held.inputs, held.gradients
+            bound = 1.0 / math.sqrt(x.shape[1])
+            start = (torch.rand(rank, x.shape[1], generator=generator, dtype=torch.float64) * 2 - 1) * bound
+            self.A.append(start.to(x).requires_grad_())
+            self.B.append(torch.zeros(d.shape[2], rank, dtype=x.dtype, device=x.device, requires_grad=True))
+        self.start = [a.detach().clone() for a in self.A]
+        self.history: list[float] = []
+
+    def outputs(self, rows: np.ndarray) -> Tensor:
+        """Return f, (n, C) float64, of some examples."""
+        with torch.no_grad():
+            return self._f(rows)
+
+    def _f(self, rows: np.ndarray) -> Tensor:
+        f = self.f0[torch.from_numpy(rows)]
+        taken: dict[bytes, tuple[Tensor, Tensor]] = {}
+        for held, A, B in zip(self.maps, self.A, self.B, strict=True):
+            key = held.starts.tobytes()  # maps that see the same tokens share the lookup
+            if key not in taken:
+                taken[key] = _tokens(held.starts, rows)
+            tokens, owner = (t.to(held.inputs.device) for t in taken[key])
+            h = held.inputs[tokens] @ A.T
+            p = held.gradients[tokens] @ B  # (z, C, r)
+            moved = (p * h[:, None]).sum(2).double().cpu()
+            f = f.index_add(0, owner.cpu(), moved, alpha=self.scale)
+        return f
+
+    def trained(self, rows: np.ndarray, y: Tensor, seed: int) -> _Run:
+        """Train on some examples; the order of batches is the seed's."""
+        r, parameters = self.recipe, [*self.A, *self.B]
+        if r.optimizer == "adam":
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                parameters, lr=r.learning_rate, betas=r.betas, eps=r.eps
+            )
+        else:
+            optimizer = torch.optim.SGD(parameters, lr=r.learning_rate, momentum=r.momentum)
+        origin = [*self.start, *(torch.zeros_like(b) for b in self.B)]
+        for step, chosen in enumerate(r.batches(len(rows), seed)):
+            loss = losses(self._f(rows[chosen]), y[torch.from_numpy(chosen)], r.loss).mean()
+            if not math.isfinite(float(loss.detach())):
+                raise NonFinite(f"rehearse: the loss is not finite at step {step}; a lower learning rate may help")
+            self.history.append(float(loss.detach()))
+            grads = list(torch.autograd.grad(loss, parameters))
+            moved = [p.detach() - o for p, o in zip(parameters, origin, strict=True)]
+            if r.pulls(grads, moved):
+                grads = [g + r.proximal * m for g, m in zip(grads, moved, strict=True)]
+            for p, g in zip(parameters, grads, strict=True):
+                p.grad = g
+            for group in optimizer.param_groups:
+                group["lr"] = r.rate(step, len(rows))
+            optimizer.step()
+        return self
+
+    def displacement(self) -> float:
+        """Return ‖θ_t − θ_0‖ over all A and B."""
+        with torch.no_grad():
+            parts = [(a - s).double().square().sum() for a, s in zip(self.A, self.start, strict=True)]
+            parts += [b.double().square().sum() for b in self.B]
+        return float(torch.stack([p.cpu() for p in parts]).sum().sqrt())
+
+
+def _tokens(starts: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the tokens of some examples, and for each token the position of its example among them."""
+    counts = starts[rows + 1] - starts[rows]
+    owner = np.repeat(np.arange(len(rows)), counts)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return torch.from_numpy(np.repeat(starts[rows], counts) + within), torch.from_numpy(owner)

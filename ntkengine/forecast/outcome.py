@@ -1,0 +1,79 @@
+"""One training run's forecast as figures with intervals.
+
+Three errors are told apart and added as independent:
+* sampling: the eval examples are a draw; standard error of the mean over them;
+* chance: the start of the adapters and the order of batches; standard deviation over repeats;
+* model: what a first-order forecast leaves out. It grows with how far outputs move: `MODEL` times the root mean square
+  movement of the eval outputs, a share measured once on real runs (bench/experiments/calibration.py), not derived.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ntkengine.forecast.scores import Z90
+
+# Of the eval loss, for each unit of root mean square movement of outputs; for accuracy, likewise.
+MODEL_LOSS, MODEL_ACCURACY = 0.1, 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run is forecast to reach; intervals are (value, low, high) at 90 %.
+
+    Attributes:
+        train_loss: mean over training examples.
+        eval_loss: mean over eval examples, for another draw of as many of them; None without eval examples.
+        eval_accuracy: likewise.
+        sampling: standard error of the eval loss over eval examples.
+        chance: its standard deviation between runs that differ in their seeds; 0 with one repeat.
+        model: the share that a first-order forecast leaves out.
+    """
+
+    train_loss: float
+    eval_loss: tuple[float, float, float] | None
+    eval_accuracy: tuple[float, float, float] | None
+    sampling: float
+    chance: float
+    model: float
+
+
+def outcome(
+    train_losses: np.ndarray, eval_losses: np.ndarray | None, eval_correct: np.ndarray | None, movement: float
+) -> Outcome:
+    """Return the outcome of R repeats.
+
+    Args:
+        train_losses: (R, N).
+        eval_losses: (R, M) or None.
+        eval_correct: (R, M) bool or None.
+        movement: root mean square of f_t − f_0 over the eval outputs.
+    """
+    train = float(train_losses.mean())
+    if eval_losses is None or eval_correct is None:
+        return Outcome(train, None, None, 0.0, 0.0, 0.0)
+    sampling, chance = _errors(eval_losses)
+    model = MODEL_LOSS * movement
+    half = Z90 * float(np.sqrt(2 * sampling**2 + chance**2 + model**2))  # twice: the eval draw and the one to come
+    loss = float(eval_losses.mean())
+    of_hits, chance_of_hits = _errors(eval_correct.astype(np.float64))
+    share = float(eval_correct.mean())
+    width = Z90 * float(np.sqrt(2 * of_hits**2 + chance_of_hits**2 + (MODEL_ACCURACY * movement) ** 2))
+    return Outcome(
+        train_loss=train,
+        eval_loss=(loss, max(0.0, loss - half), loss + half),
+        eval_accuracy=(share, max(0.0, share - width), min(1.0, share + width)),
+        sampling=sampling,
+        chance=chance,
+        model=model,
+    )
+
+
+def _errors(values: np.ndarray) -> tuple[float, float]:
+    """Return (standard error over examples, standard deviation over repeats) of the mean of (R, M)."""
+    R, M = values.shape
+    over_examples = values.mean(axis=0)
+    sampling = float(over_examples.std(ddof=1) / np.sqrt(M)) if M > 1 else float("inf")
+    return sampling, float(values.mean(axis=1).std(ddof=1)) if R > 1 else 0.0

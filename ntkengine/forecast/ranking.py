@@ -1,0 +1,118 @@
+"""The ranking of subsets of modules, as users hold it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ntkengine.forecast.outcome import Outcome
+from ntkengine.recipe import Recipe
+from ntkengine.spectrum import ConditionNumber
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One subset.
+
+    Attributes:
+        name: of the subset.
+        modules: what it adapts.
+        parameters: trained.
+        outcome: its forecast.
+        condition: of its expected LoRA kernel on the training examples; None without a per-module Gram.
+        trace: of it, or None.
+        alignment: centred kernel-target alignment, or None.
+        weyl: bounds from its modules alone (Σ λ_min(K_l) ≤ λ_min, λ_max ≤ Σ λ_max(K_l)), or None.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    parameters: int
+    outcome: Outcome
+    condition: ConditionNumber | None = None
+    trace: float | None = None
+    alignment: float | None = None
+    weyl: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Subsets by forecast eval loss, the lowest first.
+
+    Attributes:
+        choices: the subsets.
+        rank: r.
+        alpha: α.
+        recipe: the training they are forecast for.
+        assumptions: what the figures rest on.
+    """
+
+    choices: list[Choice]
+    rank: int
+    alpha: float
+    recipe: Recipe
+    assumptions: list[str]
+
+    def peft(self, which: int = 0) -> dict[str, Any]:
+        """Return the fields of the `peft.LoraConfig` of a choice.
+
+        Args:
+            which: its place; 0 is the best.
+        """
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": list(self.choices[which].modules),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        choices = []
+        for c in self.choices:
+            kernel = None if c.condition is None else {"condition": str(c.condition), "trace": c.trace}
+            if kernel is not None:
+                kernel |= {"alignment": c.alignment, "weyl_lambda_min": None, "weyl_lambda_max": None}
+                if c.weyl is not None:
+                    kernel |= {"weyl_lambda_min": c.weyl[0], "weyl_lambda_max": c.weyl[1]}
+            one = {"name": c.name, "modules": list(c.modules), "parameters": c.parameters}
+            choices.append({**one, **asdict(c.outcome), "kernel": kernel})
+        return {
+            "choices": choices,
+            "peft": self.peft(),
+            "recipe": asdict(self.recipe),
+            "assumptions": self.assumptions,
+        }
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return rows for printing, the first naming the columns."""
+        rows: list[tuple[str, ...]] = [
+            (
+                "modules",
+                "parameters",
+                "eval loss (90 %)",
+                "accuracy (90 %)",
+                "train loss",
+                "cond. number",
+                "cond. number bound",
+            )
+        ]
+        for c in self.choices:
+            o = c.outcome
+            bound = "" if c.weyl is None else "∞" if c.weyl[0] <= 0 else f"≤ {c.weyl[1] / c.weyl[0]:.3g}"
+            rows.append(
+                (
+                    c.name,
+                    f"{c.parameters:,}",
+                    _span(o.eval_loss),
+                    _span(o.eval_accuracy),
+                    f"{o.train_loss:.4g}",
+                    "" if c.condition is None else str(c.condition),
+                    bound,
+                )
+            )
+        return rows
+
+
+def _span(value: tuple[float, float, float] | None) -> str:
+    return "" if value is None else f"{value[0]:.4g} ({value[1]:.4g} to {value[2]:.4g})"

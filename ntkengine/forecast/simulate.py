@@ -1,0 +1,186 @@
+"""Training step by step in the tangent space: a recipe run on Gram matrices instead of on the model.
+
+With the model linear in θ around its start, every gradient is J ᵀu for some u (N, C), so are θ_t − θ_0, momentum and
+proximal gradients, and all that a step needs are products with the modules' Grams:
+    f_t = f0 + Σ_l K_l A_l,   θ_t − θ_0 = ⊕_l J_lᵀ A_l.
+SGD, with or without momentum, proximal terms and any batches, is exact: what comes out is the linearised model trained
+on those batches. Adam divides every entry of a gradient by its own second moment, which Grams do not tell apart; here
+each module has one, ‖g_l‖²/P_l, its mean over the module's entries.
+
+Shapes: N train and M eval examples, C outputs, L modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ntkengine.errors import InputError, NonFinite
+from ntkengine.forecast.outcome import Outcome, outcome
+from ntkengine.losses import as_targets, correct, losses, slopes
+from ntkengine.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Where a recipe takes the linearised model.
+
+    Attributes:
+        recipe: the recipe.
+        outputs: (N, C) float64, f after it.
+        eval_outputs: (M, C), or None.
+        train_losses: (N,) loss of each example after it.
+        eval_losses: (M,), or None.
+        eval_correct: (M,) bool, or None.
+        batch_losses: (steps,) loss of each step's batch before the step.
+        displacement: ‖θ_t − θ_0‖.
+        movement: root mean square of f_t − f_0 over the eval outputs; over the training ones without eval.
+    """
+
+    recipe: Recipe
+    outputs: np.ndarray
+    eval_outputs: np.ndarray | None
+    train_losses: np.ndarray
+    eval_losses: np.ndarray | None
+    eval_correct: np.ndarray | None
+    batch_losses: np.ndarray
+    displacement: float
+    movement: float
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the run is forecast to reach, with intervals."""
+        held = None if self.eval_losses is None else self.eval_losses[None]
+        hits = None if self.eval_correct is None else self.eval_correct[None]
+        return outcome(self.train_losses[None], held, hits, self.movement)
+
+
+def simulate(
+    grams: Sequence[np.ndarray],
+    targets: Any,
+    recipe: Recipe | dict[str, Any],
+    *,
+    offset: np.ndarray,
+    sizes: Sequence[int] | None = None,
+    crosses: Sequence[np.ndarray] | None = None,
+    eval_targets: Any = None,
+    eval_offset: np.ndarray | None = None,
+) -> Simulation:
+    """Run a recipe on the Grams of a model's modules.
+
+    Args:
+        grams: L matrices, (N, N), one kernel for every output; or (N·C, N·C), row n·C + c. One for all parameters will
+            do for SGD.
+        targets: as for `fine_tune`.
+        recipe: the recipe, or a mapping of its fields.
+        offset: (N, C), f0.
+        sizes: P_l, parameters of each module; needed for Adam.
+        crosses: eval × train counterparts of `grams`.
+        eval_targets: of the eval examples.
+        eval_offset: (M, C), f0 there.
+
+    Raises:
+        InputError: shapes that do not fit.
+        NonFinite: the run diverges.
+
+    Cost: 2·L·(batch + N)·N·C flops a step (times C for the larger matrices), 2·L·M·N·C at the end.
+    """
+    recipe = Recipe.of(recipe)
+    f0 = np.asarray(offset, dtype=np.float64)
+    N, C = f0.shape
+    K = [_checked("grams", G, N, N, C) for G in grams]
+    if recipe.optimizer == "adam" and (sizes is None or len(sizes) != len(K)):
+        raise InputError(f"sizes: expected the parameters of each of {len(K)} modules for Adam, got {sizes!r}")
+    if not K:
+        raise InputError("grams: expected at least one matrix, got none")
+    P = np.asarray(sizes if recipe.optimizer == "adam" else np.ones(len(K)), dtype=np.float64)
+    if recipe.optimizer == "sgd":
+        K = [np.add.reduce(K)]
+    y = as_targets("targets", targets, recipe.loss, N, C)
+    run = _Run(K, P, recipe, f0)
+    history = []
+    for step, rows in enumerate(recipe.batches(N)):
+        f = torch.from_numpy(run.outputs[rows])
+        yb = y[torch.from_numpy(rows)]
+        history.append(float(losses(f, yb, recipe.loss).mean()))
+        if not np.isfinite(history[-1]):
+            raise NonFinite(f"simulate: the loss is not finite at step {step}; a lower learning rate may help")
+        u = np.zeros((N, C))
+        u[rows] = slopes(f, yb, recipe.loss).numpy() / len(rows)
+        run.step(u, step, recipe.rate(step, N))
+    after = None
+    if crosses is not None and eval_offset is not None:
+        X = [_checked("crosses", G, len(eval_offset), N, C) for G in crosses]
+        after = np.asarray(eval_offset, dtype=np.float64) + run.image([np.add.reduce(X)] if len(K) == 1 else X)
+    y_eval = None
+    if eval_targets is not None and after is not None:
+        y_eval = as_targets("eval_targets", eval_targets, recipe.loss, len(after), C)
+    scored = None if after is None or y_eval is None else torch.from_numpy(after)
+    start = f0 if after is None or eval_offset is None else np.asarray(eval_offset, dtype=np.float64)
+    return Simulation(
+        recipe=recipe,
+        outputs=run.outputs,
+        eval_outputs=after,
+        train_losses=losses(torch.from_numpy(run.outputs), y, recipe.loss).numpy(),
+        eval_losses=None if scored is None or y_eval is None else losses(scored, y_eval, recipe.loss).numpy(),
+        eval_correct=None if scored is None or y_eval is None else correct(scored, y_eval).numpy(),
+        batch_losses=np.array(history),
+        displacement=float(np.sqrt(max(0.0, sum(float((a * b).sum()) for a, b in zip(run.A, run.KA, strict=True))))),
+        movement=float(np.sqrt(np.mean(((run.outputs if after is None else after) - start) ** 2))),
+    )
+
+
+class _Run:
+    """The state of a run: A_l, so that θ − θ_0 = ⊕ J_lᵀ A_l, and the optimiser's, all in the span of the gradients."""
+
+    def __init__(self, K: list[np.ndarray], sizes: np.ndarray, recipe: Recipe, f0: np.ndarray) -> None:
+        self.K, self.sizes, self.recipe, self.f0 = K, sizes, recipe, f0
+        self.outputs = f0.copy()
+        self.A = [np.zeros_like(f0) for _ in K]
+        self.KA = [np.zeros_like(f0) for _ in K]
+        self._first = [np.zeros_like(f0) for _ in K]  # momentum
+        self._second = np.zeros(len(K))
+
+    def image(self, crosses: list[np.ndarray]) -> np.ndarray:
+        """Return Σ_l X_l A_l, (M, C)."""
+        return np.add.reduce([_times(X, A) for X, A in zip(crosses, self.A, strict=True)])
+
+    def step(self, u: np.ndarray, step: int, rate: float) -> None:
+        """Move by one step along −Jᵀu, the gradient of the batch's loss."""
+        r = self.recipe
+        proximal = r.proximal if r.pulls([u] * len(self.K), self.KA) else 0.0
+        for i, K in enumerate(self.K):
+            g = u + proximal * self.A[i]
+            if r.optimizer == "sgd":
+                self._first[i] = r.momentum * self._first[i] + g
+                move = self._first[i]
+            else:
+                b1, b2 = r.betas
+                self._first[i] = b1 * self._first[i] + (1 - b1) * g
+                Kg = _times(K, u) + proximal * self.KA[i]
+                square = max(0.0, float((g * Kg).sum())) / self.sizes[i]
+                self._second[i] = b2 * self._second[i] + (1 - b2) * square
+                scale = np.sqrt(self._second[i] / (1 - b2 ** (step + 1))) + r.eps
+                move = self._first[i] / (1 - b1 ** (step + 1)) / scale
+            self.A[i] -= rate * move
+            self.KA[i] = _times(K, self.A[i])
+        self.outputs = self.f0 + np.add.reduce(self.KA)
+
+
+def _times(K: np.ndarray, U: np.ndarray) -> np.ndarray:
+    """Return K U for U (N, C): each output by itself, or all of them coupled."""
+    if K.shape[1] == len(U):
+        return K @ U
+    return (K @ U.reshape(-1)).reshape(-1, U.shape[1])
+
+
+def _checked(name: str, K: Any, rows: int, columns: int, outputs: int) -> np.ndarray:
+    array = np.asarray(K, dtype=np.float64)
+    wide = (rows * outputs, columns * outputs)
+    if array.shape not in ((rows, columns), wide):
+        raise InputError(f"{name}: expected shape {(rows, columns)} or {wide}, got {array.shape}")
+    return array

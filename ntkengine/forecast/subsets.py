@@ -1,0 +1,221 @@
+"""Which modules to adapt: every candidate subset's training is forecast, and its kernel described.
+
+A subset's kernel is a sum, K_S = Σ_{l∈S} K_l, so one per-module Gram serves all of the 2^L. For LoRA of rank r at its
+usual start (B = 0, A uniform with variance 1/(3 d_in)) each K_l enters with the factor its expectation over A has,
+(α/r)²·r/(3 d_in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkengine.errors import InputError
+from ntkengine.forecast.candidates import grouped, kind_of, layer_of, named_subsets
+from ntkengine.forecast.crossed import rehearse_folds
+from ntkengine.forecast.lora import rehearse
+from ntkengine.forecast.outcome import Outcome
+from ntkengine.forecast.ranking import Choice, Ranking
+from ntkengine.forecast.scores import centred_alignment
+from ntkengine.forecast.simulate import simulate
+from ntkengine.recipe import Recipe
+from ntkengine.spectrum import condition_from_eigenvalues
+
+if TYPE_CHECKING:
+    from ntkengine.gram.linear import TangentFactors
+
+
+def rank_subsets(
+    gram: Any,
+    targets: Any,
+    subsets: str | Mapping[str, Iterable[str]] = "single",
+    *,
+    recipe: Recipe | dict[str, Any],
+    factors: TangentFactors | Sequence[TangentFactors] | None = None,
+    fold: np.ndarray | None = None,
+    rank: int = 8,
+    alpha: float | None = None,
+    eval_targets: Any = None,
+    repeats: int = 3,
+    size: int | None = None,
+    seed: int = 0,
+) -> Ranking:
+    """Rank subsets of a model's linear maps for LoRA, by the eval loss their training is forecast to reach.
+
+    With `factors` every subset's adapters are rehearsed (`rehearse`); without, the recipe is simulated on the
+    expected LoRA kernels (`simulate`), which leaves out A's part and tells Adam's entries apart by module only.
+
+    Args:
+        gram: a Gram with `per_module` over full weights and with eval examples; or None with `factors`: then the
+            kernels' figures are left out.
+        targets: of the training examples, as for `fine_tune`.
+        subsets: "single" (every map), "layers", "types", "greedy" (adds to the best subset the layer × type group that
+            lowers the forecast eval loss most, until none does), "all" (every union of layers or of types), or named
+            lists of module names or globs.
+        recipe: of the training to forecast, or a mapping of its fields.
+        factors: of `tangent_factors`, with the eval examples; or, with `fold`, one for each fold as `rehearse_folds`
+            takes them, and no eval examples are needed.
+        fold: (N,), the fold of each example.
+        rank: r.
+        alpha: α; default 2r.
+        eval_targets: of the eval examples; default the Gram's. They should be none of the test's.
+        repeats: rehearsals of each subset that differ in their seeds.
+        size: at most so many groups in a greedy subset.
+        seed: of the rehearsals.
+
+    Raises:
+        InputError: no eval examples, names that match nothing, too many subsets.
+
+    Cost: a rehearsal or simulation a subset; 9 N³ flops more for its eigenvalues with a Gram.
+    """
+    judge = _Judge(gram, targets, Recipe.of(recipe), factors, fold, rank, alpha, eval_targets, repeats, seed)
+    if subsets == "greedy":
+        found = _greedy(judge, size)
+    else:
+        found = [judge.choice(name, modules) for name, modules in named_subsets(subsets, judge.names).items()]
+    found.sort(key=lambda c: c.outcome.eval_loss or (np.inf,))
+    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions)
+
+
+class _Judge:
+    """Forecasts a subset; remembers those it has done."""
+
+    def __init__(
+        self,
+        gram: Any,
+        targets: Any,
+        recipe: Recipe,
+        factors: TangentFactors | Sequence[TangentFactors] | None,
+        fold: np.ndarray | None,
+        rank: int,
+        alpha: float | None,
+        eval_targets: Any,
+        repeats: int,
+        seed: int,
+    ) -> None:
+        modules = dict(getattr(gram, "modules", None) or {})
+        if gram is None and factors is None:
+            raise InputError("gram: expected a Gram with per_module, or factors, got neither")
+        if gram is not None and not modules:
+            raise InputError("gram: expected one computed with per_module=True, got one without modules")
+        self.gram, self.recipe, self.factors, self.rank = gram, recipe, factors, rank
+        self.alpha = 2.0 * rank if alpha is None else float(alpha)
+        self.targets, self.fold, self.repeats, self.seed = targets, fold, repeats, seed
+        self.eval_targets = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
+        if self.eval_targets is None and fold is None:
+            raise InputError("eval_targets: expected held-out examples to rank by, got none")
+        self.shapes = _shapes(gram, factors[0] if isinstance(factors, Sequence) else factors)
+        self.names = [n for n in (modules or self.shapes) if n in self.shapes]
+        if not self.names:
+            raise InputError(
+                "gram: expected linear maps among its modules, got none; compute it with params='*.weight'"
+            )
+        self._done: dict[tuple[str, ...], Choice] = {}
+        self._kernels: dict[str, np.ndarray] = {}
+        self._ends: dict[str, tuple[float, float]] = {}
+        way = (
+            "trained on the network's first order in its weights"
+            if factors is not None
+            else ("simulated on expected LoRA kernels: A's part is left out, and Adam has one second moment a module")
+        )
+        self.assumptions = [
+            f"LoRA of rank {rank}, α = {self.alpha:g}, {way}.",
+            "Intervals add the draw of eval examples, seeds, and a share for what the first order leaves out, measured "
+            "on real runs, not derived.",
+        ]
+        if fold is not None:
+            self.assumptions.append("Every example is scored out of its fold: neither head nor adapters saw it.")
+
+    def choice(self, name: str, modules: tuple[str, ...]) -> Choice:
+        """Return a subset's forecast."""
+        if modules not in self._done:
+            outcome = self._rehearsed(modules) if self.factors is not None else self._simulated(modules)
+            count = self.rank * sum(sum(self.shapes[m]) for m in modules)
+            self._done[modules] = Choice(name, modules, count, outcome, **self._described(modules))
+        done = self._done[modules]
+        return Choice(name, *(getattr(done, f) for f in list(Choice.__dataclass_fields__)[1:]))
+
+    def _rehearsed(self, modules: tuple[str, ...]) -> Outcome:
+        assert self.factors is not None
+        options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "repeats": self.repeats, "seed": self.seed}
+        if self.fold is not None and isinstance(self.factors, Sequence):
+            return rehearse_folds(self.factors, self.fold, self.targets, self.recipe, modules, **options).outcome
+        if isinstance(self.factors, Sequence):
+            raise InputError("fold: expected the fold of each example, as factors are given by fold, got none")
+        return rehearse(
+            self.factors, self.targets, self.recipe, modules, eval_targets=self.eval_targets, **options
+        ).outcome
+
+    def _simulated(self, modules: tuple[str, ...]) -> Outcome:
+        crosses = getattr(self.gram, "cross_modules", None) or {}
+        if any(m not in crosses for m in modules):
+            raise InputError("gram: expected one with eval examples, so that it has cross Grams by module")
+        return simulate(
+            [self._kernel(m) for m in modules],
+            self.targets,
+            self.recipe,
+            offset=self.gram.outputs,
+            sizes=[self.rank * self.shapes[m][0] for m in modules],
+            crosses=[np.asarray(crosses[m]) * self._factor(m) for m in modules],
+            eval_targets=self.eval_targets,
+            eval_offset=self.gram.eval_outputs,
+        ).outcome
+
+    def _factor(self, module: str) -> float:
+        """Return what a full kernel is multiplied by: its expected LoRA kernel; a trace kernel stands for C outputs."""
+        outputs = self.gram.outputs.shape[1] if self.gram.contraction == "trace" else 1
+        return (self.alpha / self.rank) ** 2 * self.rank / (3.0 * self.shapes[module][1]) / outputs
+
+    def _kernel(self, module: str) -> np.ndarray:
+        if module not in self._kernels:
+            self._kernels[module] = np.asarray(self.gram.modules[module], dtype=np.float64) * self._factor(module)
+        return self._kernels[module]
+
+    def _described(self, modules: tuple[str, ...]) -> dict[str, Any]:
+        if self.gram is None:
+            return {}
+        K = np.add.reduce([self._kernel(m) for m in modules])
+        values = np.linalg.eigvalsh(K)[::-1]
+        noise = float(self.gram.noise) * max(self._factor(m) for m in modules)
+        for m in modules:
+            if m not in self._ends:
+                own = np.linalg.eigvalsh(self._kernel(m))
+                self._ends[m] = float(own[0]), float(own[-1])
+        y = np.asarray(self.targets, dtype=np.float64)
+        y = y[:, None] if y.ndim == 1 else y
+        return {
+            "condition": condition_from_eigenvalues(values, noise),
+            "trace": float(values.sum()),
+            "alignment": centred_alignment(K, y) if len(K) == len(y) else None,
+            "weyl": (sum(self._ends[m][0] for m in modules), sum(self._ends[m][1] for m in modules)),
+        }
+
+
+def _shapes(gram: Any, factors: TangentFactors | None) -> dict[str, tuple[int, int]]:
+    """Return (d_out, d_in) of every linear map."""
+    if factors is not None:
+        return {n: (m.gradients.shape[2], m.inputs.shape[1]) for n, m in factors.maps.items()}
+    plan = getattr(gram, "plan", None)
+    rows = [] if plan is None else plan.parameters
+    return {r.module: (r.rows, r.columns) for r in rows if r.path == "outer" and min(r.rows, r.columns) > 1}
+
+
+def _greedy(judge: _Judge, size: int | None) -> list[Choice]:
+    """Return the subsets met on the way from nothing: at each step the group that lowers the forecast most."""
+    groups = grouped(judge.names, lambda n: f"{layer_of(n)} {kind_of(n)}")
+    chosen: list[str] = []
+    kept: list[Choice] = []
+    while len(chosen) < (size or len(groups)):
+        tried = []
+        for label in groups:
+            if label not in chosen:
+                wanted = {n for g in [*chosen, label] for n in groups[g]}
+                tried.append((label, judge.choice(" + ".join([*chosen, label]), tuple(sorted(wanted)))))
+        label, best = min(tried, key=lambda item: item[1].outcome.eval_loss or (np.inf,))
+        if kept and not (best.outcome.eval_loss or (np.inf,))[0] < (kept[-1].outcome.eval_loss or (np.inf,))[0]:
+            break
+        chosen.append(label)
+        kept.append(best)
+    return kept

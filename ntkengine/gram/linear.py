@@ -1,0 +1,140 @@
+"""Every example's gradient of linear maps, kept as factors: what adapters of these maps see of the network.
+
+To first order in a change ΔW of a map's weight, f(x) moves by Σ_t δ_tᵀ ΔW a_t, with the map's inputs a_t and output
+gradients δ_t on the tokens of x. The factors take tokens·(d_in + C·d_out) numbers a map, whatever is adapted and
+however often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+from ntkengine.gram.planning import planned
+from ntkengine.gram.task import Task
+from ntkengine.inputs.parameters import module_of
+from ntkengine.inputs.readout import ReadoutFunction
+from ntkengine.inputs.running import evaluation
+from ntkengine.tangents.factors import Outer, ParameterFactors
+from ntkengine.tangents.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class LinearFactors:
+    """One map's inputs and output gradients, tokens of all examples one after the other, in the examples' order.
+
+    Tokens on which no output depends are left out.
+
+    Attributes:
+        inputs: (Z, d_in).
+        gradients: (Z, C, d_out).
+        starts: (examples + 1,) int64: example i has tokens [starts[i], starts[i + 1]).
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class TangentFactors:
+    """The factors of a model's linear maps on train and eval examples, one after the other.
+
+    Attributes:
+        maps: by module name.
+        outputs: (N + M, C) float64, f at the start.
+        train: N.
+    """
+
+    maps: dict[str, LinearFactors]
+    outputs: np.ndarray
+    train: int
+
+    @property
+    def nbytes(self) -> int:
+        """What they take."""
+        return sum(m.inputs.nbytes + m.gradients.nbytes for m in self.maps.values())
+
+
+def tangent_factors(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    eval_inputs: Mapping[str, Tensor] | None = None,
+    *,
+    params: str | Iterable[str] = "all",
+    readout: str | ReadoutFunction = "logits",
+    memory_gib: float | None = None,
+    seed: int = 0,
+) -> TangentFactors:
+    """Return the factors of the linear maps among the selected parameters.
+
+    Args:
+        model: as for `compute_gram`; before any adapter is put on.
+        inputs: N train examples.
+        eval_inputs: M further ones.
+        params: which weights; those that are no plain linear map's (norms, biases, embeddings, shared weights) are
+            left out.
+        readout: as for `compute_gram`.
+        memory_gib: bound on what is returned.
+        seed: of the probe.
+
+    Raises:
+        InputError: nothing selected is a linear map, or the factors would not fit `memory_gib`.
+        CheckFailed: a gradient that plain autograd does not reproduce.
+
+    Cost: one sweep: two forward passes, C backward passes; tokens·(d_in + C·d_out) numbers a map.
+    """
+    task = Task.prepare(model, inputs, None, eval_inputs, readout, params, "full", "sgd", "high")
+    limit = None if memory_gib is None else memory_gib * 2**30
+    maps: dict[str, LinearFactors] = {}
+    held = 0
+    with ExitStack() as running:
+        running.enter_context(evaluation(task.model))
+        structure, _, layout, samples, _ = planned(task, "high", False, None, seed)
+        sweep = Sweep(task.model, task.selected, structure, samples, task.readout, hidden=layout.hidden)
+        order = np.concatenate([c.rows + samples.span(c.group)[0] for c in samples.chunks])
+        for _, found in sweep.segments():
+            while found:
+                factors = found.pop()
+                if factors.kind != "outer":
+                    continue
+                kept = _flat(factors, order)
+                held += kept.inputs.nbytes + kept.gradients.nbytes
+                if limit is not None and held > limit:
+                    raise InputError(
+                        f"memory_gib: expected room for the factors of every map, {memory_gib} GiB are full after "
+                        f"{len(maps)} of them; take fewer examples or maps"
+                    )
+                maps[module_of(factors.name)] = kept
+        outputs = np.empty_like(sweep.outputs)
+        outputs[order] = sweep.outputs
+    if not maps:
+        raise InputError("params: expected weights of linear maps among them, got none")
+    names = [module_of(name) for name in task.selected]
+    return TangentFactors({n: maps[n] for n in names if n in maps}, outputs, samples.sizes[0])
+
+
+def _flat(factors: ParameterFactors, order: np.ndarray) -> LinearFactors:
+    """Return a parameter's factors token by token; `order`: the example at each position of the sweep."""
+    a, d, owner = [], [], []
+    first = 0
+    for size, uses in zip(factors.sizes, factors.chunks, strict=True):
+        for use in uses:
+            assert isinstance(use, Outer)
+            gradients = use.d.transpose(1, 2)  # (n, T, C, R)
+            used = gradients.flatten(2).any(2)
+            a.append(use.a[used])
+            d.append(gradients[used])
+            where = torch.from_numpy(order[first : first + size]).to(used.device)
+            owner.append(where[:, None].expand(used.shape)[used])
+        first += size
+    owners = torch.cat(owner)
+    sort = torch.argsort(owners, stable=True)
+    starts = np.searchsorted(owners[sort].cpu().numpy(), np.arange(len(order) + 1))
+    return LinearFactors(torch.cat(a)[sort], torch.cat(d)[sort].contiguous(), starts)

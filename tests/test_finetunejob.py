@@ -1,0 +1,160 @@
+"""`ntkengine finetune`: a job file's [finetune], what flags lay over it, and what is written."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import ntkengine as ntk
+from ntkengine import cli
+from ntkengine.errors import InputError
+from ntkengine.finetunejob import run_finetune
+from ntkengine.jobfile import make_job, read_job
+from tests.tiny import save_tiny, tiny_sentences
+
+JOB = """
+[model]
+path = "model"
+[model.peft]
+peft_type = "LORA"
+r = 2
+target_modules = ["query", "value"]
+[data]
+train = "train.tsv"
+eval = "dev.tsv"
+text = "sentence"
+[head]
+fit = {fit}
+[gram]
+readout = "{readout}"
+[finetune]
+learning_rate = 1e-2
+epochs = 3
+batch_size = 4
+betas = [0.8, 0.9]
+linear = true
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_tiny(tmp_path / "model", kind="bert")
+    for name, n, seed in (("train.tsv", 14, 0), ("dev.tsv", 6, 1)):
+        rows = [f"{text}\t{('bad', 'good')[i % 2]}" for i, text in enumerate(tiny_sentences(n, seed))]
+        (tmp_path / name).write_text("sentence\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    (tmp_path / "job.toml").write_text(JOB.format(fit="false", readout="margin"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return stop.value.code, shown.out, shown.err
+
+    return call
+
+
+def test_job_is_the_call(folder):
+    job = read_job(folder / "job.toml")
+    found = run_finetune(job)
+    model = ntk.load_model(folder / "model", peft=job.model.peft)
+    parts = [ntk.read_examples(folder / n, text="sentence") for n in ("train.tsv", "dev.tsv")]
+    inputs, eval_inputs = (ntk.tokenize(p, model) for p in parts)
+    y, eval_y = (ntk.encode_targets(p.labels, "margin", 2) for p in parts)
+    wanted = ntk.fine_tune(
+        model, inputs, y, job.finetune.recipe(), readout="margin", eval_inputs=eval_inputs, eval_targets=eval_y,
+        linear=True,
+    )  # fmt: skip
+    assert found.history == wanted.history
+    assert np.array_equal(found.outputs, wanted.outputs)
+    assert (found.recipe.betas, found.recipe.epochs, len(found.history)) == ((0.8, 0.9), 3, 4)
+
+
+def test_command_prints_and_writes_the_history(folder, run):
+    code, out, err = run(
+        "finetune", folder / "job.toml", "--epochs", 2, "--optimizer", "sgd", "--proximal", 0.5, "--learning-rate",
+        "0.02", "--history", folder / "h.jsonl",
+    )  # fmt: skip
+    assert (code, "error" in err) == (0, False)
+    lines = [json.loads(line) for line in (folder / "h.jsonl").read_text().splitlines()]
+    recipe = lines[0]["recipe"]
+    assert [recipe[k] for k in ("epochs", "optimizer", "proximal", "learning_rate", "batch_size")] == [
+        2, "sgd", 0.5, 0.02, 4,
+    ]  # fmt: skip
+    assert [line["step"] for line in lines[1:]] == [0, 4, 8]
+    assert len(lines[0]["batch_losses"]) == 8
+    for word in ("Fine-tuning", "train loss", "eval loss", "KL", f"{lines[-1]['gap']:.4g}"):
+        assert word in out
+    code, out, err = run("finetune", folder / "job.toml", "--no-linear", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["history"][-1]["linear_train_loss"] is None
+    assert told["recipe"]["epochs"] == 3
+
+
+@pytest.mark.parametrize("fit", ["false", "true"])
+def test_saved_adapter_gives_the_outputs_training_ended_with(folder, run, fit):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    (folder / "job.toml").write_text(JOB.format(fit=fit, readout="logits"))
+    code, out, _ = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json")
+    assert code == 0
+    base = json.loads((folder / "tuned/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(folder / "tuned/base" if fit == "true" else folder / "model")
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder / "tuned").eval()
+    loaded = ntk.load_model(folder / "model")
+    inputs = ntk.tokenize(ntk.read_examples(folder / "train.tsv", text="sentence"), loaded)
+    with torch.no_grad():
+        f = model(**inputs).logits.double().numpy()
+    assert np.allclose(f, json.loads(out)["outputs"], atol=1e-5)
+    assert sorted(p.name for p in folder.iterdir()) == ["dev.tsv", "job.toml", "model", "train.tsv", "tuned"]
+
+
+def test_saved_model_is_whole(folder, run):
+    flags = ["--model", folder / "model", "--data", folder / "train.tsv", "--text-column", "sentence", "--loss",
+             "cross-entropy", "--learning-rate", "1e-2", "--save", folder / "tuned", "--json"]  # fmt: skip
+    code, out, _ = run("finetune", *flags)
+    assert code == 0
+    model = ntk.load_model(folder / "tuned")
+    inputs = ntk.tokenize(ntk.read_examples(folder / "train.tsv", text="sentence"), model)
+    with torch.no_grad():
+        assert np.allclose(model(**inputs).logits.double(), json.loads(out)["outputs"], atol=1e-5)
+    code, out, err = run("finetune", *flags)
+    assert (code, out) == (2, "")
+    assert "tuned: is there already" in err
+
+
+def test_diverging_training_writes_nothing(folder, run):
+    where = folder / "h.jsonl", folder / "tuned"
+    code, _, err = run("finetune", folder / "job.toml", "--learning-rate", "1e30", "--optimizer", "sgd",
+                       "--history", where[0], "--save", where[1])  # fmt: skip
+    assert code == 1
+    assert "a lower learning rate may help" in err
+    assert not any(p.exists() for p in where)
+
+
+def test_bad_tables_are_named(folder):
+    base = {"model": {"path": "m"}, "data": {"train": "t.tsv"}}
+    for table, message in (
+        ({"rate": 1.0}, "finetune: unknown key 'rate'"),
+        ({}, "finetune: learning_rate: is missing"),
+        ({"learning_rate": 1.0, "betas": [0.9]}, "finetune: betas"),
+        ({"learning_rate": 1.0, "epochs": 1.5}, "finetune: epochs: expected a whole number, got 1.5"),
+        ({"learning_rate": 1.0, "optimizer": "lion"}, "finetune: optimizer: expected one of adam, sgd"),
+        (3, "finetune: expected a table"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_job(base | {"finetune": table})
+    with pytest.raises(InputError, match="finetune: is missing"):
+        run_finetune(make_job(base))
+    unlabelled = {"train": folder / "train.tsv", "text": "sentence", "label": ""}
+    job = {"model": {"path": str(folder / "model")}, "data": unlabelled, "finetune": {"learning_rate": 1.0}}
+    with pytest.raises(InputError, match="expected labelled examples"):
+        run_finetune(make_job(job))

@@ -1,0 +1,110 @@
+"""The ranking of module subsets, and the expected LoRA kernel it rests on."""
+
+from __future__ import annotations
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+import ntkengine as ntk
+from ntkengine.errors import InputError
+from ntkengine.forecast.simulate import simulate
+from ntkengine.forecast.subsets import rank_subsets
+from ntkengine.gram.linear import tangent_factors
+from ntkengine.recipe import Recipe
+from tests.brute import relative_error, tiny_inputs, tiny_model
+
+PARAMS = ["*query.weight", "*key.weight", "*intermediate.dense.weight"]
+RECIPE = Recipe(3e-3, epochs=3, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def job():
+    model = tiny_model("bert", 1)
+    inputs, held = tiny_inputs(model, list(range(3, 15)), 16), tiny_inputs(model, list(range(4, 12)), 16, seed=1)
+    rng = np.random.default_rng(0)
+    y, y_held = rng.choice([-1.0, 1.0], (12, 1)), rng.choice([-1.0, 1.0], (8, 1))
+    gram = ntk.compute_gram(model, inputs, eval_inputs=held, params=PARAMS, per_module=True, eval_targets=y_held)
+    return model, inputs, held, y, y_held, gram, tangent_factors(model, inputs, held, params=PARAMS)
+
+
+def test_expected_kernel_of_lora(job):
+    """The mean over starts of real LoRA Grams, at α/r = 2, is the full kernel times (α/r)² r / (3 d_in)."""
+    _, inputs, *_, gram, _ = job
+    name = next(iter(gram.modules))
+    total, draws, r = 0.0, 24, 8
+    for seed in range(draws):
+        base = tiny_model("bert", 1)
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=[name]))
+        total = total + np.asarray(ntk.compute_gram(adapted, inputs, check=False).values)
+    expected = 4.0 * r / (3.0 * 32) * np.asarray(gram.modules[name])
+    # Each draw projects 32 inputs to 8; the mean of 24 is off by about √(2/(24·8)) of an entry's own size.
+    assert relative_error(total / draws, expected)[0] < 0.1
+
+
+def test_by_gram_is_the_simulation(job):
+    *_, y, y_held, gram, _ = job
+    found = rank_subsets(gram, y, "types", recipe=RECIPE, eval_targets=y_held, rank=4)
+    assert [c.name for c in found.choices] != []
+    names = [n for n in gram.modules if n.endswith("query")]
+    factor = 4.0 * 4 / (3 * 32)
+    truth = simulate(
+        [np.asarray(gram.modules[n]) * factor for n in names], y, RECIPE, offset=gram.outputs, sizes=[4 * 32] * 3,
+        crosses=[np.asarray(gram.cross_modules[n]) * factor for n in names], eval_targets=y_held,
+        eval_offset=gram.eval_outputs,
+    )  # fmt: skip
+    choice = next(c for c in found.choices if c.name == "attention.self.query")
+    assert choice.outcome.eval_loss[0] == pytest.approx(truth.eval_losses.mean(), rel=1e-9)
+    values = np.linalg.eigvalsh(sum(np.asarray(gram.modules[n]) * factor for n in names))
+    assert choice.weyl[0] <= values[0] + 1e-9 * values[-1]
+    assert values[-1] <= choice.weyl[1] * (1 + 1e-9)
+    assert choice.trace == pytest.approx(values.sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "subsets", ["single", "layers", "types", "all", "greedy", {"first": ["*layer.0.*"], "all": "*"}]
+)
+def test_rankings(job, subsets):
+    *_, y, y_held, gram, factors = job
+    found = rank_subsets(gram, y, subsets, recipe=RECIPE, factors=factors, eval_targets=y_held, rank=2, repeats=1)
+    losses = [c.outcome.eval_loss[0] for c in found.choices]
+    assert losses == sorted(losses)
+    expected = {"single": 9, "layers": 3, "types": 3, "all": 49}
+    if isinstance(subsets, str) and subsets in expected:
+        assert len(found.choices) == expected[subsets]
+    rows = found.table()
+    assert len(rows) == len(found.choices) + 1
+    assert {len(row) for row in rows} == {7}
+    every = {c.name: c.outcome.eval_loss[0] for c in found.choices}
+    if subsets == "greedy":
+        singles = rank_subsets(None, y, "all", recipe=RECIPE, factors=factors, eval_targets=y_held, rank=2, repeats=1)
+        assert min(every.values()) <= max(c.outcome.eval_loss[0] for c in singles.choices)
+
+
+def test_the_best_is_a_lora_config(job):
+    *_, y, y_held, _, factors = job
+    found = rank_subsets(None, y, "layers", recipe=RECIPE, factors=factors, eval_targets=y_held, rank=2, repeats=1)
+    best = found.choices[0]
+    assert best.condition is None
+    adapted = peft.get_peft_model(tiny_model("bert", 1), peft.LoraConfig(**{**found.peft(), "lora_alpha": 4}))
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == best.parameters
+
+
+def test_what_cannot_be_ranked_is_refused(job):
+    model, inputs, _, y, y_held, gram, factors = job
+    with pytest.raises(InputError, match="expected a Gram with per_module, or factors"):
+        rank_subsets(None, y, recipe=RECIPE)
+    whole = ntk.compute_gram(model, inputs, params=PARAMS, check=False)
+    with pytest.raises(InputError, match="per_module=True"):
+        rank_subsets(whole, y, recipe=RECIPE)
+    with pytest.raises(InputError, match="eval_targets: expected held-out examples"):
+        rank_subsets(None, y, recipe=RECIPE, factors=factors)
+    with pytest.raises(InputError, match="subsets: expected single"):
+        rank_subsets(gram, y, "best", recipe=RECIPE)
+    with pytest.raises(InputError, match="matches no linear map"):
+        rank_subsets(gram, y, {"x": ["*nothing*"]}, recipe=RECIPE)
+    alone = ntk.compute_gram(model, inputs, params=PARAMS, per_module=True, check=False)
+    with pytest.raises(InputError, match="cross Grams by module"):
+        rank_subsets(alone, y, recipe=RECIPE, eval_targets=y_held)
