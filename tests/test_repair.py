@@ -44,8 +44,10 @@ def near(got, held):
         if wanted is not None:
             error = np.linalg.norm(getattr(got, name)[...] - wanted)
             assert error <= 3e-6 * np.linalg.norm(wanted), name
-    for name, wanted in held.modules.items():
-        assert np.linalg.norm(got.modules[name][...] - wanted) <= 3e-6 * np.linalg.norm(held.values)
+    for parts, wanted in ((got.modules, held.modules), (got.cross_modules, held.cross_modules)):
+        assert set(parts) == set(wanted)
+        for name, matrix in wanted.items():
+            assert np.linalg.norm(parts[name][...] - matrix) <= 3e-6 * np.linalg.norm(held.values)
 
 
 def test_a_mirror_image_repairs_to_the_last_bit(tmp_path):
@@ -84,7 +86,7 @@ def test_open_tiles_are_computed_from_their_samples(tmp_path, monkeypatch, setti
     if not settings.get("two") and held.contraction != "full":
         places += [("gram", *first, 1, 9), ("gram", *first, 9, 1)]  # both of a pair
     if held.modules:
-        places.append(("modules/1", 1, 2))
+        places += [("modules/1", 1, 2), ("crosses/1", 4, 2)]
     spoil(path, *places)
     assert store.repair_gram(path) == (0, len(places))
     assert not path.exists()

@@ -53,7 +53,7 @@ def assemble(sums: Sums | Spread, samples: Samples, plan: Plan, *, two: bool, ga
         gram.eval_outputs = outputs[1]
     elif len(samples.sizes) > 1:
         gram.cross, gram.eval_outputs = order(K, 1, 0), outputs[1]
-        gram.cross_modules = {name: order(sums.whole(name), 1, 0) for name in sums.parts}
+        gram.cross_modules = {name: order(whole(name), 1, 0) for name in sums.parts}
     return gram
 
 

@@ -59,6 +59,7 @@ def _write_shard(checkpoints: Checkpoints, path: Path, sums: Spread, samples: Sa
     matrices = {"gram": (TOTAL, 0)}
     matrices |= {"cross": (TOTAL, 1)} if len(samples.sizes) > 1 and columns == 0 else {}
     matrices |= {f"modules/{i}": (name, 0) for i, name in enumerate(sums.parts)}
+    matrices |= {f"crosses/{i}": (name, 1) for i, name in enumerate(sums.parts)} if "cross" in matrices else {}
     layered = sums.frame.contraction == "per-output"
     rows = {}
     with ExitStack() as writing:

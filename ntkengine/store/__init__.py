@@ -5,10 +5,11 @@ A Gram file, readable with plain h5py, HDFView or MATLAB (HDF5 1.10 format, whos
 /gram                 float64, (N, M), (N·C, M·C) or (C, N, M); chunks are tiles
 /cross                eval × train in the same layout, when there is an eval set
 /modules/<i>          per-module Grams, attribute `name`
+/crosses/<i>          their eval × train counterparts, with /cross
 /outputs /targets     (N, C) float64;   /eval_outputs /eval_targets  (M, C)
 /example_id           N strings;        /eval_id  M strings
 /tiles/crc32          checksum of each tile of /gram;   /tiles/done  its flag
-/tiles/<dataset>/...  the same of /cross and /modules/<i>
+/tiles/<dataset>/...  the same of /cross, /modules/<i> and /crosses/<i>
 /extras/<name>        further arrays
 /json/<name>          job (what defines the values), meta, plan; of a sharded file also shards
 Root attributes: schema, contraction, transform, precision, noise; sketch, its features, when there is one. Datasets
@@ -38,7 +39,7 @@ from ntkengine.store.overlay import overlay
 from ntkengine.store.placing import place, refuse_shards, tidy
 from ntkengine.store.reading import first_difference, open_gram, read_job
 from ntkengine.store.repair import differences, fill_tiles, open_damaged, repair_gram
-from ntkengine.store.schema import SCHEMA
+from ntkengine.store.schema import SCHEMA, is_cross
 from ntkengine.store.shards import Shard, link_shards, shard_path, writing_shard
 from ntkengine.store.tiles import TILE
 from ntkengine.store.writing import write_gram
@@ -56,6 +57,7 @@ __all__ = [
     "find_damage",
     "first_difference",
     "link_shards",
+    "is_cross",
     "load",
     "load_newest",
     "merge_gram",

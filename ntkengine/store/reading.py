@@ -34,7 +34,7 @@ class Modules(Mapping[str, Any]):
 
 
 def open_gram(path: str | Path) -> Gram:
-    """Return a Gram backed by its file, opened read-only: `values`, `cross` and `modules` stay on disk until indexed.
+    """Return a Gram backed by its file, opened read-only: its matrices stay on disk until indexed.
 
     Raises:
         InputError: no such file, not an HDF5 file, not one of this schema, tiles that are not done, or a shard that is
@@ -54,6 +54,7 @@ def open_gram(path: str | Path) -> Gram:
             transform=str(file.attrs["transform"]),
             noise=float(file.attrs["noise"]),
             modules=Modules(file["modules"]) if "modules" in file else {},
+            cross_modules=Modules(file["crosses"]) if "crosses" in file else {},
             plan=Plan.from_dict(plan) if plan else None,
             meta=read_json(file, "meta") | {"job": read_json(file, "job")} | _ids(file),
             extras={name: _extra(file, name) for name in file.get("extras", ())},

@@ -22,7 +22,7 @@ from ntkengine.store.disk import Latched, appearing
 from ntkengine.store.folder import parts_of, staged
 from ntkengine.store.schema import SHARD_SCHEMA, matrices, opened, read_json
 from ntkengine.store.tiles import tiles_name
-from ntkengine.store.writing import create_tiled, fill, write_facts, write_json
+from ntkengine.store.writing import create_tiled, fill, write_facts, write_json, write_names
 
 
 def shard_path(path: Path, rank: int, ranks: int) -> Path:
@@ -65,8 +65,8 @@ def writing_shard(
         path: of the whole.
         rank: whose rows.
         ranks: of how many.
-        tiled: by dataset name ("gram", "cross", "modules/<i>"): first row, shape and type of the rank's rows × all
-            columns; rows are on axis -2.
+        tiled: by dataset name (as `schema.matrices`): first row, shape and type of the rank's rows × all columns; rows
+            are on axis -2.
         job: what defines the values.
 
     Raises:
@@ -116,8 +116,7 @@ def link_shards(path: Path, ranks: int, gram: Gram, job: Mapping[str, Any], ids:
         for name, found in pieces.items():
             found.sort(key=lambda piece: piece[0])
             file.create_virtual_dataset(name, _layout(name, found), fillvalue=np.nan)
-        for i, module in enumerate(gram.modules):
-            file[f"modules/{i}"].attrs["name"] = module
+        write_names(file, gram)
 
 
 def check_shards(file: h5py.File, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ntkengine.gram.result import Gram
 from ntkengine.store.disk import Latched, appearing
-from ntkengine.store.schema import ARRAYS, SCHEMA
+from ntkengine.store.schema import ARRAYS, GROUPS, SCHEMA
 from ntkengine.store.tiles import checksum, checksum_of, slabs, tile_places, tile_shape, tiles_name
 
 
@@ -35,10 +35,17 @@ def write_gram(
         write_facts(file, raw, gram, job, ids)
         tiled: dict[str, Any] = {"gram": gram.values}
         tiled |= {} if gram.cross is None else {"cross": gram.cross}
-        tiled |= {f"modules/{i}": matrix for i, matrix in enumerate(gram.modules.values())}
+        for group, parts in zip(GROUPS, (gram.modules, gram.cross_modules), strict=True):
+            tiled |= {f"{group}/{i}": matrix for i, matrix in enumerate(parts.values())}
         write_tiled(file, raw, tiled)
-        for i, name in enumerate(gram.modules):
-            file[f"modules/{i}"].attrs["name"] = name
+        write_names(file, gram)
+
+
+def write_names(file: h5py.File, gram: Gram) -> None:
+    """Write which module each matrix of a module is of."""
+    for group, parts in zip(GROUPS, (gram.modules, gram.cross_modules), strict=True):
+        for i, name in enumerate(parts):
+            file[f"{group}/{i}"].attrs["name"] = name
 
 
 def write_facts(
