@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ntkengine.gram.result import Gram
     from ntkengine.inputs.examples import Examples
     from ntkengine.inputs.heads import HeadFit
+    from ntkengine.recipe import Recipe
     from ntkengine.report import Section
 
 Progress = Callable[[float, float, str], None]
@@ -225,12 +226,15 @@ def _staged(progress: Progress, stage: str) -> Progress:
     return lambda done, total, _: progress(done, total, stage)
 
 
-def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -> Forecast:
+def forecast_file(
+    path_or_gram: str | Path | Gram, ridge: str | float = "loo", recipe: Recipe | None = None
+) -> Forecast:
     """Return the forecast of what a Gram file holds: targets, outputs, held-out outputs, eval.
 
     Args:
         path_or_gram: a file, or a Gram with targets.
         ridge: "loo", "gcv", or a number in the unit of K.
+        recipe: of the training to simulate.
 
     Raises:
         InputError: no targets in it, a head fitted on them without held-out heads, or as `forecast`.
@@ -258,6 +262,7 @@ def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -
         eval_targets=gram.eval_targets,
         head_fitted_on_targets=bool((settings.get("head") or {}).get("fitted", False)),
         ridge=ridge,
+        recipe=recipe,
     )
 
 
@@ -269,13 +274,14 @@ def _cross_fit(gram: Gram) -> CrossFit | None:
 
 
 def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> list[Section]:
-    """Return the sections of a report over Gram files; several with targets are also set side by side.
+    """Return the sections of a report over Gram files and rankings; several with targets are also set side by side.
 
     Raises:
         InputError: a file that is not a Gram, or matplotlib is not installed.
     """
     from ntkengine.report import Section
     from ntkengine.report.plots import forecast_figures, spectrum_figure
+    from ntkengine.report.selection import selection_section
     from ntkengine.report.tables import (
         comparison_table,
         forecast_table,
@@ -289,6 +295,9 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
 
     sections, forecasts = [], {}
     for path in paths:
+        if Path(path).suffix == ".json":
+            sections.append(selection_section(Path(path)))
+            continue
         gram = open_gram(path)
         facts = gram_table(gram)
         if gram.targets is not None and gram.contraction != "sum-of-outputs":
