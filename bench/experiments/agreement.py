@@ -33,7 +33,8 @@ def compare(task: str, runs: list[dict[str, Any]], forecasts: list[dict[str, Any
     loss, accuracy = (_table(real, f"{test}_{what}", seeds, names) for what in ("loss", "accuracy"))
     train = np.array([[real[s, n]["train_loss"][-1] for n in names] for s in seeds])
     values: dict[str, Any] = {"seeds": len(seeds), "setups": len(names)}
-    for p in PREDICTORS:
+    told = {key: {**line, "drawn": line[f"{test}_drawn"]} for key, line in told.items()}
+    for p in (*PREDICTORS, "drawn"):
         found = _table(told, p, seeds, names)
         values[p] = {
             "spearman": float(spearmanr(found.mean(0), loss.mean(0))[0]),
@@ -59,7 +60,7 @@ def compare(task: str, runs: list[dict[str, Any]], forecasts: list[dict[str, Any
     values["cost_share"] = spent / training
     line = record("calibration", {"task": task, "measured_on": test}, values)
     print(f"\n{task}, measured on {test}: {len(names)} set-ups, {len(seeds)} seeds")
-    for p in PREDICTORS:
+    for p in (*PREDICTORS, "drawn"):
         v = line[p]
         print(
             f"  {p:<11} Spearman {v['spearman']:+.2f} (one seed {v['spearman_one_seed']:+.2f})  "
