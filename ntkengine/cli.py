@@ -23,6 +23,7 @@ from ntkengine.errors import InputError
 from ntkengine.filecommands import GramFile, Json, described, info, merge, verify
 from ntkengine.finetunecommand import finetune
 from ntkengine.jobflags import bandwidth, collect, job_of, takes_job
+from ntkengine.selectcommand import select
 
 app = typer.Typer(
     help="Exact empirical neural tangent kernels of language models, and what they forecast of fine-tuning.",
@@ -149,7 +150,7 @@ def _log_to(folder: Path | None, rank: int) -> None:
     logging.getLogger("ntkengine").setLevel(logging.INFO)
 
 
-for command in (info, verify, merge, finetune):
+for command in (info, verify, merge, finetune, select):
     app.command()(command)
 
 

@@ -35,9 +35,9 @@ def test_expected_kernel_of_lora(job):
     name = next(iter(gram.modules))
     total, draws, r = 0.0, 24, 8
     for seed in range(draws):
-        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=[name])
+        base = tiny_model("bert", 1)
         torch.manual_seed(seed)
-        adapted = peft.get_peft_model(tiny_model("bert", 1), config)
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=[name]))
         total = total + np.asarray(ntk.compute_gram(adapted, inputs, check=False).values)
     expected = 4.0 * r / (3.0 * 32) * np.asarray(gram.modules[name])
     # Each draw projects 32 inputs to 8; the mean of 24 is off by about √(2/(24·8)) of an entry's own size.

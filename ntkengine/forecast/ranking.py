@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ntkengine.forecast.outcome import Outcome
@@ -64,6 +64,24 @@ class Ranking:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "target_modules": list(self.choices[which].modules),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        choices = []
+        for c in self.choices:
+            kernel = None if c.condition is None else {"condition": str(c.condition), "trace": c.trace}
+            if kernel is not None:
+                kernel |= {"alignment": c.alignment, "weyl_lambda_min": None, "weyl_lambda_max": None}
+                if c.weyl is not None:
+                    kernel |= {"weyl_lambda_min": c.weyl[0], "weyl_lambda_max": c.weyl[1]}
+            one = {"name": c.name, "modules": list(c.modules), "parameters": c.parameters}
+            choices.append({**one, **asdict(c.outcome), "kernel": kernel})
+        return {
+            "choices": choices,
+            "peft": self.peft(),
+            "recipe": asdict(self.recipe),
+            "assumptions": self.assumptions,
         }
 
     def table(self) -> list[tuple[str, ...]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import displacement_bound
+from ntkengine.forecast.simulate import Simulation
 from ntkengine.spectrum import ConditionNumber
 
 Interval = tuple[float, float, float]
@@ -67,6 +68,10 @@ class Forecast:
             with λ_max at the top of its error.
         paper_upper: upper bound, with λ_min at the bottom of its error, at least 0.
         modules: share of the trace by module name; empty when unknown.
+        proximal: strength λ of (λ/2)‖θ − θ_0‖² beside the loss whose minimum is ridge regression at the chosen ridge:
+            ridge/N.
+        stopping_time: the time at which gradient flow has shrunk as much, N/ridge.
+        training: the recipe simulated on the kernel, or None without one.
         assumptions: what the numbers rest on, one sentence each.
     """
 
@@ -108,6 +113,9 @@ class Forecast:
     paper_lower: float
     paper_upper: float
     modules: dict[str, float]
+    proximal: float
+    stopping_time: float
+    training: Simulation | None
     assumptions: list[str]
 
     def displacement(self, time: float, proximal: float = 0.0) -> float:
@@ -202,6 +210,9 @@ class Forecast:
         if self.best_time is not None and self.curve_eval_loss is not None:
             least = self.curve_eval_loss.min()
             rows.append(("least eval loss on the way", f"{least:.4g} at time {self.best_time:.3g}"))
+        rows.append(("the same as", f"proximal {self.proximal:.3g}, or stopping at time {self.stopping_time:.3g}"))
+        if self.training is not None:
+            rows += _trained(self.training)
         rows.append(("train mse bounds at ridge", f"{self.paper_lower:.3g} to {self.paper_upper:.3g}"))
         shares = sorted(self.modules.items(), key=lambda item: -item[1])[:5]
         rows += [(f"share of trace, {name}", f"{share:.1%}") for name, share in shares]
@@ -216,6 +227,19 @@ class Forecast:
         from ntkengine.report.plots import forecast_figures  # so that forecasting does not need matplotlib
 
         return forecast_figures(self)
+
+
+def _trained(training: Simulation) -> list[tuple[str, str]]:
+    """Return rows of a simulated training."""
+    r, o = training.recipe, training.outcome
+    what = f"{r.optimizer}, learning rate {r.learning_rate:g}, {len(training.batch_losses)} steps"
+    rows = [("simulated training", what), ("train loss after it", f"{o.train_loss:.4g}")]
+    if o.eval_loss is not None and o.eval_accuracy is not None:
+        rows += [
+            ("eval loss after it (90%)", _span(*o.eval_loss)),
+            ("eval accuracy after it (90%)", _span(*o.eval_accuracy)),
+        ]
+    return [*rows, ("movement of parameters", f"{training.displacement:.4g}")]
 
 
 def _pair(mse: float | None, accuracy: float | None) -> str:

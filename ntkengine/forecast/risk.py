@@ -18,6 +18,8 @@ from ntkengine.forecast.curves import checked_times, default_times, flow_curves
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
 from ntkengine.forecast.system import Flow, Kernel, cut
+from ntkengine.forecast.trained import simulated, training_notes
+from ntkengine.recipe import Recipe
 from ntkengine.report.tables import sketch_note
 from ntkengine.ridge import RidgePath, ridge_grid
 from ntkengine.ridge.solve import as_columns
@@ -37,6 +39,7 @@ def forecast(
     cross_fit: CrossFit | None = None,
     ridge: str | float = "loo",
     times: ArrayLike | None = None,
+    recipe: Recipe | dict[str, Any] | None = None,
 ) -> Forecast:
     """Forecast fine-tuning from its tangent kernel at the start.
 
@@ -66,6 +69,8 @@ def forecast(
         ridge: "loo", "gcv", or a number in the unit of K, not below the noise.
         times: (T,) > 0, learning rate × full-batch steps; default 121 on a log grid from 0.01·N/λ_max to 100·N/λ_min,
             or to N/noise where λ_min is unresolved, within ten decades.
+        recipe: of the training that will be done, or a mapping of its fields: it is simulated step by step on the
+            kernel (`simulate`). Adam needs a Gram with `modules`.
 
     Returns:
         The forecast; `assumptions` says what it rests on.
@@ -127,6 +132,7 @@ def forecast(
     top, bottom = condition.lambda_max, condition.lambda_min
     lower, upper = risk_bounds(chosen, residual_norm, max(bottom - noise, 0.0), top + noise)
     t = default_times(N, top, bottom, noise) if times is None else checked_times(times)
+    training = None if recipe is None else simulated(gram, kernel, y, f0, y_eval, f0_eval, Recipe.of(recipe))
     curves = flow_curves(flow, y, y_eval, f0_eval, t, noise, classes)
     eval_loss = curves["curve_eval_loss"]
     return Forecast(
@@ -173,6 +179,9 @@ def forecast(
         paper_lower=lower / y.size,
         paper_upper=upper / y.size,
         modules=_module_shares(gram),
+        proximal=chosen / N,
+        stopping_time=N / chosen,
+        training=training,
         assumptions=_assumptions(
             kernel,
             condition.resolved,
@@ -181,7 +190,8 @@ def forecast(
             by_loo.edge,
             by_gcv.edge,
             gram,
-        ),
+        )
+        + training_notes(training),
     )
 
 

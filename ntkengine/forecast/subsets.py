@@ -7,13 +7,14 @@ usual start (B = 0, A uniform with variance 1/(3 d_in)) each K_l enters with the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.forecast.candidates import grouped, kind_of, layer_of, named_subsets
+from ntkengine.forecast.crossed import rehearse_folds
 from ntkengine.forecast.lora import rehearse
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.ranking import Choice, Ranking
@@ -32,7 +33,8 @@ def rank_subsets(
     subsets: str | Mapping[str, Iterable[str]] = "single",
     *,
     recipe: Recipe | dict[str, Any],
-    factors: TangentFactors | None = None,
+    factors: TangentFactors | Sequence[TangentFactors] | None = None,
+    fold: np.ndarray | None = None,
     rank: int = 8,
     alpha: float | None = None,
     eval_targets: Any = None,
@@ -53,7 +55,9 @@ def rank_subsets(
             lowers the forecast eval loss most, until none does), "all" (every union of layers or of types), or named
             lists of module names or globs.
         recipe: of the training to forecast, or a mapping of its fields.
-        factors: of `tangent_factors`, with the eval examples.
+        factors: of `tangent_factors`, with the eval examples; or, with `fold`, one for each fold as `rehearse_folds`
+            takes them, and no eval examples are needed.
+        fold: (N,), the fold of each example.
         rank: r.
         alpha: α; default 2r.
         eval_targets: of the eval examples; default the Gram's. They should be none of the test's.
@@ -66,7 +70,7 @@ def rank_subsets(
 
     Cost: a rehearsal or simulation a subset; 9 N³ flops more for its eigenvalues with a Gram.
     """
-    judge = _Judge(gram, targets, Recipe.of(recipe), factors, rank, alpha, eval_targets, repeats, seed)
+    judge = _Judge(gram, targets, Recipe.of(recipe), factors, fold, rank, alpha, eval_targets, repeats, seed)
     if subsets == "greedy":
         found = _greedy(judge, size)
     else:
@@ -83,7 +87,8 @@ class _Judge:
         gram: Any,
         targets: Any,
         recipe: Recipe,
-        factors: TangentFactors | None,
+        factors: TangentFactors | Sequence[TangentFactors] | None,
+        fold: np.ndarray | None,
         rank: int,
         alpha: float | None,
         eval_targets: Any,
@@ -97,11 +102,11 @@ class _Judge:
             raise InputError("gram: expected one computed with per_module=True, got one without modules")
         self.gram, self.recipe, self.factors, self.rank = gram, recipe, factors, rank
         self.alpha = 2.0 * rank if alpha is None else float(alpha)
-        self.targets, self.repeats, self.seed = targets, repeats, seed
+        self.targets, self.fold, self.repeats, self.seed = targets, fold, repeats, seed
         self.eval_targets = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
-        if self.eval_targets is None:
+        if self.eval_targets is None and fold is None:
             raise InputError("eval_targets: expected held-out examples to rank by, got none")
-        self.shapes = _shapes(gram, factors)
+        self.shapes = _shapes(gram, factors[0] if isinstance(factors, Sequence) else factors)
         self.names = [n for n in (modules or self.shapes) if n in self.shapes]
         if not self.names:
             raise InputError(
@@ -117,8 +122,11 @@ class _Judge:
         )
         self.assumptions = [
             f"LoRA of rank {rank}, α = {self.alpha:g}, {way}.",
-            "Intervals: the draw of eval examples, seeds, and the share a first-order forecast leaves out.",
+            "Intervals add the draw of eval examples, seeds, and a share for what the first order leaves out, measured "
+            "on real runs, not derived.",
         ]
+        if fold is not None:
+            self.assumptions.append("Every example is scored out of its fold: neither head nor adapters saw it.")
 
     def choice(self, name: str, modules: tuple[str, ...]) -> Choice:
         """Return a subset's forecast."""
@@ -131,9 +139,14 @@ class _Judge:
 
     def _rehearsed(self, modules: tuple[str, ...]) -> Outcome:
         assert self.factors is not None
-        options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "eval_targets": self.eval_targets}
-        options |= {"repeats": self.repeats, "seed": self.seed}
-        return rehearse(self.factors, self.targets, self.recipe, modules, **options).outcome
+        options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "repeats": self.repeats, "seed": self.seed}
+        if self.fold is not None and isinstance(self.factors, Sequence):
+            return rehearse_folds(self.factors, self.fold, self.targets, self.recipe, modules, **options).outcome
+        if isinstance(self.factors, Sequence):
+            raise InputError("fold: expected the fold of each example, as factors are given by fold, got none")
+        return rehearse(
+            self.factors, self.targets, self.recipe, modules, eval_targets=self.eval_targets, **options
+        ).outcome
 
     def _simulated(self, modules: tuple[str, ...]) -> Outcome:
         crosses = getattr(self.gram, "cross_modules", None) or {}

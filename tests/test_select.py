@@ -1,0 +1,79 @@
+"""`ntkengine select`: candidates ranked from a job, with and without held-out text, and the best as a configuration."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+
+from ntkengine.errors import InputError
+from ntkengine.jobfile import read_job
+from ntkengine.selectjob import run_select
+from tests.test_finetunejob import JOB, folder, run  # noqa: F401  (fixtures)
+
+
+@pytest.fixture
+def job(folder, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(folder)
+    (folder / "job.toml").write_text(JOB.format(fit="true", readout="margin"))
+    return folder / "job.toml"
+
+
+def test_types_are_ranked_and_the_best_is_written(job, run):  # noqa: F811
+    code, out, _ = run("select", job, "--emit", job.parent / "peft.json", "--json", "--repeats", 2)
+    assert code == 0
+    told = json.loads(out)
+    losses = [c["eval_loss"][0] for c in told["choices"]]
+    assert losses == sorted(losses)
+    assert {c["name"] for c in told["choices"]} >= {"attention.self.query", "intermediate.dense"}
+    assert all(c["kernel"]["condition"] and c["chance"] > 0 for c in told["choices"])
+    assert not any("classifier" in m or "pooler" in m for c in told["choices"] for m in c["modules"])
+    written = json.loads((job.parent / "peft.json").read_text())
+    assert written == told["peft"]
+    config = peft.LoraConfig(**{k: v for k, v in written.items() if k != "peft_type"})
+    assert config.r == 2
+    assert set(config.target_modules) == set(told["choices"][0]["modules"])
+
+
+def test_the_table_says_what_it_assumes(job, run):  # noqa: F811
+    code, out, _ = run("select", job, "--subsets", "layers", "--no-kernels", "--repeats", 1)
+    assert code == 0
+    assert "layer 0" in out
+    assert "Intervals add the draw of eval examples" in out
+
+
+def test_without_held_out_text_folds_are_used(job):
+    text = job.read_text().replace('eval = "dev.tsv"\n', "") + "seed = 3\n"
+    job.write_text(text.replace("fit = true", "fit = true\nfolds = 3"))
+    found = run_select(read_job(job), subsets="layers", repeats=1, kernels=False)
+    assert len(found.choices) == 3
+    assert found.assumptions[-1].startswith("Every example is scored out of its fold")
+    job.write_text(text.replace("fit = true", "fit = false"))
+    with pytest.raises(InputError, match="data.eval: expected held-out examples"):
+        run_select(read_job(job), subsets="layers", repeats=1, kernels=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--subsets", "best"], "subsets: expected single"),
+        (["--peft", "ia3"], "peft_type: expected LORA"),
+        (["--readout", "loss"], "expected labelled examples and readout"),
+        (["--out", "k.h5"], "name the file of the best configuration with --emit"),
+        (["--emit", "nowhere/peft.json"], "folder nowhere does not exist"),
+        (["--epochs", "0"], "epochs: expected an integer >= 1"),
+    ],
+)
+def test_bad_input_is_one_line(job, run, arguments, message):  # noqa: F811
+    code, out, err = run("select", job, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_job_without_training_is_refused(job):
+    text = job.read_text()
+    job.write_text(text[: text.index("[finetune]")])
+    with pytest.raises(InputError, match="finetune: is missing"):
+        run_select(read_job(job))
