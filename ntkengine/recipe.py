@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ntkengine.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _CHOICES = {
     "optimizer": ("adam", "sgd"),
@@ -64,12 +66,23 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
-        within = {"learning_rate": self.learning_rate > 0, "proximal": self.proximal >= 0, "eps": self.eps >= 0}
-        within |= {"momentum": 0 <= self.momentum < 1}
-        within |= {"betas": len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)}
+        for name in ("learning_rate", "momentum", "eps", "proximal"):
+            if not _number(getattr(self, name)):
+                raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
+        if not isinstance(self.selective, bool):
+            raise InputError(f"selective: expected true or false, got {self.selective!r}")
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(map(_number, self.betas)):
+            raise InputError(f"betas: expected two numbers, got {self.betas!r}")
+        within = {
+            "learning_rate": self.learning_rate > 0,
+            "proximal": self.proximal >= 0,
+            "eps": self.eps >= 0,
+            "momentum": 0 <= self.momentum < 1,
+            "betas": all(0 <= b < 1 for b in self.betas),
+        }
         for name, good in within.items():
             value = getattr(self, name)
-            if not good or not np.isfinite(value).all():
+            if not good or (name != "betas" and not math.isfinite(value)):
                 raise InputError(f"{name}: out of range, got {value!r}")
         if self.momentum and self.optimizer != "sgd":
             raise InputError(f"momentum: belongs to optimizer 'sgd', got optimizer {self.optimizer!r}")
@@ -81,6 +94,8 @@ class Recipe:
             n: examples.
             seed: of the order, other than the recipe's.
         """
+        import numpy as np  # here: a job file is read without it
+
         rng = np.random.default_rng(self.seed if seed is None else seed)
         size = min(self.batch_size or n, n)
         for _ in range(self.epochs):
@@ -123,3 +138,7 @@ class Recipe:
             raise InputError(f"recipe: {what}; fields are {', '.join(known)}")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
         return cls(**fields)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
