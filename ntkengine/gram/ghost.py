@@ -14,7 +14,7 @@ from ntkengine.gram.tiles import Accumulator, Frame, product
 from ntkengine.tangents.factors import Outer, ParameterFactors
 
 _PAIR_BYTES = 4 << 20  # products of token pairs at once: they stay in the second-level cache
-_KEPT_BYTES = 32 << 20  # products of inputs kept for the next parameter that reads the same: a key's after a query's
+_KEPT_BYTES = 16 << 20  # products of inputs kept for the next parameter that reads the same: a key's after a query's
 
 
 def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callable[[], None]) -> None:
@@ -46,7 +46,7 @@ def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callab
             q = last - total.c0
             if (pairs := known.get(start)) is None:
                 pairs = product(a[left], a[right])
-                if 2 * len(a) ** 2 * pairs.element_size() <= _KEPT_BYTES:
+                if len(a) ** 2 * pairs.element_size() <= _KEPT_BYTES:
                     known[start] = pairs
             for layer, d in zip(total.K, layers, strict=True):
                 values = product(d[left], d[right]).to(torch.promote_types(d.dtype, torch.float32)).mul_(pairs)

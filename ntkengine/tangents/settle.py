@@ -52,7 +52,7 @@ class Verifier:
         if whole is None or len(scenes) < len(found):
             return False
         generator = torch.Generator().manual_seed(self.seed + segment)
-        v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float64).to(whole.out)
+        v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float32).to(whole.out)
         met = [uses_in_graph(scene.out, self.selected) for scene in scenes]
         here = {name: p for name, p in self.selected.items() if any(m[name] for m in met)}
         parts = grouped({name: p.numel() for name, p in here.items()}, self.gradients // len(scenes))
