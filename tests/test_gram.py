@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ntkengine.errors import CheckFailed, InputError, NonFinite
-from ntkengine.gram import engine, planning, run, strategies
+from ntkengine.gram import computing, planning, run, strategies
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.gram.layout import Layout
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
@@ -124,7 +124,7 @@ def test_replayed_blocks_equal_kept_ones(monkeypatch, kept):
         inputs = tiny_inputs(model, LENGTHS, 12)
         reference = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "KEEP_BYTES", kept)
+            patch.setattr(computing, "KEEP_BYTES", kept)
             again = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
         assert max(relative_error(again.values, reference.values)) < 1e-12
 
@@ -446,10 +446,10 @@ def test_a_memory_limit_keeps_no_activations(monkeypatch):
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)
     budgets = []
-    right = engine.sum_tiled
-    monkeypatch.setattr(engine, "sum_tiled", lambda *a, **k: budgets.append(k["keep_bytes"]) or right(*a, **k))
+    right = computing.sum_tiled
+    monkeypatch.setattr(computing, "sum_tiled", lambda *a, **k: budgets.append(k["keep_bytes"]) or right(*a, **k))
     free, bounded = (compute_gram(model, inputs, params="all", precision="exact", memory_gib=m) for m in (None, 1.0))
-    assert budgets == [engine.KEEP_BYTES, 0]
+    assert budgets == [computing.KEEP_BYTES, 0]
     assert max(relative_error(bounded.values, free.values)) < 1e-12
 
 
