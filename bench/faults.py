@@ -45,6 +45,7 @@ def main() -> int:
             },
             "lost": len(campaign.lost),
             "job_s": campaign.seconds,
+            "limit_s": campaign.limit_s,
             "contractions": campaign.total,
             "wall_s": time.perf_counter() - start,
         }
