@@ -22,7 +22,7 @@ from bench.experiments.runs import RECIPE, start
 from bench.experiments.setups import SETS, TYPES, Setup
 from bench.record import RESULTS, record
 
-EVERY = Setup((0, 1, 2, 3, 4, 5), "", 8)
+EVERY = Setup((0, 1, 2, 3, 4, 5), "all", 8)
 KINDS = ("k", "q", "v", "mid")
 FEW = ((0,), (2,), (5,), (0, 1, 2), (3, 4, 5))
 COLOURS = dict(zip(KINDS, ("#0072b2", "#d55e00", "#009e73", "#7a7a7a"), strict=True))
