@@ -3,7 +3,8 @@
 The published criterion, within one module type (W_k, W_q, W_v of subsets of the layers) and across types. MiniLM-L6
 with LoRA r = 8 on every layer's query, key, value and intermediate maps; a set-up trains some of them and leaves the
 others at their start, where they add nothing. Its kernel is the sum of its modules' Grams, all from one sweep in
-float64. 384 examples, T = 32, Adam, 10 epochs. One JSON line a task's sweep in condition-grams.jsonl, one a run in
+float64. 384 examples, T = 32, Adam, 10 epochs; the training loss of an epoch is the mean over its batches, each before
+its step. One JSON line a task's sweep in condition-grams.jsonl, one a run in
 condition.jsonl, rank correlations in condition-summary.jsonl, and the figure condition.png.
 """
 
@@ -22,7 +23,7 @@ from bench.experiments.runs import RECIPE, start
 from bench.experiments.setups import SETS, TYPES, Setup
 from bench.record import RESULTS, record
 
-EVERY = Setup((0, 1, 2, 3, 4, 5), "", 8)
+EVERY = Setup((0, 1, 2, 3, 4, 5), "all", 8)
 KINDS = ("k", "q", "v", "mid")
 FEW = ((0,), (2,), (5,), (0, 1, 2), (3, 4, 5))
 COLOURS = dict(zip(KINDS, ("#0072b2", "#d55e00", "#009e73", "#7a7a7a"), strict=True))
@@ -107,13 +108,18 @@ def run(job: tuple[Path, Config]) -> dict[str, Any]:
         params=[f"*{end}lora_*" for end in ends],
         eval_inputs=held,
         eval_targets=y_held,
+        measure_every=10**6,
     )
+    first, last = ran.history[0], ran.history[-1]
     return {
-        "epoch_train_loss": [m.train_loss for m in ran.history],
-        "epoch_test_loss": [m.eval_loss for m in ran.history],
-        "epoch_test_accuracy": [m.eval_accuracy for m in ran.history],
-        "test_accuracy": ran.history[-1].eval_accuracy,
-        "displacement": ran.history[-1].displacement,
+        "epoch_train_loss": ran.batch_losses.reshape(config["epochs"], -1).mean(1).tolist(),
+        "train_loss": last.train_loss,
+        "train_accuracy": last.train_accuracy,
+        "start_test_loss": first.eval_loss,
+        "start_test_accuracy": first.eval_accuracy,
+        "test_loss": last.eval_loss,
+        "test_accuracy": last.eval_accuracy,
+        "displacement": last.displacement,
         "seconds": ran.seconds,
         "measuring_seconds": ran.measuring_seconds,
     }
@@ -145,7 +151,7 @@ def tell(task: str, points: list[dict[str, Any]], config: dict[str, Any]) -> Non
         kappa = [p["condition"] for p in own]
         by_epoch = [
             float(spearmanr(kappa, [p["epoch_train_loss"][e] for p in own])[0])
-            for e in range(1, len(own[0]["epoch_train_loss"]))
+            for e in range(len(own[0]["epoch_train_loss"]))
         ]
         accuracy = float(spearmanr(kappa, [p["test_accuracy"] for p in own])[0])
         resolved = float(np.mean([p["resolved"] for p in own]))
@@ -166,12 +172,12 @@ def draw(points: dict[str, list[dict[str, Any]]]) -> None:
 
     figure, grid = plt.subplots(len(points), 4, figsize=(14, 3.4 * len(points)), constrained_layout=True, squeeze=False)
     for axes, (task, own) in zip(grid, points.items(), strict=True):
-        last = len(own[0]["epoch_train_loss"]) - 1
+        last = len(own[0]["epoch_train_loss"])
         columns = [(f"training loss, epoch {e}", e) for e in (1, min(3, last), last)]
         for axis, (title, epoch) in zip(axes, [*columns, (f"test accuracy, epoch {last}", None)], strict=True):
             for kind in KINDS:
                 of = [p for p in own if p["kind"] == kind]
-                y = [p["test_accuracy"] if epoch is None else p["epoch_train_loss"][epoch] for p in of]
+                y = [p["test_accuracy"] if epoch is None else p["epoch_train_loss"][epoch - 1] for p in of]
                 axis.plot([p["condition"] for p in of], y, "o", ms=5, color=COLOURS[kind], label=f"W_{kind}")
             axis.set_xscale("log")
             axis.set_xlabel("condition number at the start")
