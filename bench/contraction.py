@@ -54,7 +54,7 @@ def _contraction(dtype: torch.dtype, N: int, C: int, T: int) -> tuple[float, lis
     torch.manual_seed(0)
     factors = []
     for R, width in MATRICES:
-        d = torch.randn(N, C, T, R).to(dtype)
+        d = torch.randn(N, T, C, R).to(dtype).transpose(1, 2)  # token by token, as a sweep hands it over
         factors.append(ParameterFactors("w", (R, width), [N], [[Outer(torch.randn(N, T, width).to(dtype), d)]]))
     frame = Frame((0, N), (0, N), C, "trace")
     chosen = [choose("outer", f.shape, T, N, frame)[0] for f in factors]

@@ -208,18 +208,19 @@ def forecast(
     ridge: RidgeChoice = None,
     as_json: Json = False,
 ) -> None:
-    """Forecast what fine-tuning will reach."""
+    """Forecast what fine-tuning will reach; of a job file, also what its [finetune] will."""
     from ntkengine.jobfile import read_job
     from ntkengine.jobs import forecast_file
     from ntkengine.report.tables import forecast_table
 
-    chosen = _ridge(ridge)
+    chosen, recipe = _ridge(ridge), None
     if path.suffix == ".toml":
         job = read_job(path)
+        recipe = None if job.finetune is None else job.finetune.recipe()
         if job.out is None:
             raise InputError(f"{path}: out: is missing, so there is no Gram file to read")
         path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
-    found = forecast_file(path, chosen)
+    found = forecast_file(path, chosen, recipe)
     if as_json:
         print_json({"path": str(path), **found.to_dict()})
         return
@@ -231,11 +232,14 @@ def forecast(
 @app.command()
 @answered
 def report(
-    paths: Annotated[list[Path], typer.Argument(help="Gram files.", metavar="K.H5...", show_default=False)],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Gram files, and what `select --save` wrote.", metavar="K.H5|JSON...", show_default=False),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     ridge: RidgeChoice = None,
 ) -> None:
-    """Write one self-contained HTML page over Gram files."""
+    """Write one self-contained HTML page over Gram files and rankings."""
     from ntkengine.jobs import report_files
     from ntkengine.report import write_report
 

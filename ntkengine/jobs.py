@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ntkengine.gram.result import Gram
     from ntkengine.inputs.examples import Examples
     from ntkengine.inputs.heads import HeadFit
+    from ntkengine.recipe import Recipe
     from ntkengine.report import Section
 
 Progress = Callable[[float, float, str], None]
@@ -176,10 +177,10 @@ class Prepared:
         part = self.job.head
         return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
 
-    def cross_fit(self, fit: HeadFit, progress: Progress | None, team: Team | None = None) -> dict[str, np.ndarray]:
+    def cross_fit(self, fit: HeadFit, progress: Progress | None, team: Team | None = None) -> dict[str, Any]:
         """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold.
 
-        With an `out` each of them is a file among its parts until all are done.
+        With an `out` each of them is a file among its parts until all are done, and stays there until it is copied.
 
         Args:
             fit: of the head.
@@ -187,6 +188,7 @@ class Prepared:
             team: likewise; only rank 0 has the arrays.
         """
         from ntkengine.gram.engine import compute_gram
+        from ntkengine.gram.result import Stacked
         from ntkengine.store import parts_of
 
         out, part = self.job.out, self.job.gram
@@ -210,25 +212,29 @@ class Prepared:
                     comm=team,
                 )
                 if team is None or team.root:
-                    grams.append(np.asarray(found))
+                    grams.append(found.values)
                     outputs.append(found.outputs)
         finally:
             fit.write(self.model, -1)
         if not grams:
             return {}
-        return {"fold": fit.fold, "fold_grams": np.stack(grams), "fold_outputs": np.stack(outputs)}
+        stack = np.stack(grams) if out is None else Stacked(grams)
+        return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack(outputs)}
 
 
 def _staged(progress: Progress, stage: str) -> Progress:
     return lambda done, total, _: progress(done, total, stage)
 
 
-def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -> Forecast:
+def forecast_file(
+    path_or_gram: str | Path | Gram, ridge: str | float = "loo", recipe: Recipe | None = None
+) -> Forecast:
     """Return the forecast of what a Gram file holds: targets, outputs, held-out outputs, eval.
 
     Args:
         path_or_gram: a file, or a Gram with targets.
         ridge: "loo", "gcv", or a number in the unit of K.
+        recipe: of the training to simulate.
 
     Raises:
         InputError: no targets in it, a head fitted on them without held-out heads, or as `forecast`.
@@ -256,6 +262,7 @@ def forecast_file(path_or_gram: str | Path | Gram, ridge: str | float = "loo") -
         eval_targets=gram.eval_targets,
         head_fitted_on_targets=bool((settings.get("head") or {}).get("fitted", False)),
         ridge=ridge,
+        recipe=recipe,
     )
 
 
@@ -267,13 +274,14 @@ def _cross_fit(gram: Gram) -> CrossFit | None:
 
 
 def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> list[Section]:
-    """Return the sections of a report over Gram files; several with targets are also set side by side.
+    """Return the sections of a report over Gram files and rankings; several with targets are also set side by side.
 
     Raises:
         InputError: a file that is not a Gram, or matplotlib is not installed.
     """
     from ntkengine.report import Section
     from ntkengine.report.plots import forecast_figures, spectrum_figure
+    from ntkengine.report.selection import selection_section
     from ntkengine.report.tables import (
         comparison_table,
         forecast_table,
@@ -287,6 +295,9 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
 
     sections, forecasts = [], {}
     for path in paths:
+        if Path(path).suffix == ".json":
+            sections.append(selection_section(Path(path)))
+            continue
         gram = open_gram(path)
         facts = gram_table(gram)
         if gram.targets is not None and gram.contraction != "sum-of-outputs":

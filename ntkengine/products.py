@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 _SMALLEST = 1 << 21  # flops below which the longer way to oneDNN costs more than it saves
+_ROWS = 512  # rows from which it is worth a look whether most are zero
 _SHORT = 256  # tokens up to which the backward pass of bfloat16 attention is faster in float32 (4.5 times at 32)
 _mm, _addmm = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -47,21 +48,39 @@ def inner_products(x: Tensor, y: Tensor) -> Tensor:
 def full_rate() -> Iterator[None]:
     """Within the block, large float32 products of matrices on the CPU, also in backward passes, go to oneDNN.
 
-    And the backward pass of short bfloat16 attention is computed in float32, which there is faster.
+    Rows of zeros are left out of them. The backward pass of short bfloat16 attention is computed in float32, which is
+    faster there.
     """
-    if not prefers_onednn() or _Routed.active:
+    if not prefers_onednn() or _Routed.active is not None:
         yield
         return
-    _Routed.active = True
+    _Routed.active = _Routed()
     try:
-        with _Routed():
+        with _Routed.active:
             yield
     finally:
-        _Routed.active = False
+        _Routed.active = None
+
+
+@contextmanager
+def unrouted() -> Iterator[None]:
+    """Within the block `full_rate` rests: for code that calls `inner_products` itself.
+
+    Looking at each of many small operations takes longer than some of them.
+    """
+    mode = _Routed.active
+    if mode is None or _get_current_dispatch_mode() is not mode:
+        yield
+        return
+    mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        mode.__enter__()
 
 
 class _Routed(TorchDispatchMode):
-    active = False
+    active: _Routed | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -71,6 +90,8 @@ class _Routed(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if not types:
+            if func is _mm and args[0].device.type == "cpu" and args[0].shape[0] >= _ROWS:
+                return _of_rows(*args)
             if func is _mm and to_onednn(args[0], args[1].T):
                 return _onednn(args[0], args[1].T, None)
             if func is _addmm and len(args) == 3 and not kwargs and args[0].ndim == 1 and to_onednn(args[1], args[2].T):
@@ -91,6 +112,21 @@ def to_onednn(x: Tensor, y: Tensor) -> bool:
         and 2 * x.shape[0] * x.shape[1] * y.shape[0] >= _SMALLEST
         and prefers_onednn()
     )
+
+
+def _of_rows(x: Tensor, w: Tensor) -> Tensor:
+    """Return x w, leaving out rows of zeros: most output gradients of a last block that is read at one token.
+
+    One column tells in passing that there are few; then all are looked at.
+    """
+    if 2 * int(x[:, 0].count_nonzero()) < len(x):
+        filled = x.any(1)
+        kept = filled.nonzero()[:, 0]
+        if 2 * len(kept) < len(x):
+            one = filled.logical_not().nonzero()[:1, 0]  # of the rest: what is not finite in w makes it NaN
+            found = inner_products(x[torch.cat([one, kept])], w.T)
+            return found[:1].repeat(len(x), 1).index_copy_(0, kept, found[1:])
+    return inner_products(x, w.T)
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,6 +33,7 @@ def select(
     size: Annotated[int | None, _flag("At most so many groups in a greedy subset.")] = None,
     kernels: Annotated[bool, _flag("Condition numbers too (default: yes).", "--kernels/--no-kernels")] = True,
     emit: Annotated[Path | None, _flag("Write the best as a peft.LoraConfig, JSON.")] = None,
+    save: Annotated[Path | None, _flag("Write the ranking, JSON, for a report.")] = None,
     **flags: Any,
 ) -> None:
     """Rank modules for LoRA by what training them is forecast to reach."""
@@ -43,8 +44,9 @@ def select(
     path, given, as_json = collect(**flags)
     if given["out"] is not None:
         raise InputError("--out: is for a Gram; name the file of the best configuration with --emit")
-    if emit is not None and not emit.absolute().parent.is_dir():
-        raise InputError(f"{emit}: folder {emit.parent} does not exist")
+    for target in (emit, save):
+        if target is not None and not target.absolute().parent.is_dir():
+            raise InputError(f"{target}: folder {target.parent} does not exist")
     given["model"]["peft"] = {"peft_type": "LORA", **given["model"]["peft"]} if given["model"]["peft"] else {}
     given["finetune"] = {
         "learning_rate": learning_rate,
@@ -56,10 +58,11 @@ def select(
     }
     with show_progress() as progress:
         found = run_select(job_of(path, given), progress, subsets=subsets, repeats=repeats, size=size, kernels=kernels)
-    if emit is not None:
-        partial = emit.with_name(f".{emit.name}.partial")
-        partial.write_text(json.dumps(found.peft(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(emit)
+    for target, content in ((emit, found.peft()), (save, found.to_dict())):
+        if target is not None:
+            partial = target.with_name(f".{target.name}.partial")
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            partial.replace(target)
     if as_json:
         print_json(found.to_dict())
         return

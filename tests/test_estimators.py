@@ -25,6 +25,8 @@ EXPECTED = {
         "check_estimators_dtypes": NOT_A_KERNEL,
     },
     "KernelLogistic": {
+        "check_positive_only_tag_during_fit": NOT_A_KERNEL,
+        "check_estimators_dtypes": NOT_A_KERNEL,
         "check_class_weight_classifiers": "wants an intercept: far from all examples f is f0, whatever the weights",
         "check_decision_proba_consistency": "the check gives samples, not their kernel",
     },

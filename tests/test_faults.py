@@ -68,7 +68,6 @@ def test_sigkill_while_repairing(campaign):
 
 
 def test_refusals(campaign):
-    campaign.truncated_shard()
     campaign.second_process()
     campaign.another_job()
     assert campaign.lost == []

@@ -122,6 +122,21 @@ def test_landmarks_give_columns_and_the_diagonal(contraction):
     np.testing.assert_allclose(whole.factor @ whole.factor.T, gram, atol=1e-8 * gram.max())
 
 
+def test_landmarks_in_bfloat16():
+    model, inputs, params = bert()
+    gram = np.asarray(ntk.compute_gram(model, inputs, params=params, precision="exact", check=False).values)
+    columns = Landmarks(model, inputs, params=params, precision="fast")
+    low = random_cholesky(columns, columns.diagonal, 6, block=3)
+    np.testing.assert_allclose((low.factor @ low.factor.T)[:, low.pivots], gram[:, low.pivots], atol=0.02 * gram.max())
+
+
+@pytest.mark.parametrize("shape", [(7, 1), (30,), (30, 0)])
+def test_products_refuse_other_shapes(shape):
+    model, inputs, params = bert()
+    with pytest.raises(InputError, match=r"X: expected shape \(30, k\)"):
+        TangentProducts(model, inputs, params=params)(np.ones(shape))
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [

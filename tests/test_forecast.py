@@ -81,6 +81,10 @@ def test_curves_match_the_matrix_exponential_to_rounding() -> None:
         assert result.curve_train_loss[i] == pytest.approx(0.5 * np.mean((decay @ residual) ** 2), rel=1e-8)
         assert result.curve_eval_loss[i] == pytest.approx(0.5 * np.mean((f_eval - g.y_eval) ** 2), rel=1e-8)
     assert result.best_time == result.times[np.argmin(result.curve_eval_loss)]
+    value, low, high = result.best_eval_loss
+    assert value == result.curve_eval_loss.min()
+    assert low < value < high
+    assert result.best_eval_accuracy[0] == result.curve_eval_accuracy[np.argmin(result.curve_eval_loss)]
     assert (np.diff(result.curve_train_loss) <= 1e-15).all()
 
 

@@ -32,7 +32,7 @@ def test_exact_values_equal_their_definitions():
     assert found.exact
     assert 0 < found.error < 1e-12
     noisy = log_determinant(SimpleNamespace(values=matrix, noise=1e-3), 0.3)
-    assert noisy.error == pytest.approx(1e-3 * (1 / (values + 0.3)).sum(), rel=1e-6)
+    assert noisy.error == pytest.approx(np.log((values + 0.301) / (values + 0.3)).sum(), rel=1e-6)
     dimension = effective_dimension(matrix, 0.3)
     assert dimension == pytest.approx((values / (values + 0.3)).sum(), rel=1e-12)
     assert str(dimension).startswith("2.16717 ± ")
@@ -56,6 +56,31 @@ def test_sampled_values_are_within_their_error_bars(function, noise):
         wide += found.error > 0.5 * max(1.0, abs(exact))
     assert missed <= 10  # 95 % of the draws
     assert wide < 100
+
+
+@pytest.mark.parametrize("probes", [2, 4, 16])
+@pytest.mark.parametrize("function", [log_determinant, effective_dimension])
+def test_error_bars_hold_where_one_direction_is_all_that_varies(function, probes):
+    matrices = [np.ones((150, 150)), with_spectrum(np.r_[1e4, np.arange(1.0, 150.0) ** -1.5])]
+    exact = [function(matrix, 10.0) for matrix in matrices]
+    missed = 0
+    for seed in range(200):
+        found = function(DenseOperator(matrices[seed % 2]), 10.0, method="lanczos", probes=probes, steps=30, seed=seed)
+        missed += abs(found - exact[seed % 2]) > found.error
+    assert missed <= 4  # of 99 % intervals
+    even = function(DenseOperator(np.eye(50)), 1.0, method="lanczos", probes=probes)
+    assert abs(even - function(np.eye(50), 1.0)) <= even.error < 1e-11
+
+
+@pytest.mark.parametrize("function", [log_determinant, effective_dimension])
+@pytest.mark.parametrize("noise", [1e-6, 1e-3, 1.0])
+def test_error_bars_hold_where_noise_is_all_there_is(function, noise):
+    for true in (np.zeros(60), np.r_[np.ones(5), np.zeros(55)]):
+        exact = function(with_spectrum(true), 1e-3 * noise)
+        gram = SimpleNamespace(values=with_spectrum(true + noise), noise=noise)
+        for method, given in (("exact", gram), ("lanczos", DenseOperator(gram))):
+            found = function(given, 1e-3 * noise, method=method)
+            assert abs(found - exact) <= found.error * (1 + 1e-9)
 
 
 def test_sampled_densities_are_within_their_error_bars():
@@ -111,6 +136,9 @@ def test_bad_arguments_are_refused():
         effective_dimension(np.eye(3), 1.0, method="slq")
     with pytest.raises(InputError, match="probes, steps"):
         effective_dimension(np.eye(3), 1.0, method="lanczos", probes=1)
+    for sampled in (lambda op: log_determinant(op, 1.0), spectral_density):
+        with pytest.raises(InputError, match="symmetric operator"):
+            sampled(aslinearoperator(np.triu(np.ones((40, 40)))))
     with pytest.raises(InputError, match="no eigenvalue below"):
         log_determinant(aslinearoperator(with_spectrum(np.linspace(-2, 3, 50))), 0.5)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from ntkengine.finetune import fine_tune
+from ntkengine.forecast.lora import rehearse
 from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.linear import tangent_factors
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,3 +29,20 @@ def test_equal_to_brute_force_on_the_device(kind, precision, tolerance):
         )
         assert max(relative_error(gram.values, contracted(G, G, contraction))) < tolerance
         assert max(relative_error(gram.cross, contracted(H, G, contraction))) < tolerance
+
+
+def test_rehearsals_and_training_equal_those_of_the_cpu():
+    inputs, held = (tiny_inputs(tiny_model("bert"), lengths, 12) for lengths in ([11, 3, 5, 7], [4, 9]))
+    y, y_held = np.eye(3)[[0, 1, 2, 0]], np.eye(3)[[1, 2]]
+    recipe = {"learning_rate": 0.05, "epochs": 3, "batch_size": 2}
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model("bert").to(device)
+        factors = tangent_factors(model, inputs, held, params="*query.weight")
+        told = rehearse(factors, y, recipe, rank=2, eval_targets=y_held)
+        run = fine_tune(
+            model, inputs, y, recipe, params="*query.weight", eval_inputs=held, eval_targets=y_held, linear=True
+        )
+        found.append((told.train_losses[0], told.eval_losses[0], run.outputs, run.eval_outputs))
+    for cpu, gpu in zip(*found, strict=True):
+        np.testing.assert_allclose(gpu, cpu, rtol=1e-3, atol=1e-4)

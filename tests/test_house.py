@@ -15,7 +15,7 @@ ALLOWED = {
     "assets": {"errors", "inputs"},
     "products": set(),
     "inputs": {"errors", "products"},
-    "tangents": {"errors", "inputs"},
+    "tangents": {"errors", "products", "inputs"},
     "cluster": {"errors", "inputs", "tangents"},
     "gram": {"errors", "products", "inputs", "tangents", "cluster", "store"},
     "store": {"errors", "gram"},

@@ -72,6 +72,13 @@ def test_random_cholesky_stops_when_nothing_is_left():
     assert random_cholesky(lambda at: np.zeros((5, len(at))), np.zeros(5), 3).factor.shape == (5, 0)
 
 
+def test_random_cholesky_ends_when_the_diagonal_promises_more_than_the_columns_have():
+    a = np.random.default_rng(0).standard_normal((50, 7))
+    low = random_cholesky(lambda at: (a @ a.T)[:, at], 1.0005 * (a**2).sum(1), 30)
+    assert low.factor.shape == (50, 7)
+    np.testing.assert_allclose(low.factor @ low.factor.T, a @ a.T, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("columns", "diagonal", "message"),
     [

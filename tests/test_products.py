@@ -65,6 +65,29 @@ def test_forward_and_backward_passes(bias):
         assert error(routed.detach(), plain.detach().double()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_zeros_are_left_out(monkeypatch, dtype):
+    torch.manual_seed(0)
+    x, w = torch.randn(700, 40).to(dtype), torch.randn(40, 30).to(dtype)
+    x[100:] = 0
+    x[:50, 0] = 0
+    rows = []
+    original = products.inner_products
+    monkeypatch.setattr(products, "inner_products", lambda a, b: rows.append(len(a)) or original(a, b))
+    with products.full_rate():
+        found = x @ w
+        w[3, 7] = float("inf")
+        unbounded = x @ w
+        full = x.flip(0).clone().fill_(1) @ w[:, :7]
+    assert rows == [101, 101, 700]
+    truth = (x.double() @ w.nan_to_num(posinf=0).double())[:, 8:]
+    assert error(found[:, 8:], truth) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert not found[100:].any()
+    assert unbounded[100:, 7].isnan().all()
+    assert not unbounded[100:, :7].any()
+    assert full.isfinite().all()
+
+
 @pytest.mark.parametrize("tokens", [5, 300])
 def test_backward_pass_of_bfloat16_attention(tokens):
     torch.manual_seed(0)

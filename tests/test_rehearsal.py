@@ -44,7 +44,12 @@ def test_factors_are_the_gradients(kind):
             G = torch.einsum("zcr,zi->cri", found.gradients[a:b].double(), found.inputs[a:b].double())
             G = G.transpose(1, 2) if kind == "gpt2" else G  # its weights are stored (in, out)
             np.testing.assert_allclose(G.reshape(2, -1), truth[i], rtol=1e-4, atol=1e-5 * np.abs(truth).max())
-    assert factors.nbytes > 0
+    if kind == "bert":  # query and key of a layer read the same inputs, which are kept once
+        both = tangent_factors(model, inputs, held, params=["*query.weight", "*key.weight"])
+        parts = [both.maps[f"bert.encoder.layer.1.attention.self.{name}"] for name in ("query", "key")]
+        assert parts[0].inputs.data_ptr() == parts[1].inputs.data_ptr()
+        every = sum(m.inputs.nbytes + m.gradients.nbytes for m in both.maps.values())
+        assert both.nbytes == every - 2 * parts[0].inputs.nbytes  # in the last layer queries matter at one token alone
 
 
 @pytest.mark.parametrize(("optimizer", "loss", "outputs"), [("adam", "squared", 1), ("sgd", "cross-entropy", 3)])

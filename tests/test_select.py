@@ -77,3 +77,19 @@ def test_a_job_without_training_is_refused(job):
     job.write_text(text[: text.index("[finetune]")])
     with pytest.raises(InputError, match="finetune: is missing"):
         run_select(read_job(job))
+
+
+def test_a_ranking_is_part_of_a_report(job, run, tmp_path):  # noqa: F811
+    saved, page = tmp_path / "ranking.json", tmp_path / "report.html"
+    assert run("select", job, "--save", saved, "--repeats", 1, "--no-kernels")[0] == 0
+    assert run("report", saved, "-o", page)[0] == 0
+    text = page.read_text(encoding="utf-8")
+    assert "Which modules to adapt" in text
+    assert "attention.self.query" in text
+    broken = tmp_path / "broken.json"
+    for content in ("[]", "{", '{"choices": []}', "null"):
+        broken.write_text(content)
+        code, _, err = run("report", broken, "-o", page)
+        assert code == 2
+        assert "expected a ranking" in err
+    assert run("report", tmp_path / "none.json", "-o", page)[0] == 2

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ntkengine import cli
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.gram import engine, planning
+from ntkengine.gram import computing, planning
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.report import tables
@@ -274,14 +274,14 @@ def test_the_smallest_sketch_is_not_refused():
 def test_a_model_that_does_not_run_in_float64_is_measured_all_the_same(monkeypatch):
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)
-    right = engine.estimate_noise
+    right = computing.estimate_noise
 
     def single(running, *args, **kwargs):
         if running is not model:
             raise RuntimeError("no float64 here")
         return right(running, *args, **kwargs)
 
-    monkeypatch.setattr(engine, "estimate_noise", single)
+    monkeypatch.setattr(computing, "estimate_noise", single)
     gram = compute_gram(model, inputs, params=WEIGHTS, sketch=64)
     assert gram.noise > 0
     assert gram.meta["sketch"]["relative_error"] > 1e-3

@@ -44,6 +44,10 @@ def test_file_holds_what_memory_holds(job):
     assert list(stored.modules) == list(held.modules)
     for name, matrix in held.modules.items():
         np.testing.assert_array_equal(stored.modules[name][...], matrix)
+    assert list(stored.cross_modules) == list(held.modules)
+    np.testing.assert_allclose(sum(matrix[...] for matrix in stored.cross_modules.values()), held.cross, rtol=1e-9)
+    for name, matrix in held.cross_modules.items():
+        np.testing.assert_array_equal(stored.cross_modules[name][...], matrix)
     for name in ("outputs", "eval_outputs", "targets", "eval_targets"):
         np.testing.assert_array_equal(getattr(stored, name), getattr(held, name))
     np.testing.assert_array_equal(stored.extras["held_out_outputs"], np.ones((7, 3)))

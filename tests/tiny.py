@@ -1,4 +1,7 @@
-"""Tiny pretrained-looking models on disk: random weights, a word-level tokenizer, everything a loader expects."""
+"""Tiny pretrained-looking models on disk: random weights, a word-level tokenizer, everything a loader expects.
+
+And the file of a small Gram.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tests.brute import VOCABULARY, tiny_model
+from ntkengine.gram.engine import compute_gram
+from tests.brute import VOCABULARY, tiny_inputs, tiny_model
 
 WORDS = [f"w{i}" for i in range(VOCABULARY - 5)]
 
@@ -43,3 +47,21 @@ def tiny_sentences(n: int, seed: int = 0) -> list[str]:
     """Return n sentences of 2 to 9 known words."""
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(WORDS, size=rng.integers(2, 10))) for _ in range(n)]
+
+
+def compute_small(path: Path) -> None:
+    """Compute a Gram with modules, eval examples, targets and a job into a file, or go on from what is there."""
+    model = tiny_model("bert", num_labels=2)
+    y = np.array([[-1.0], [1.0]])[[0, 1, 0, 1, 1, 0, 1]]
+    compute_gram(
+        model,
+        tiny_inputs(model, [5, 3, 4, 6, 2, 7, 3], 7),
+        eval_inputs=tiny_inputs(model, [4, 5, 3], 5, seed=1),
+        readout="margin",
+        params="*.layer.*",
+        targets=y,
+        eval_targets=y[:3],
+        per_module=True,
+        out=path,
+        job={"data": {"train": "train.tsv"}},
+    )

@@ -33,7 +33,8 @@ def compare(task: str, runs: list[dict[str, Any]], forecasts: list[dict[str, Any
     loss, accuracy = (_table(real, f"{test}_{what}", seeds, names) for what in ("loss", "accuracy"))
     train = np.array([[real[s, n]["train_loss"][-1] for n in names] for s in seeds])
     values: dict[str, Any] = {"seeds": len(seeds), "setups": len(names)}
-    for p in PREDICTORS:
+    told = {key: {**line, "drawn": line[f"{test}_drawn"]} for key, line in told.items()}
+    for p in (*PREDICTORS, "drawn"):
         found = _table(told, p, seeds, names)
         values[p] = {
             "spearman": float(spearmanr(found.mean(0), loss.mean(0))[0]),
@@ -52,23 +53,24 @@ def compare(task: str, runs: list[dict[str, Any]], forecasts: list[dict[str, Any
         values["one_run_spearman"] = float(np.mean([spearmanr(a, b)[0] for a, b in zip(loss, others, strict=True)]))
     values["train_spearman"] = float(spearmanr(_table(told, "train_loss", seeds, names).mean(0), train.mean(0))[0])
     values["train_relative_error"] = float(np.median(np.abs(_table(told, "train_loss", seeds, names) / train - 1.0)))
-    values |= _coverage(told, loss, accuracy, seeds, names)
+    values |= _coverage(told, loss, accuracy, seeds, names, test)
     training = sum(real[s, n]["seconds"] for s in seeds for n in names)
     spent = sum(told[s, n]["rehearsal_seconds"] for s in seeds for n in names)
     spent += sum(told[s, names[0]]["factors_seconds"] for s in seeds)
     values["cost_share"] = spent / training
     line = record("calibration", {"task": task, "measured_on": test}, values)
     print(f"\n{task}, measured on {test}: {len(names)} set-ups, {len(seeds)} seeds")
-    for p in PREDICTORS:
+    for p in (*PREDICTORS, "drawn"):
         v = line[p]
         print(
             f"  {p:<11} Spearman {v['spearman']:+.2f} (one seed {v['spearman_one_seed']:+.2f})  "
             f"Pearson {v['pearson']:+.2f}  regret {v['regret_points']:.1f} points"
         )
-    for name in ("repeatability", "one_run_spearman", "train_spearman", "train_relative_error", "coverage"):
+    for name in ("repeatability", "one_run_spearman", "train_spearman", "train_relative_error"):
         if name in values:
             print(f"  {name} {values[name]:.3f}")
-    print(f"  accuracy coverage {values['accuracy_coverage']:.3f}, cost {values['cost_share']:.1%} of training")
+    for name in ("coverage", "coverage_same_text", "accuracy_coverage", "accuracy_coverage_same_text", "cost_share"):
+        print(f"  {name} {values[name]:.3f}")
     if test == "test" and any("shifted_loss" in r for r in real.values()):
         compare(task, runs, forecasts, "shifted")
 
@@ -87,8 +89,13 @@ def _coverage(
     accuracy: np.ndarray,
     seeds: list[int],
     names: list[str],
+    test: str,
 ) -> dict[str, float]:
-    """Return how often the 90 % intervals hold what single runs measured, and the errors they are made of."""
+    """Return how often the 90 % intervals hold what single runs measured, and the errors they are made of.
+
+    All runs of a task are measured on one draw of test examples, so the whole intervals' coverage is that of few draws;
+    `…_same_text` is the coverage of their other parts, chance and model, with both sides on the test's examples.
+    """
     get = lambda name: _table(told, name, seeds, names)  # noqa: E731
     value, share, moved = get("rehearsal"), get("accuracy"), get("movement")
     known = np.sqrt(2 * get("sampling") ** 2 + get("chance") ** 2)
@@ -96,7 +103,12 @@ def _coverage(
     # Of a share's draw, the binomial standard error.
     drawn = np.sqrt(2 * share * (1 - share) / 436)
     wide = Z90 * np.sqrt(drawn**2 + (MODEL_ACCURACY * moved) ** 2)
+    drawn, drawn_share = get(f"{test}_drawn"), get(f"{test}_drawn_accuracy")
+    own = Z90 * np.sqrt(get("chance") ** 2 + (MODEL_LOSS * moved) ** 2)
+    own_share = Z90 * np.sqrt(get("chance") ** 2 + (MODEL_ACCURACY * moved) ** 2)
     return {
+        "coverage_same_text": float((np.abs(drawn - loss) <= own).mean()),
+        "accuracy_coverage_same_text": float((np.abs(drawn_share - accuracy) <= own_share).mean()),
         "coverage": float((np.abs(value - loss) <= half).mean()),
         "accuracy_coverage": float((np.abs(share - accuracy) <= wide).mean()),
         "mean_half_width": float(half.mean()),

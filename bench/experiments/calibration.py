@@ -12,6 +12,9 @@ loo, gcv         their least values over ridges
 alignment        centred kernel-target alignment, negated
 trace            of the expected LoRA kernel
 condition        its condition number: the published criterion
+
+and, which is no forecast but shows what the draw of validation examples costs, `drawn`: the rehearsal scored on the
+test examples themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from bench.experiments.agreement import compare
 from bench.record import RESULTS, record
 from ntkengine.forecast.candidates import layer_of
 from ntkengine.forecast.lora import rehearse
+from ntkengine.forecast.outcome import outcome
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.simulate import simulate
 from ntkengine.gram.linear import TangentFactors, tangent_factors
@@ -71,8 +75,11 @@ def forecasts(data: Path, task: str, seed: int) -> list[tuple[dict[str, Any], di
     at = runs.start(data, task, seed, None)
     inputs, held = ({k: v for k, v in at[p][0].items() if v.ndim == 2} for p in ("train", "validation"))
     y, y_held = at["train"][1], at["validation"][1]
+    measured = [p for p in ("test", "shifted") if p in at]
+    parts = ["validation", *measured]
+    every = {p: len(at[p][1]) for p in parts}, np.concatenate([at[p][1] for p in parts])
     clock = time.perf_counter()
-    factors = tangent_factors(at["model"], inputs, held, params=PARAMS)
+    factors = tangent_factors(at["model"], inputs, runs.joined_inputs([at[p][0] for p in parts]), params=PARAMS)
     shared = time.perf_counter() - clock
     clock = time.perf_counter()
     gram = ntk.compute_gram(
@@ -84,7 +91,7 @@ def forecasts(data: Path, task: str, seed: int) -> list[tuple[dict[str, Any], di
     for setup in setups.calibration():
         modules = members(factors, setup)
         values = {"factors_seconds": shared, "gram_seconds": of_gram}
-        values |= _rehearsed(factors, y, y_held, setup, modules, seed)
+        values |= _rehearsed(factors, y, every, setup, modules, seed)
         values |= _of_kernels(gram, y, y_held, setup, modules, seed)
         found.append(({"task": task, "seed": seed, "setup": setup.name, "repeats": REPEATS}, values))
     # One time for all: where the flows' mean training loss meets the rehearsals'.
@@ -109,16 +116,30 @@ def members(factors: TangentFactors, setup: setups.Setup) -> list[str]:
 
 
 def _rehearsed(
-    factors: TangentFactors, y: np.ndarray, y_held: np.ndarray, setup: setups.Setup, modules: list[str], seed: int
+    factors: TangentFactors,
+    y: np.ndarray,
+    every: tuple[dict[str, int], np.ndarray],
+    setup: setups.Setup,
+    modules: list[str],
+    seed: int,
 ) -> dict[str, Any]:
+    sizes, targets = every
     recipe = runs.RECIPE | {"seed": 1000 * (seed + 1)}  # not the real runs' order
     run = rehearse(
-        factors, y, recipe, modules, rank=setup.rank, eval_targets=y_held, repeats=REPEATS, seed=1000 * (seed + 1)
+        factors, y, recipe, modules, rank=setup.rank, eval_targets=targets, repeats=REPEATS, seed=1000 * (seed + 1)
     )
-    o = run.outcome
+    assert run.eval_losses is not None
+    assert run.eval_correct is not None
+    seen, first, drawn = sizes["validation"], 0, {}
+    for part, size in sizes.items():
+        if part != "validation":
+            drawn[f"{part}_drawn"] = float(run.eval_losses[:, first : first + size].mean())
+            drawn[f"{part}_drawn_accuracy"] = float(run.eval_correct[:, first : first + size].mean())
+        first += size
+    o = outcome(run.train_losses, run.eval_losses[:, :seen], run.eval_correct[:, :seen], run.movement)
     assert o.eval_loss is not None
     assert o.eval_accuracy is not None
-    return {
+    return drawn | {
         "parameters": run.parameters,
         "rehearsal": o.eval_loss[0],
         "train_loss": o.train_loss,

@@ -199,7 +199,10 @@ class Team:
         self._mpi.Finalize()
 
     def _spec(self, buffer: torch.Tensor) -> list[Any]:
-        return [buffer.numpy() if buffer.device.type == "cpu" else buffer, self._mpi.BYTE]
+        kind = self._mpi.BYTE
+        if buffer.numel() % 8 == 0:  # counts may end at 2³¹
+            buffer, kind = buffer.view(torch.int64), self._mpi.INT64_T
+        return [buffer.numpy() if buffer.device.type == "cpu" else buffer, kind]
 
 
 def together(team: Team | None) -> AbstractContextManager[None]:

@@ -35,6 +35,8 @@ class LinearityBounds:
         proximal: as given.
         displacement: bound on ‖θ_t − θ_0‖.
         gap: bound on ‖f_θt − f̄_θ̄t‖, the network against its trained linearisation.
+        linear_radius: 2 Lip(f)/Lip(∇f), the ‖θ − θ_0‖ at which a movement along the worst directions bends f by as much
+            as it moves it: ½ Lip(∇f) r² = Lip(f) r. Forecasts say nothing beyond it, and may fail well before.
         assumptions: what they rest on.
     """
 
@@ -45,6 +47,7 @@ class LinearityBounds:
     proximal: float
     displacement: float
     gap: float
+    linear_radius: float
     assumptions: tuple[str, ...] = ASSUMPTIONS
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,4 +101,5 @@ def linearity_bounds(
     turn = gradient_lipschitz(model, inputs, params=params, readout=readout, iterations=iterations, seed=seed).value
     radius = displacement_bound(lipschitz, residual, proximal, time, scale=1.0 / n)
     gap = linearisation_gap_bound(lipschitz, turn, radius, residual, time / (2.0 * n))
-    return LinearityBounds(lipschitz, turn, residual, time, proximal, radius, gap)
+    reach = 2.0 * lipschitz / turn if turn > 0 else float("inf")
+    return LinearityBounds(lipschitz, turn, residual, time, proximal, radius, gap, reach)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkengine.errors import InputError
-from ntkengine.forecast.scores import hits
+from ntkengine.forecast.scores import hits, mean_interval, wilson_interval
 from ntkengine.forecast.system import Flow
 
 _TIMES = 121
@@ -52,7 +52,7 @@ def flow_curves(
     noise: float,
     classes: bool,
 ) -> dict[str, Any]:
-    """Return the curves of `Forecast` along times, by field name.
+    """Return the curves of `Forecast` along times, and the best time on them, by field name.
 
     Args:
         flow: systems decomposed for y − f0.
@@ -64,13 +64,15 @@ def flow_curves(
         classes: whether to score accuracies.
 
     Returns:
-        (T,) float64 by name, or None where there is nothing to score.
+        (T,) float64 by name, or None where there is nothing to score; `best_time`, `best_eval_loss` and
+        `best_eval_accuracy`.
 
     Cost: T·n·m·(n + M) multiply-adds a system.
     """
     n = len(y)
     names = ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "displacement")
     found: dict[str, list[float]] = {name: [] for name in names}
+    best = None  # eval losses and hits by example at the time of the least eval loss
     for t in times:
 
         def decay(v: np.ndarray, t: float = t) -> np.ndarray:
@@ -88,7 +90,17 @@ def flow_curves(
             found["train_accuracy"].append(float(hits(y - residual, y).mean()))
         if y_eval is not None and f0_eval is not None:
             f = f0_eval + flow.evaluate(reach)
-            found["eval_loss"].append(0.5 * float(((f - y_eval) ** 2).sum()) / len(y_eval))
-            if classes:
-                found["eval_accuracy"].append(float(hits(f, y_eval).mean()))
-    return {f"curve_{name}": np.array(values) if values else None for name, values in found.items()}
+            losses, right = 0.5 * ((f - y_eval) ** 2).sum(axis=1), hits(f, y_eval) if classes else None
+            found["eval_loss"].append(float(losses.mean()))
+            if found["eval_loss"][-1] == min(found["eval_loss"]):
+                best = float(t), losses, right
+            if right is not None:
+                found["eval_accuracy"].append(float(right.mean()))
+    curves: dict[str, Any] = {f"curve_{name}": np.array(values) if values else None for name, values in found.items()}
+    curves |= dict.fromkeys(("best_time", "best_eval_loss", "best_eval_accuracy"))
+    if best is not None:
+        t, losses, right = best
+        curves |= {"best_time": t, "best_eval_loss": mean_interval(losses)}
+        if right is not None:
+            curves["best_eval_accuracy"] = wilson_interval(int(right.sum()), len(right))
+    return curves

@@ -62,6 +62,8 @@ class Forecast:
         curve_eval_accuracy: (T,) or None.
         curve_displacement: (T,) ‖θ_t − θ_0‖ of that flow.
         best_time: where `curve_eval_loss` is least, or None.
+        best_eval_loss: that loss, as an interval over eval examples; it is the least of many, so a little low.
+        best_eval_accuracy: accuracy there, Wilson interval, or None.
         lipschitz: √λ_max, the local Lip(f).
         residual_norm: ‖f0 − y‖ over all entries.
         paper_lower: lower bound of the training mse at the chosen ridge: the published sum of squares divided by N·C,
@@ -108,6 +110,8 @@ class Forecast:
     curve_eval_accuracy: np.ndarray | None
     curve_displacement: np.ndarray
     best_time: float | None
+    best_eval_loss: Interval | None
+    best_eval_accuracy: Interval | None
     lipschitz: float
     residual_norm: float
     paper_lower: float
@@ -207,9 +211,10 @@ class Forecast:
             rows.append(("eval mse at ridge", _span(mse, low, high)))
             if accuracy is not None and worst is not None and best is not None:
                 rows.append(("eval accuracy at ridge", _span(accuracy, worst, best)))
-        if self.best_time is not None and self.curve_eval_loss is not None:
-            least = self.curve_eval_loss.min()
-            rows.append(("least eval loss on the way", f"{least:.4g} at time {self.best_time:.3g}"))
+        if self.best_time is not None and self.best_eval_loss is not None:
+            rows.append(("least eval loss on the way", f"{_span(*self.best_eval_loss)} at time {self.best_time:.3g}"))
+            if self.best_eval_accuracy is not None:
+                rows.append(("eval accuracy there", _span(*self.best_eval_accuracy)))
         rows.append(("the same as", f"proximal {self.proximal:.3g}, or stopping at time {self.stopping_time:.3g}"))
         if self.training is not None:
             rows += _trained(self.training)

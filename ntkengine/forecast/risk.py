@@ -134,7 +134,6 @@ def forecast(
     t = default_times(N, top, bottom, noise) if times is None else checked_times(times)
     training = None if recipe is None else simulated(gram, kernel, y, f0, y_eval, f0_eval, Recipe.of(recipe))
     curves = flow_curves(flow, y, y_eval, f0_eval, t, noise, classes)
-    eval_loss = curves["curve_eval_loss"]
     return Forecast(
         n=N,
         n_eval=0 if y_eval is None else len(y_eval),
@@ -173,7 +172,6 @@ def forecast(
         start=_start(y, f0, held, y_eval, f0_eval, classes),
         times=t,
         **curves,
-        best_time=None if eval_loss is None else float(t[np.argmin(eval_loss)]),
         lipschitz=float(np.sqrt(condition.lambda_max)),
         residual_norm=residual_norm,
         paper_lower=lower / y.size,

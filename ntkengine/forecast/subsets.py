@@ -122,6 +122,7 @@ class _Judge:
         )
         self.assumptions = [
             f"LoRA of rank {rank}, α = {self.alpha:g}, {way}.",
+            "Only the adapters are trained, without dropout; the head stays as it is.",
             "Intervals add the draw of eval examples, seeds, and a share for what the first order leaves out, measured "
             "on real runs, not derived.",
         ]

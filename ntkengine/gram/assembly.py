@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from ntkengine.cluster.comm import Team
+from ntkengine.gram.blocks import TOTAL
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.result import Elsewhere, Gram
 from ntkengine.gram.run import Sums
@@ -20,14 +21,15 @@ from ntkengine.gram.tiles import unsorted
 from ntkengine.inputs.batches import Samples
 
 
-def assemble(sums: Sums | Spread, samples: Samples, plan: Plan, *, two: bool) -> Gram:
+def assemble(sums: Sums | Spread, samples: Samples, plan: Plan, *, two: bool, gather: bool) -> Gram:
     """Return the Gram of finished sums, its rows and columns in the order of the examples.
 
     Args:
-        sums: finished; over ranks every rank makes this call, and rank 0 gets the entries.
+        sums: finished; over ranks every rank makes this call.
         samples: of the job.
         plan: kept with it.
         two: rows and columns are different inputs.
+        gather: over ranks: whether rank 0 gets the entries; otherwise each keeps its own.
     """
     frame = sums.frame
     rows = samples.sizes[0] * frame.width
@@ -39,16 +41,19 @@ def assemble(sums: Sums | Spread, samples: Samples, plan: Plan, *, two: bool) ->
         found = unsorted(K[:, :rows] if group == 0 else K[:, rows:], samples, group, columns, frame.width)
         return found if frame.contraction == "per-output" else found[0]
 
-    K = sums.whole()
+    def whole(part: str) -> np.ndarray | None:
+        return sums.whole(part) if gather or isinstance(sums, Sums) else None
+
+    K = whole(TOTAL)
     outputs = [sums.outputs[slice(*samples.span(g))][samples.unsort(g)] for g in range(len(samples.sizes))]
     values = order(K, 0, 1 if two else 0)
     gram = Gram(values, outputs[0], frame.contraction, frame.transform, float("nan"), plan=plan)
-    gram.modules = {name: order(sums.whole(name), 0, 1 if two else 0) for name in sums.parts}
+    gram.modules = {name: order(whole(name), 0, 1 if two else 0) for name in sums.parts}
     if two:
         gram.eval_outputs = outputs[1]
     elif len(samples.sizes) > 1:
         gram.cross, gram.eval_outputs = order(K, 1, 0), outputs[1]
-        gram.cross_modules = {name: order(sums.whole(name), 1, 0) for name in sums.parts}
+        gram.cross_modules = {name: order(whole(name), 1, 0) for name in sums.parts}
     return gram
 
 

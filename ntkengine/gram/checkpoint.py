@@ -6,8 +6,8 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -117,6 +117,11 @@ class Checkpoints:
             raise Stopped(error.signal, msg) from error
 
     @property
+    def start(self) -> tuple[int, int, bool]:
+        """Where the job starts: number of the checkpoint that was found, of how many ranks, zeros for none; repairs."""
+        return self._generation, len(self._found), self.repairs
+
+    @property
     def seconds(self) -> float:
         """Time spent on the job, in this process and those before it."""
         return self._before_s + time.monotonic() - self._start
@@ -154,15 +159,31 @@ class Checkpoints:
         Raises:
             OSError: the disk refused; the checkpoints are still there.
         """
-        self.tell(1.0, 1.0, "writing the file", now=True)
-        with self.stop.waits():  # a signal that comes now comes too late
-            try:
+        with self.writing():
+            with self.refused():
                 write(self.folder.partial)
-            except OSError as error:
-                reason = error.strerror or str(error).splitlines()[0]
-                msg = f"could not be written ({reason}); {self._kept()}"
-                raise OSError(error.errno, msg, str(self.folder.out)) from error
             self.folder.remove()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block the final file is written: a signal that comes now comes too late."""
+        self.tell(1.0, 1.0, "writing the file", now=True)
+        with self.stop.waits():
+            yield
+
+    @contextmanager
+    def refused(self) -> Iterator[None]:
+        """Say of a disk that refuses in the block what is still there.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            msg = f"could not be written ({reason}); {self._kept()}"
+            raise OSError(error.errno, msg, str(self.folder.out)) from error
 
     def due(self) -> bool:
         """Return whether it is time for a checkpoint."""

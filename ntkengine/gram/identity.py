@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def writable(path: Path) -> Path:
         raise InputError(msg)
     if path.is_dir():
         msg = f"out: {path} is a folder, expected a file name"
+        raise InputError(msg)
+    if not path.exists() and not os.access(path.parent, os.W_OK):
+        msg = f"out: folder {path.parent} cannot be written to"
         raise InputError(msg)
     return path
 

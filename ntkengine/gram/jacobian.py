@@ -94,7 +94,14 @@ class TangentProducts:
                 self._task.model, self._task.selected = held
 
     def __call__(self, X: np.ndarray) -> np.ndarray:
-        """Return K X, (rows, k) float64, of X (rows, k)."""
+        """Return K X, (rows, k) float64, of X (rows, k), k >= 1.
+
+        Raises:
+            InputError: X of another shape.
+            NonFinite: a gradient is not finite.
+        """
+        if X.ndim != 2 or X.shape[0] != self.rows or not X.shape[1]:
+            raise InputError(f"X: expected shape ({self.rows}, k), got {X.shape}")
         N, C = self.outputs.shape
         with self._running() as task:
             if not self._folded:

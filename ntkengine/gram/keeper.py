@@ -142,13 +142,15 @@ class SweepKeeper(Writer, Keeper):
             InputError: they do not have all entries.
         """
         w, (r0, r1, c0, c1) = sums.total.frame.width, self.region
-        for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
-            target = sums.part(name) if name else sums.total
-            values = target.K.cpu().numpy()
-            pieces = (part for saved in found for part in store.read_parts(saved, name))
-            store.overlay(pieces, (r0 * w, r1 * w), (c0 * w, c1 * w), values)
-            if target.K.is_cuda:
-                target.K.copy_(torch.from_numpy(values))
+        targets = []
+        for name in names_of(found):
+            K = (sums.part(name) if name else sums.total).K.cpu().numpy()
+            targets.append(store.Part(name, (r0 * w, r1 * w), (c0 * w, c1 * w), K))
+        store.overlay(found, targets)
+        for target in targets:
+            sum_ = sums.part(target.name) if target.name else sums.total
+            if sum_.K.is_cuda:
+                sum_.K.copy_(torch.from_numpy(target.values))
         sums.done, sums.traces = work_of(found)
         sums.pass_seconds = sum(saved.state["pass_seconds"] for saved in found) / len(found)
         self.owner.resumed += len(sums.done)
@@ -187,6 +189,11 @@ class TileKeeper(SweepKeeper):
         owner = self.owner
         name = f"rank-{owner.rank:04d}-of-{owner.ranks:04d}.tile-" + "-".join(map(str, self.region))
         return owner.folder.path / name
+
+
+def names_of(found: list[store.Saved]) -> list[str]:
+    """Return the names of the Grams in a checkpoint's files."""
+    return list(dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]))
 
 
 def work_of(found: list[store.Saved]) -> tuple[dict[str, tuple[str, int, float, float]], dict[str, float]]:

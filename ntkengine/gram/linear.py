@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ class TangentFactors:
     @property
     def nbytes(self) -> int:
         """What they take."""
-        return sum(m.inputs.nbytes + m.gradients.nbytes for m in self.maps.values())
+        inputs = {m.inputs.data_ptr(): m.inputs.nbytes for m in self.maps.values()}
+        return sum(inputs.values()) + sum(m.gradients.nbytes for m in self.maps.values())
 
 
 def tangent_factors(
@@ -100,24 +101,34 @@ def tangent_factors(
         sweep = Sweep(task.model, task.selected, structure, samples, task.readout, hidden=layout.hidden)
         order = np.concatenate([c.rows + samples.span(c.group)[0] for c in samples.chunks])
         for _, found in sweep.segments():
+            beside: list[LinearFactors] = []  # maps of one segment, some of which read the same inputs
             while found:
                 factors = found.pop()
                 if factors.kind != "outer":
                     continue
-                kept = _flat(factors, order)
-                held += kept.inputs.nbytes + kept.gradients.nbytes
+                kept, read = _sharing(_flat(factors, order), beside)
+                held += read + kept.gradients.nbytes
                 if limit is not None and held > limit:
                     raise InputError(
                         f"memory_gib: expected room for the factors of every map, {memory_gib} GiB are full after "
                         f"{len(maps)} of them; take fewer examples or maps"
                     )
                 maps[module_of(factors.name)] = kept
+                beside.append(kept)
         outputs = np.empty_like(sweep.outputs)
         outputs[order] = sweep.outputs
     if not maps:
         raise InputError("params: expected weights of linear maps among them, got none")
     names = [module_of(name) for name in task.selected]
     return TangentFactors({n: maps[n] for n in names if n in maps}, outputs, samples.sizes[0])
+
+
+def _sharing(found: LinearFactors, beside: list[LinearFactors]) -> tuple[LinearFactors, int]:
+    """Return a map's factors, with the inputs of one beside it where they are the same, and what its inputs take."""
+    for other in beside:
+        if np.array_equal(found.starts, other.starts) and torch.equal(found.inputs, other.inputs):
+            return replace(found, inputs=other.inputs), 0
+    return found, found.inputs.nbytes
 
 
 def _flat(factors: ParameterFactors, order: np.ndarray) -> LinearFactors:

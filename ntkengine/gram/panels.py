@@ -7,7 +7,8 @@ on that axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,16 +133,12 @@ class Panels:
         for meeting, total in self._each():
             yield from self._blocks(meeting, total, mirrored=mirrored)
 
-    def restore(self, put: Callable[[Span, Span, np.ndarray], None]) -> None:
-        """Fill the rectangles.
-
-        Args:
-            put: takes rows and columns on the job's axis, in Gram rows, and the array to write their entries into.
-        """
-        for meeting, total in self._each():
-            K = total.K.cpu().numpy()
-            for block in self._cut(meeting, total, K):
-                put(block.rows, block.columns, block.values)
+    @contextmanager
+    def filling(self) -> Iterator[list[Block]]:
+        """Give the rectangles on the job's axis, to be written to within the block."""
+        there = [(meeting, total, total.K.cpu().numpy()) for meeting, total in self._each()]
+        yield [block for meeting, total, K in there for block in self._cut(meeting, total, K)]
+        for _, total, K in there:
             if total.K.is_cuda:
                 total.K.copy_(torch.from_numpy(K))
 

@@ -56,21 +56,25 @@ def fill_open_tiles(
         raise InputError(msg)
     width = int(meta["width"])
     second = inputs2 if inputs2 is not None else eval_inputs
-    left, right = _samples(tiles, width, two=inputs2 is not None)
+    left, second_rows = _samples(tiles, width, two=inputs2 is not None)
     log.warning(
-        "%s: %d damaged tiles; computing %d samples again", folder.out, sum(map(len, tiles.values())), len(left | right)
+        "%s: %d damaged tiles; computing %d samples again",
+        folder.out,
+        sum(map(len, tiles.values())),
+        len(left | second_rows),
     )
-    rows, others = np.array(sorted(left)), np.array(sorted(right))
+    rows, others = np.array(sorted(left)), np.array(sorted(second_rows))
     key = "eval_inputs" if inputs2 is None else "inputs2"
     gram = compute(_part(inputs, rows), **({key: _part(second, others)} if second is not None and len(others) else {}))
     if gram.meta["negligible_parameters"] != meta["negligible_parameters"]:
         msg = f"out: {folder.damaged}: these samples alone give other parameters without a sign; {whole}"
         raise InputError(msg)
     down, across = _entries(rows, width), _entries(others, width)
-    found = {"gram": gram.values} | {f"modules/{i}": part for i, part in enumerate(gram.modules.values())}
-    computed = {name: (down, down if inputs2 is None else across, found[name]) for name in tiles if name != "cross"}
-    if "cross" in tiles:
-        computed["cross"] = across, down, gram.cross
+    found = {"gram": gram.values}  # other ranks or another start may have met the modules in another order
+    found |= {meta["modules"][name]: part for name, part in gram.modules.items()}
+    crosses = {"cross": gram.cross} | {meta["crosses"][name]: part for name, part in gram.cross_modules.items()}
+    right = down if inputs2 is None else across
+    computed = {n: (across, down, crosses[n]) if store.is_cross(n) else (down, right, found[n]) for n in tiles}
     for name, off in store.differences(folder.damaged, computed).items():
         if not off <= LIMIT[meta["precision"]]:
             msg = f"{folder.damaged}: entries of /{name} computed again differ from sound ones by a relative {off:.0e}"
@@ -85,7 +89,7 @@ def _samples(tiles: Mapping[str, list[Any]], width: int, *, two: bool) -> tuple[
     for name, places in tiles.items():
         for *_, r, c in places:
             down, right = ({i // width for i in range(s.start, s.stop)} for s in (r, c))
-            (second if name == "cross" else first).update(down)
+            (second if store.is_cross(name) else first).update(down)
             (second if two else first).update(right)
     return first, second
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,24 @@ class Elsewhere:
         Raises:
             InputError: always.
         """
-        msg = "the Gram of a job over several processes is on rank 0"
+        msg = "the Gram of a job over several processes is on rank 0, or in its file (`open_gram`)"
         raise InputError(msg)
+
+
+class Stacked:
+    """Matrices of one shape as one array with an axis more, in front, of which only what is indexed is read.
+
+    Args:
+        parts: arrays or datasets.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts = list(parts)
+        self.shape, self.dtype = (len(self._parts), *self._parts[0].shape), np.dtype(self._parts[0].dtype)
+
+    def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
+        """Return part of one of the matrices: its number first, then an index into it."""
+        return np.asarray(self._parts[index[0]][index[1:]])
 
 
 @dataclass
@@ -55,7 +71,7 @@ class Gram:
         meta: versions, fingerprints, settings, timings, `module_trace`; `sketch`: None when exact, else `features`,
             `seed`, `parameters` sketched, `relative_error` ‖E‖_F/‖K‖_F measured on recomputed rows, and `predicted`, a
             bound on its root mean square over seeds (None without a square of rows against themselves).
-        extras: further arrays stored beside the Gram.
+        extras: further arrays stored beside the Gram; those of its size stay in the file.
         path: the file it lives in, or None.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import NonFinite
+from ntkengine.gram.blocks import TOTAL
 from ntkengine.gram.keeper import Keeper
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.strategies import choose, contract
@@ -20,6 +21,7 @@ from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
+from ntkengine.products import unrouted
 from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.factors import ParameterFactors
 from ntkengine.tangents.sketch import Sketch
@@ -62,9 +64,9 @@ class Sums:
     def serve(self) -> None:
         """Nobody asks for entries that are here."""
 
-    def whole(self, part: str | None = None) -> np.ndarray | None:
+    def whole(self, part: str = TOTAL) -> np.ndarray | None:
         """Return the Gram, or a part of it, (layers, rows, columns)."""
-        return (self.total if part is None else self.parts[part]).K.cpu().numpy()
+        return (self.total if part == TOTAL else self.parts[part]).K.cpu().numpy()
 
     @property
     def frame(self) -> Frame:
@@ -178,7 +180,7 @@ def sum_gram(
             while found:
                 factors = found.pop()
                 began = time.perf_counter()
-                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                with torch.cuda.device(device) if device.type == "cuda" else unrouted():
                     _add(factors, sums, frame, group, sweep, samples, roots)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

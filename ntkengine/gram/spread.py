@@ -48,10 +48,9 @@ class Spread:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield this rank's rectangles of every part."""
-        for panels in (self.total, *self.parts.values()):
-            yield from panels.blocks()
+    def panels(self, part: str) -> Panels:
+        """Return this rank's rectangles of a module's Gram, or of `TOTAL`."""
+        return self.total if part == TOTAL else self.parts[part]
 
     def told(self, seconds: float, waited: float) -> dict[str, Any]:
         """Return how the ranks shared the work, as plain JSON types.
@@ -124,12 +123,12 @@ class Spread:
                 found = np.array([panels.squares(self.frame, square=question[1])])
         return self.team.total(found)
 
-    def whole(self, part: str | None = None) -> np.ndarray | None:
+    def whole(self, part: str = TOTAL) -> np.ndarray | None:
         """Return the Gram, or a part of it, (layers, rows, columns), on rank 0 and None elsewhere.
 
         Memory: on rank 0 the whole Gram and one rectangle of it.
         """
-        panels = self.total if part is None else self.parts[part]
+        panels = self.panels(part)
         rows, columns = ((stop - start) * self.frame.width for start, stop in (self.frame.rows, self.frame.columns))
         with self.team.together():
             mine = list(panels.blocks())

@@ -1,25 +1,21 @@
-"""One sweep over all ranks: each sweeps its own samples, factors travel half a ring, each keeps its part of K."""
+"""A rank's part of a sweep over all ranks: its samples' factors travel half a ring, each rank keeps its part of K."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkengine.cluster.comm import Team
 from ntkengine.cluster.packing import Label, cut, join, label_of, pack, size_of, slices_of, unpack
 from ntkengine.cluster.ring import Queue
-from ntkengine.cluster.shards import Piece, Shard, deal
+from ntkengine.cluster.shards import Piece, Shard
 from ntkengine.cluster.wire import Wire
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.gram.blocks import TOTAL
-from ntkengine.gram.checkpoint import Checkpoints
-from ntkengine.gram.layout import Layout
 from ntkengine.gram.panels import Meeting, Panels, meetings
 from ntkengine.gram.run import root_of
 from ntkengine.gram.spread import Spread, Work
@@ -28,10 +24,9 @@ from ntkengine.gram.teamwork import SpreadKeeper
 from ntkengine.gram.tiles import Accumulator, Frame, Workspace
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.readout import Readout
+from ntkengine.products import unrouted
 from ntkengine.tangents.factors import ParameterFactors
 from ntkengine.tangents.grouping import grouped
-from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import Sweep
 
@@ -93,12 +88,14 @@ class Spreading:
         return Panels(part, self.met, self.device, self.workspace, kernels=self.kernels)
 
     def panels(self, part: str) -> Panels:
-        """Return where a part's products are added."""
-        if part == TOTAL:
-            return self.sums.total
-        if part not in self.sums.parts:
+        """Return where a part's products are added, empty the first time."""
+        if part not in (TOTAL, *self.sums.parts):
             self.sums.parts[part] = self._panels(part)
-        return self.sums.parts[part]
+        return self.sums.panels(part)
+
+    def _part(self, name: str) -> str:
+        """Return the part that a parameter is kept under."""
+        return TOTAL if self.group is None else self.group(name)
 
     @property
     def pass_seconds(self) -> float:
@@ -169,6 +166,8 @@ class Spreading:
         sizes = [[self._sizes(rank, labels[rank][b]) for rank in range(self.team.size)] for b in range(len(bundles))]
         queue = Queue(self.team, self.wire, sizes, lambda b: self._packed(bundles[b], sizes[b]), self.window)
         failed: Exception | None = None
+        for own in (f for bundle in bundles for f in bundle):
+            self.panels(self._part(own.name))  # on a rank without rectangles too
         for b, bundle in enumerate(bundles):
             for w, meeting in enumerate(self.met):
                 there: dict[Piece, list[ParameterFactors]] = {}
@@ -223,10 +222,10 @@ class Spreading:
             unsigned = self.frame.transform in SIGNS and own.name in self.structure.negligible
             kind = "zero" if unsigned else joined.kind
             strategy, flops = choose(kind, joined.shape, joined.tokens, meeting.size, *meeting.frames)
-            panels = self.panels(TOTAL if self.group is None else self.group(own.name))
+            panels = self.panels(self._part(own.name))
             totals = panels.totals[w]
             before = panels.trace()
-            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else unrouted():
                 root = root_of(own.name, self.roots, self.structure)
                 contract(joined, strategy, totals[0], root, *totals[1:], poll=poll)
             after = panels.trace() if self.frame.square else sum(float(total.K.sum()) for total in totals)
@@ -281,86 +280,3 @@ class Spreading:
 def _together(found: Sequence[Work], ranks: int) -> Work:
     most = max(found, key=lambda work: work[2])
     return most[0], max(w[1] for w in found), sum(w[2] for w in found), sum(w[3] for w in found) / ranks
-
-
-def sum_spread(
-    team: Team,
-    model: nn.Module,
-    selected: Mapping[str, nn.Parameter],
-    structure: Structure,
-    samples: Samples,
-    readout: Readout,
-    frame: Frame,
-    layout: Layout,
-    *,
-    factor_bytes: Mapping[str, float],
-    pass_flops: float,
-    keep_bytes: int,
-    tick: Callable[[float, str], None],
-    sketches: Mapping[str, Sketch],
-    checkpoints: Checkpoints | None = None,
-    **options: Any,
-) -> Spread:
-    """Return the Gram of all samples in the frame, spread over the ranks.
-
-    Args:
-        team: the ranks; each makes this call.
-        model: frozen, in eval mode.
-        selected: parameters by name.
-        structure: from the probe.
-        samples: the job's.
-        readout: f.
-        frame: the wanted Gram.
-        layout: of each rank.
-        factor_bytes: by parameter, of all samples.
-        pass_flops: of the passes over all samples, for `tick`.
-        keep_bytes: activations a rank may keep rather than recompute.
-        tick: called with this rank's flops done and the segment's name.
-        sketches: by parameter, what is kept of its gradient.
-        checkpoints: of the job, on every rank; None: it has no file.
-        options: `group`, `roots`, `kernels` of `Spreading`.
-
-    Raises:
-        Exception: on every rank, what failed on any.
-    """
-    device = next(iter(model.parameters())).device
-    shards = deal(samples, team.size)
-    one = 1 if structure.one_by_one else None
-    few: dict[str, Any] = {"microbatch_tokens": layout.microbatch_tokens, "microbatch": one, "trim": structure.trim}
-    local = shards[team.rank].part(samples, **few)
-    sizes = {name: size / team.size for name, size in factor_bytes.items()}
-    spreading = Spreading(
-        team,
-        structure,
-        samples,
-        local,
-        shards,
-        frame,
-        device,
-        window=layout.window,
-        bundle_bytes=layout.bundle_bytes,
-        factor_bytes=sizes,
-        tick=tick,
-        keeper=None if checkpoints is None else SpreadKeeper(checkpoints, team, frame),
-        **options,
-    )
-    if spreading.keeper is not None:
-        with team.together():
-            spreading.keeper.start(spreading)
-    steps = len(local.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
-    mine = pass_flops * shards[team.rank].tokens / sum(shard.tokens for shard in shards)
-    sweep = Sweep(
-        model,
-        selected,
-        structure,
-        local,
-        readout,
-        lambda: tick(mine / steps, "passes"),
-        keep_bytes,
-        layout.hidden,
-        sizes,
-        layout.factor_bytes,
-        sketches,
-        spreading.skip,
-    )
-    return spreading.run(sweep)

@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from ntkengine.gram import kernels
-from ntkengine.gram.tiles import Accumulator, Frame, Workspace, product
+from ntkengine.gram.ghost import ghost
+from ntkengine.gram.tiles import Accumulator, Frame, Workspace
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.products import prefers_onednn
-from ntkengine.tangents.factors import Dense, Lookup, Outer, ParameterFactors
+from ntkengine.tangents.factors import Dense, Lookup, ParameterFactors
 
 TILE_PARAMETERS = 65_536  # longest inner product in the model's own precision
 TILE_BYTES = 16 << 20  # Φ stays in the last-level cache
-_PAIR_BYTES = 4 << 20  # temporary products of ghost and lookup
+_PAIR_BYTES = 4 << 20  # temporary products of a lookup
 _COMMON = 4  # a token that one in so many samples has (a position, [CLS]) is summed as features: no scattered additions
 # How much longer a flop takes on the CPU where many small products are made instead of a large one (rates, not counts,
-# decide: measured on a Zen 5, 190 against 400 GFLOP/s in float32, 500 against 1,000 in bfloat16).
-_SMALL_PRODUCTS = 1.8
+# decide: measured on a Zen 5, 140 to 200 against 500 GFLOP/s in float32, 440 to 870 against 1,000 in bfloat16).
+_SMALL_PRODUCTS = 3.0
 
 
 def choose(
@@ -95,9 +96,7 @@ def contract(
     if strategy == "zero" or total.kernels and kernels.contract(factors, strategy, totals, root, poll):
         return
     if strategy == "ghost":
-        padded = _padded(factors)
-        for each in totals:
-            _ghost(*padded, each, poll)
+        ghost(factors, totals, poll)
     elif strategy == "lookup":
         summed = _summed_rows(factors)
         for each in totals:
@@ -156,30 +155,6 @@ def _floor(factors: ParameterFactors, like: Tensor) -> Tensor:
         floors.append((ZERO.get(like.dtype, 1e-3) * dense.abs().amax((2, 3), keepdim=True)).expand(n, -1, 1, 1))
     width = max(f.shape[1] for f in floors)
     return torch.cat([f.expand(-1, width, 1, 1) for f in floors])
-
-
-def _ghost(a_STI: Tensor, d_SCTR: Tensor, total: Accumulator, poll: Callable[[], None]) -> None:
-    """Σ_{t,s} (a_it·a_js)(d_it·d_js), row panel by row panel; sums over one token axis, then float64."""
-    frame = total.frame
-    S, C, T, R = d_SCTR.shape
-    w = frame.width
-    if frame.contraction == "per-output":
-        d = d_SCTR.transpose(0, 1)
-    elif frame.contraction == "full":  # one Gram row for each sample and output
-        d = d_SCTR.reshape(1, S * C, T, R)
-    else:
-        d = d_SCTR.transpose(1, 2).reshape(1, S, T, C * R)
-    a = a_STI.repeat_interleave(w, 0) if w > 1 else a_STI
-    rows = max(1, _PAIR_BYTES // (8 * T * T * max(1, total.c1 - total.c0)))
-    sums = torch.promote_types(a.dtype, torch.float32)
-    for layer in range(frame.layers):
-        for start, stop, last in frame.panels(rows):
-            r, q = stop - start, last - total.c0
-            values = product(a[start:stop].reshape(r * T, -1), a[total.c0 : last].reshape(q * T, -1)).to(sums)
-            values.mul_(product(d[layer, start:stop].reshape(r * T, -1), d[layer, total.c0 : last].reshape(q * T, -1)))
-            K = values.view(r, T, q, T).sum(3).sum(1, dtype=torch.float64)
-            total.K[layer, start - total.r0 : stop - total.r0, :q] += K
-            poll()
 
 
 def _lookup(summed: tuple[Tensor, Tensor, Tensor], S: int, total: Accumulator, root: Tensor | None = None) -> None:
@@ -261,25 +236,6 @@ def _summed_rows(factors: ParameterFactors) -> tuple[Tensor, Tensor, Tensor]:
     rows, samples, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = tokens.argsort(stable=True)
     return rows[order], samples[order], tokens[order]
-
-
-def _padded(factors: ParameterFactors) -> tuple[Tensor, Tensor]:
-    """Return all samples' outer factors with one token axis: a (S, T, I), d (S, C, T, R), zero where there is none."""
-    like = _like(factors)
-    S, T = sum(factors.sizes), factors.tokens
-    R, I = factors.shape  # noqa: E741
-    C = next(u.d.shape[1] for uses in factors.chunks for u in uses if isinstance(u, Outer))
-    a = torch.zeros(S, T, I, dtype=like.dtype, device=like.device)
-    d = torch.zeros(S, C, T, R, dtype=like.dtype, device=like.device)
-    at = 0
-    for uses, n in zip(factors.chunks, factors.sizes, strict=True):
-        for use in uses:
-            if isinstance(use, Outer):
-                t = use.d.shape[2]
-                a[at : at + n, :t] = use.a
-                d[at : at + n, :, :t] = use.d
-        at += n
-    return a, d
 
 
 def _like(factors: ParameterFactors) -> Tensor:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ntkengine import store
 from ntkengine.cluster.comm import Team
-from ntkengine.errors import Stopped
+from ntkengine.errors import InputError, Stopped
 from ntkengine.gram.checkpoint import Checkpoints
-from ntkengine.gram.keeper import Writer, work_of
+from ntkengine.gram.keeper import Writer, names_of, work_of
 from ntkengine.gram.tiles import Frame
 
 if TYPE_CHECKING:
@@ -41,12 +41,19 @@ def checkpointing(
             yield alone
         return
     ranks: dict[str, Any] = {"rank": team.rank, "ranks": team.size, "agree": lambda yes: any(team.exchange(yes))}
-    mine = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks)
+    mine, mark = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks), ""
     with ExitStack() as entered:
         for first in (True, False):
             with team.together():
                 if team.root is first:
+                    if not first and not mine.folder.shows(mark):
+                        msg = f"out: {mine.folder.path} is not rank 0's here: all ranks need one folder that they share"
+                        raise InputError(msg)
                     entered.enter_context(mine)
+                    if first and not mine.repairs:
+                        store.refuse_shards(out, team.size)
+            mark = team.broadcast(mine.folder.mark)
+        team.same({"out": mine.start}, f"do all ranks see the same files in {mine.folder.path}?")
         with mine.stop.waits():  # a signal to one rank alone would leave the others waiting
             yield mine
 
@@ -70,15 +77,10 @@ class SpreadKeeper(Writer):
         Raises:
             InputError: it lacks entries.
         """
-        for name in dict.fromkeys(part["name"] for saved in found for part in saved.state["parts"]):
-            spreading.panels(name).restore(
-                lambda rows, columns, values, name=name: store.overlay(  # type: ignore[misc]
-                    (part for saved in found for part in store.read_parts(saved, name, rows, columns)),
-                    rows,
-                    columns,
-                    values,
-                )
-            )
+        names = names_of(found)
+        with ExitStack() as filled:
+            blocks = [block for name in names for block in filled.enter_context(spreading.panels(name).filling())]
+            store.overlay(found, [store.Part(block.part, block.rows, block.columns, block.values) for block in blocks])
         done, traces = work_of(found)
         spreading.skip = frozenset(done)
         if self.team.root:  # they are summed over ranks in the end

@@ -107,6 +107,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
+        self._inputs: list[Tensor] = []
+        self._pairs: tuple[Frame | None, dict[int, Tensor]] = (None, {})
 
     def take(self, like: Tensor, entries: int) -> Tensor:
         """Return a flat buffer of that many entries, of like's dtype and device; its content is what was last there."""
@@ -115,6 +117,20 @@ class Workspace:
             self._buffer = torch.empty(0)  # let go of the old one first
             self._buffer = torch.empty(entries, dtype=like.dtype, device=like.device)
         return self._buffer[:entries]
+
+    def pairs_of(self, inputs: list[Tensor], frame: Frame) -> dict[int, Tensor]:
+        """Return what is known of products between these inputs, by panel: to be read, and filled.
+
+        It is empty unless these very tensors were asked for last, as a key's are after a query's.
+        """
+        same = len(inputs) == len(self._inputs) and self._pairs[0] == frame
+        if not same or not all(map(_is_same, inputs, self._inputs)):
+            self._inputs, self._pairs = inputs, (frame, {})
+        return self._pairs[1]
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
 class Accumulator:

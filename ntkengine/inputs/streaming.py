@@ -138,10 +138,13 @@ def converted(
     left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
     memo |= {id(v): v.detach() for v in left}
     streamed = [(p, entry) for p in model.parameters() if (entry := entry_of(p)) is not None]
-    if lazy:
-        held = [p for p in model.parameters() if type(p) is nn.Parameter and entry_of(p) is None]
-        large = [p for p in held if p.ndim > 1 and p.numel() >= STREAMED and p.is_floating_point()]
-        streamed += [(p, Held(p)) for p in large]
+    held = [p for p in model.parameters() if type(p) is nn.Parameter and entry_of(p) is None and p.is_floating_point()]
+    streamed += [(p, Held(p)) for p in held if lazy and p.ndim > 1 and p.numel() >= STREAMED]
+    later = {id(p) for p, _ in streamed}
+    for p in held:  # converted at once, not copied and then converted
+        if id(p) not in later:
+            value = p.detach().to(device or p.device, dtype, copy=True)
+            memo[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
     for p, entry in streamed:
         memo[id(p)] = placeholder(p.shape, dtype, device or p.device, entry).requires_grad_(p.requires_grad)
     other = copy.deepcopy(model, memo)

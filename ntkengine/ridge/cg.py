@@ -72,6 +72,8 @@ def conjugate_gradients(
     if not 0 < tol < 1:
         raise InputError(f"tol: expected a number between 0 and 1, got {tol!r}")
     limit = 10 * n if max_iterations is None else int(max_iterations)
+    unit = np.abs(B).max(axis=0)
+    B = B / np.where(unit > 0, unit, 1.0)  # squares of what is very small or large leave float64
     norms = np.linalg.norm(B, axis=0)
     size = np.where(norms > 0, norms, 1.0)
     X, R = np.zeros_like(B), B.copy()
@@ -85,7 +87,7 @@ def conjugate_gradients(
         products += B.shape[1]
         residual = np.linalg.norm(R, axis=0) / size
         shape = np.shape(right)
-        found = Iterated(X.reshape(shape), residual, iterations, products)
+        found = Iterated((X * unit).reshape(shape), residual, iterations, products)
         open_ = residual > tol
         if not open_.any():
             return found

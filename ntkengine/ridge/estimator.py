@@ -12,12 +12,13 @@ from sklearn.utils.validation import check_is_fitted
 from ntkengine.errors import InputError
 from ntkengine.ridge.cg import conjugate_gradients
 from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
+from ntkengine.ridge.direct import cholesky_solve
 from ntkengine.ridge.nystrom import preconditioner
 from ntkengine.ridge.outofcore import cholesky_on_disk
-from ntkengine.ridge.solve import RidgePath, as_columns, cholesky_solve
+from ntkengine.ridge.solve import RidgePath, as_columns
 from ntkengine.ridge.tuning import RidgeCurve, choose, draw_folds, ridge_curve, ridge_grid
 from ntkengine.spectrum import DenseOperator, noise_of
-from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, operator_of
+from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, is_on_disk, operator_of
 
 SOLVERS = ("auto", "eigen", "cholesky", "out-of-core", "cg")
 
@@ -47,7 +48,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
     Attributes:
         dual_coef_: (n,) or (n, m) float64, in the layout of y.
         ridge_: the ridge used, always in the unit of K.
-        path_: RidgeCurve on the grid; None when the ridge was given. With weights, its errors are weighted means.
+        path_: RidgeCurve on the grid; None when the ridge was given. With weights, its errors are means of w·e² over
+            the examples that have one.
         edge_: "", "lower" or "upper": whether the chosen ridge is at the edge of the grid (see `tuning.Choice`).
         loo_residuals_: y minus the prediction with that example left out, in the layout of y; None with "cg". They are
             honest only if `offset` was not itself fitted on these labels.
@@ -100,8 +102,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
             X = operator_of(X)
         searched, solver = self._check_parameters(X)
         check_target(y, type(self).__name__)
-        stored = X if isinstance(X, LinearOperator) or solver in ("out-of-core", "cg") else kernel_of(X)
-        rows = np.shape(getattr(stored, "values", stored))[0] if solver == "out-of-core" else stored.shape[0]
+        stored: Any = X if solver == "cg" or (solver == "out-of-core" and is_on_disk(X)) else kernel_of(X)
+        rows = np.shape(getattr(stored, "values", stored))[0]
         targets: np.ndarray = np.asarray(y)
         outputs = targets.shape[1] if targets.ndim == 2 else 1
         full = outputs > 1 and len(targets) * outputs == rows and len(targets) != rows
@@ -150,29 +152,29 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         self, X: Any, matrix: np.ndarray, flat: np.ndarray, block: int, root: np.ndarray, solver: str, searched: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return dual coefficients and leave-one-out residuals, from the problem with rows and columns times √w."""
-        weighted = not (root == 1.0).all()
-        scaled = root * matrix * root.T if weighted else matrix
+        seen = root[:, 0] > 0.0  # an example without weight takes no part
+        w = root[seen]
+        part = matrix if seen.all() else matrix[np.ix_(seen, seen)]
+        scaled = part if (w == 1.0).all() else w * part * w.T
+        mean = float(np.trace(matrix)) / len(matrix)
         if solver == "eigen":
-            path = RidgePath(scaled, root * flat, block)
+            path = RidgePath(scaled, w * flat[seen], block)
             if searched:
-                noise = noise_of(X) * float(root.max()) ** 2
-                folds = None if self.ridge != "cv" else self._folds(len(matrix), block)
-                curve = ridge_curve(path, ridge_grid(path.eigenvalues, noise), folds)
-                self.path_, choice = curve, choose(curve, str(self.ridge))
+                folds = None if self.ridge != "cv" else self._folds(len(matrix), block)[seen]
+                grid = ridge_grid(path.eigenvalues, noise_of(X) * float(w.max()) ** 2)
+                self.path_ = ridge_curve(path, grid, folds)
+                choice = choose(self.path_, str(self.ridge))
                 self.ridge_, self.edge_ = choice.ridge, choice.edge
             else:
-                self.ridge_ = self._given(np.trace(matrix) / len(matrix))
-            dual, loo = path.dual(self.ridge_), path.loo_residuals(self.ridge_)
+                self.ridge_ = self._given(mean)
+            solved, left = path.dual(self.ridge_), path.loo_residuals(self.ridge_)
         else:
-            self.ridge_ = self._given(np.trace(matrix) / len(matrix))
-            solution = cholesky_solve(scaled, root * flat, self.ridge_, block)
-            dual, loo = solution.dual, solution.loo_residuals
-        if not weighted:
-            return dual, loo
-        dual = root * dual
-        unseen = root[:, 0] == 0.0  # an example without weight was left out as it is
-        loo = np.divide(loo, root, where=root > 0, out=np.zeros_like(loo))
-        loo[unseen] = flat[unseen] - matrix[unseen] @ dual
+            self.ridge_ = self._given(mean)
+            solution = cholesky_solve(scaled, w * flat[seen], self.ridge_, block)
+            solved, left = solution.dual, solution.loo_residuals
+        dual, loo = np.zeros_like(flat), np.empty_like(flat)
+        dual[seen], loo[seen] = w * solved, left / w
+        loo[~seen] = flat[~seen] - matrix[~seen] @ dual
         return dual, loo
 
     def _stream(
@@ -181,22 +183,20 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         """Return dual coefficients, and leave-one-out residuals or None, without K in memory."""
         if not (root == 1.0).all():
             raise InputError(f"sample_weight: solver {solver!r} takes none; use 'cholesky' or 'eigen'")
+        operator = operator_of(stored)  # has looked at every entry
+        if isinstance(operator, DenseOperator):
+            mean = float(operator.matrix.diagonal().mean())
+        elif isinstance(operator, PanelOperator):
+            mean = float(operator.diagonal.mean())
+        elif self.relative:
+            raise InputError("relative: expected a matrix, whose trace can be taken, got a LinearOperator")
+        else:
+            mean = 1.0
+        self.ridge_ = self._given(mean)
         if solver == "out-of-core":
-            values = getattr(stored, "values", stored)
-            mean = sum(float(values[i, i]) for i in range(len(flat))) / len(flat) if self.relative else 1.0
-            self.ridge_ = self._given(mean)
+            del operator
             solution = cholesky_on_disk(stored, flat, self.ridge_, block)
             return solution.dual, solution.loo_residuals
-        operator = operator_of(stored)
-        mean = 1.0
-        if self.relative:
-            if isinstance(operator, DenseOperator):
-                mean = float(operator.matrix.diagonal().mean())
-            elif isinstance(operator, PanelOperator):
-                mean = float(operator.diagonal.mean())
-            else:
-                raise InputError("relative: expected a matrix, whose trace can be taken, got a LinearOperator")
-        self.ridge_ = self._given(mean)
         rank = min(len(flat) // 2, 1000)
         P = preconditioner(operator, self.ridge_, rank) if rank and self.ridge_ > 0 else None
         found = conjugate_gradients(operator, flat, self.ridge_, preconditioner=P, tol=self.tol)
@@ -221,9 +221,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
             return searched, self.solver
         if operator:
             return searched, "cg"
-        values = getattr(X, "values", X)
-        on_disk = hasattr(values, "chunks") or isinstance(values, np.memmap)
-        large = on_disk and not searched and values.shape[0] > IN_MEMORY
+        large = not searched and is_on_disk(X) and np.shape(getattr(X, "values", X))[0] > IN_MEMORY
         return searched, "eigen" if searched else "out-of-core" if large else "cholesky"
 
     def _weights(self, sample_weight: Any, targets: np.ndarray) -> np.ndarray:

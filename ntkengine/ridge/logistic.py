@@ -1,6 +1,6 @@
 """Kernel logistic regression on a precomputed Gram: cross-entropy in place of squared error.
 
-Shapes: n examples, C classes, c columns of f (1 for two classes, else C), r kept eigenvalues.
+Shapes: n examples, C classes.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from scipy.optimize import minimize
-from scipy.special import expit, log_expit, log_softmax, softmax
+from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import assert_all_finite
 from sklearn.utils.multiclass import check_classification_targets
@@ -18,8 +17,10 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
-from ntkengine.spectrum import noise_of
+from ntkengine.ridge.crossentropy import CrossEntropy
 from ntkengine.spectrum.operators import EPS
+
+_MOVED = 1e-3  # of f, relative to 1 + |f|: no prediction shows it
 
 
 class KernelLogistic(ClassifierMixin, BaseEstimator):
@@ -66,7 +67,7 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
         return tags
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, offset: Any = None) -> KernelLogistic:
-        """Fit by Newton's method on the features U√Λ of K = UΛUᵀ; eigenvalues at or below the noise are left out.
+        """Fit by Newton's method on the features U√Λ of K = UΛUᵀ; eigenvalues at or below rounding are left out.
 
         Args:
             X: K(X, X), (n, n) or (n·C, n·C); array-like or Gram-like.
@@ -78,10 +79,11 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
             self.
 
         Raises:
-            InputError: bad parameter, shapes that do not fit, fewer than two classes.
-            NotConverged: the gradient is above `tol`; `.partial` is the fitted estimator.
+            InputError: bad parameter, shapes that do not fit, fewer than two classes, or a K so far from positive
+                semi-definite that at this ridge its negative eigenvalues matter.
+            NotConverged: the gradient is above `tol`, or f above 0.1 % off; `.partial` is the fitted estimator.
 
-        Cost: 9 rows³ flops once, then 4·rows·r·c a product of the Hessian.
+        Cost: 9 rows³ flops once, then as `crossentropy` says.
         """
         if not isinstance(self.ridge, int | float | np.number) or not 0 < float(self.ridge) < np.inf:
             raise InputError(f"ridge: expected a finite number > 0, got {self.ridge!r}")
@@ -105,26 +107,44 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
         columns = 1 if C == 2 and not self._full else C
         f0 = _offset(offset, n, columns)
         self.ridge_ = float(self.ridge) * (float(np.trace(matrix)) / rows if self.relative else 1.0)
-        problem = _Problem(matrix, codes, weights, f0, self.ridge_, noise_of(X))
-        start = np.zeros(problem.size)
-        scale = float(np.linalg.norm(problem.gradient(start)))
-        found = minimize(
-            problem.loss,
-            start,
-            jac=problem.gradient,
-            hessp=problem.hessian,
-            method="trust-ncg",
-            options={"gtol": self.tol * scale, "maxiter": self.max_iter, "initial_trust_radius": 10.0},
-        )
-        theta = problem.polished(found.x) if found.nit < self.max_iter else found.x
+        problem = CrossEntropy(matrix, codes, weights, f0, self.ridge_)
+        theta, steps = np.zeros(problem.size), 0
+        scale = float(np.linalg.norm(problem.gradient(theta)))
+        if scale > 0:
+            radius = np.sqrt(2.0 * problem.loss(theta))  # of the ball that holds the minimum
+            found = minimize(
+                problem.loss,
+                theta,
+                jac=problem.gradient,
+                hessp=problem.hessian,
+                method="trust-ncg",
+                options={
+                    "gtol": min(self.tol * scale, 0.1 * _MOVED / np.sqrt(problem.values[-1] / self.ridge_)),
+                    "maxiter": self.max_iter,
+                    "initial_trust_radius": radius,
+                    "max_trust_radius": 2.0 * radius,
+                },
+            )
+            steps = int(found.nit)
+            theta = problem.polished(found.x) if steps < self.max_iter else found.x
         gradient = float(np.linalg.norm(problem.gradient(theta)))
         # At the minimum ridge·α = w·(target − p): no division by small eigenvalues.
         self.dual_coef_ = problem.pull(theta).reshape(n, columns) / self.ridge_
         if columns == 1:
             self.dual_coef_ = self.dual_coef_[:, 0]
-        self.loss_, self.n_iter_, self.n_features_in_ = float(problem.loss(theta)), int(found.nit), rows
-        if scale > 0 and gradient > 10.0 * max(self.tol, EPS) * scale:
-            message = f"logistic regression: gradient {gradient / scale:.3g} of the start's, {self.tol:.3g} wanted"
+        self.loss_, self.n_iter_, self.n_features_in_ = float(problem.loss(theta)), steps, rows
+        # α is as far from the minimum as f from it differs from f from θ.
+        off, negative = problem.discrepancy(theta, matrix), float(problem.values[0])
+        if off > _MOVED and -negative > problem.rounding:
+            raise InputError(
+                f"X: expected a positive semi-definite kernel, its smallest eigenvalue {negative:.3g} matters "
+                f"at the ridge {self.ridge_:.3g}"
+            )
+        if off > _MOVED or gradient > 10.0 * max(self.tol, EPS) * scale > 0:
+            message = (
+                f"logistic regression: gradient {gradient / scale:.3g} of the start's, {self.tol:.3g} wanted, "
+                f"f off by a relative {off:.2g}"
+            )
             raise NotConverged(message, partial=self, residual=gradient / scale)
         return self
 
@@ -158,81 +178,6 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
         """Return (t,) classes; arguments as `decision_function`."""
         f = self.decision_function(X, offset)
         return self.classes_[(f > 0).astype(int) if f.ndim == 1 else f.argmax(axis=1)]
-
-
-class _Problem:
-    """The objective over θ with f = f0 + Φθ, Φ = U√Λ."""
-
-    def __init__(
-        self, matrix: np.ndarray, codes: np.ndarray, weights: np.ndarray, f0: np.ndarray, ridge: float, noise: float
-    ) -> None:
-        values, vectors = scipy.linalg.eigh(matrix)
-        kept = values > max(noise, len(values) * EPS * abs(values[-1]))
-        self.Phi = vectors[:, kept] * np.sqrt(values[kept])
-        self.codes, self.weights, self.f0, self.ridge = codes, weights[:, None], f0, ridge
-        self.one = f0.shape[1] == 1
-        self.targets = codes[:, None] * 1.0 if self.one else (codes[:, None] == np.arange(f0.shape[1])) * 1.0
-        self.width = len(f0) * f0.shape[1] // len(matrix)  # columns of θ: 1 on the full layout
-        self.size = self.Phi.shape[1] * self.width
-
-    def loss(self, theta: np.ndarray) -> float:
-        """Return the objective."""
-        f = self._f(theta)
-        if self.one:
-            entropy = -(self.targets * log_expit(f) + (1.0 - self.targets) * log_expit(-f))
-        else:
-            entropy = -(self.targets * log_softmax(f, axis=1)).sum(axis=1, keepdims=True)
-        return float((self.weights * entropy).sum() + 0.5 * self.ridge * theta @ theta)
-
-    def gradient(self, theta: np.ndarray) -> np.ndarray:
-        """Return its gradient."""
-        return self.ridge * theta - self._transpose(self.pull(theta))
-
-    def hessian(self, theta: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Return the Hessian's product with v."""
-        p, g = self._p(self._f(theta)), self._f(v) - self.f0
-        curved = p * (1.0 - p) * g if self.one else p * (g - (p * g).sum(axis=1, keepdims=True))
-        return self.ridge * v + self._transpose(self.weights * curved)
-
-    def pull(self, theta: np.ndarray) -> np.ndarray:
-        """Return w·(target − p), (n, c)."""
-        return self.weights * (self.targets - self._p(self._f(theta)))
-
-    def polished(self, theta: np.ndarray) -> np.ndarray:
-        """Return θ after full Newton steps while they help: the trust region stops where the loss no longer changes."""
-        size = float(np.linalg.norm(self.gradient(theta)))
-        for _ in range(5):
-            gradient = self.gradient(theta)
-            step = _solve(lambda v, at=theta: self.hessian(at, v), gradient)
-            smaller = float(np.linalg.norm(self.gradient(theta - step)))
-            if not smaller < 0.5 * size:
-                break
-            theta, size = theta - step, smaller
-        return theta
-
-    def _f(self, theta: np.ndarray) -> np.ndarray:
-        return self.f0 + (self.Phi @ theta.reshape(-1, self.width)).reshape(self.f0.shape)
-
-    def _transpose(self, f: np.ndarray) -> np.ndarray:
-        return (self.Phi.T @ f.reshape(-1, self.width)).reshape(-1)
-
-    def _p(self, f: np.ndarray) -> np.ndarray:
-        return expit(f) if self.one else softmax(f, axis=1)
-
-
-def _solve(hessian: Any, right: np.ndarray) -> np.ndarray:
-    """Return H⁻¹ right by conjugate gradients to 1e-10, as far as they go."""
-    x, r = np.zeros_like(right), right.copy()
-    p, rho = r.copy(), float(r @ r)
-    for _ in range(10 * len(right)):
-        if rho <= 1e-20 * float(right @ right):
-            break
-        q = hessian(p)
-        step = rho / float(p @ q)
-        x, r = x + step * p, r - step * q
-        before, rho = rho, float(r @ r)
-        p = r + (rho / before) * p
-    return x
 
 
 def _offset(offset: Any, n: int, columns: int) -> np.ndarray:

@@ -1,12 +1,10 @@
-"""Low-rank approximations F Fᵀ ≈ K from a few columns, and the preconditioners they make.
+"""Low-rank approximations F Fᵀ ≈ K from a few products, and the preconditioners that low-rank approximations make.
 
 Shapes: n rows of K, r columns of F, k columns of a vector block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,94 +13,18 @@ from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, DenseOperator
+from ntkengine.ridge.pivoted import Columns, LowRank, random_cholesky
+from ntkengine.spectrum.operators import EPS, DenseOperator, noise_of
 from ntkengine.spectrum.panels import operator_of
 
-Columns = Callable[[np.ndarray], np.ndarray]
 
-
-@dataclass(frozen=True)
-class LowRank:
-    """K̂ = F Fᵀ with 0 <= K̂ <= K.
-
-    Attributes:
-        factor: (n, r) float64 F.
-        pivots: (r,) rows whose columns of K were read; K̂ equals K there.
-        residual: (n,) diagonal of K − K̂, >= 0.
-        trace: tr K.
-    """
-
-    factor: np.ndarray
-    pivots: np.ndarray
-    residual: np.ndarray
-    trace: float
-
-    @property
-    def error(self) -> float:
-        """Return tr(K − K̂), which bounds ‖K − K̂‖₂ since K − K̂ is positive semi-definite. Unit of K."""
-        return float(self.residual.sum())
-
-
-def random_cholesky(
-    columns: Columns, diagonal: ArrayLike, rank: int, *, block: int = 64, tol: float = 0.0, seed: int = 0
-) -> LowRank:
-    """Return a partial Cholesky factorisation of K whose pivots are drawn by the residual diagonal.
-
-    Only the drawn columns of K are ever asked for, `block` at a time. Of a block of candidates drawn at once, each is
-    kept with the probability its residual has left after those before it: the same distribution as one by one.
-
-    Args:
-        columns: (b,) ascending row indices -> (n, b) those columns of K. `gram.landmarks` makes one from a model.
-        diagonal: (n,) of K, >= 0.
-        rank: columns to keep at most, r.
-        block: candidates drawn at once.
-        tol: stop when tr(K − K̂) <= tol · tr K.
-        seed: of the draws.
-
-    Returns:
-        The factor; fewer columns than `rank` when K is exhausted to rounding, or `tol` reached.
-
-    Raises:
-        InputError: bad argument, columns of another shape, not finite, or at odds with the diagonal.
-
-    Cost: up to r + block columns of K a kept one or so, and n·r² flops; n·r numbers.
-    Source: Chen, Epperly, Tropp and Webber 2022 (arXiv 2207.06503); in blocks, arXiv 2410.03969.
-    """
-    start = np.asarray(diagonal, dtype=np.float64)
-    if start.ndim != 1 or not start.size or not np.isfinite(start).all() or (start < 0).any():
-        raise InputError("diagonal: expected (n,) finite numbers >= 0")
-    n, trace = len(start), float(start.sum())
-    if not rank >= 1 or block < 1:
-        raise InputError(f"rank, block: expected at least 1, got {rank!r} and {block!r}")
-    rank, rng = min(int(rank), n), np.random.default_rng(seed)
-    F, residual, pivots = np.zeros((n, rank), order="F"), start.copy(), np.empty(rank, dtype=np.int64)
-    floor = 10.0 * n * EPS * float(start.max())
-    kept = 0
-    while kept < rank and residual.sum() > max(tol * trace, n * floor):
-        order = rng.choice(n, size=min(block, rank - kept), p=residual / residual.sum())
-        drawn, places = np.unique(order, return_inverse=True)
-        K = _checked(columns(drawn), start, drawn)
-        G = K - F[:, :kept] @ F[drawn, :kept].T  # what K̂ lacks in these columns
-        chosen = _accepted(G[drawn], residual[drawn], places, floor, rng)
-        if not len(chosen):
-            continue
-        G, rows = G[:, chosen], drawn[chosen]
-        L = scipy.linalg.cholesky(G[rows], lower=True)  # its pivots are those accepted
-        new = scipy.linalg.solve_triangular(L, G.T, lower=True).T
-        F[:, kept : kept + len(rows)] = new
-        pivots[kept : kept + len(rows)] = rows
-        kept += len(rows)
-        residual = np.maximum(residual - (new**2).sum(axis=1), 0.0)
-        residual[rows] = 0.0
-    return LowRank(np.ascontiguousarray(F[:, :kept]), pivots[:kept], residual, trace)
-
-
-def nystrom(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
+def nystrom(operator: LinearOperator, rank: int, *, noise: float = 0.0, seed: int = 0) -> LowRank:
     """Return the Nyström approximation from a random subspace: products with K in place of its columns.
 
     Args:
         operator: (n, n) symmetric positive semi-definite.
         rank: r.
+        noise: how far below zero an eigenvalue may be, in the unit of K.
         seed: of the subspace.
 
     Returns:
@@ -119,13 +41,17 @@ def nystrom(operator: LinearOperator, rank: int, *, seed: int = 0) -> LowRank:
         raise InputError(f"rank: expected 1 to {n}, got {rank!r}")
     test = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, int(rank))))[0]
     Y = operator.matmat(test)
-    shift = np.sqrt(n) * EPS * float(np.linalg.norm(Y))
-    Y = Y + shift * test
+    rounding = np.sqrt(n) * max(EPS, getattr(operator, "rounding", EPS)) * float(np.linalg.norm(Y))
     core = test.T @ Y
-    try:
-        C = scipy.linalg.cholesky(0.5 * (core + core.T), lower=True)
-    except np.linalg.LinAlgError:
-        raise InputError("operator: expected a positive semi-definite matrix, its projection is not") from None
+    core = 0.5 * (core + core.T)
+    lowest = float(scipy.linalg.eigvalsh(core, subset_by_index=[0, 0])[0])
+    if -lowest > max(rounding, noise):
+        raise InputError(
+            f"operator: expected a positive semi-definite matrix, its projection has the eigenvalue {lowest:.3g}"
+        )
+    shift = rounding + 2.0 * max(-lowest, 0.0)
+    Y = Y + shift * test
+    C = scipy.linalg.cholesky(core + shift * np.eye(len(core)), lower=True)
     U, s, _ = np.linalg.svd(scipy.linalg.solve_triangular(C, Y.T, lower=True).T, full_matrices=False)
     unknown = np.full(n, np.nan)
     return LowRank(U * np.sqrt(np.maximum(s**2 - shift, 0.0)), np.empty(0, dtype=np.int64), unknown, float("nan"))
@@ -194,42 +120,16 @@ def preconditioner(
         InputError: bad argument, or a K that is not positive semi-definite.
     """
     operator = operator_of(gram)
-    rank = min(int(rank), operator.shape[0])
+    rank, noise = min(int(rank), operator.shape[0]), noise_of(operator)
     if columns is not None:
         if diagonal is None:
             raise InputError("diagonal: expected with columns, got None")
-        low = random_cholesky(columns, diagonal, rank, seed=seed)
+        low = random_cholesky(columns, diagonal, rank, noise=noise, seed=seed)
     elif isinstance(operator, DenseOperator):
         matrix = operator.matrix
-        low = random_cholesky(lambda at: matrix[:, at], np.maximum(matrix.diagonal(), 0.0), rank, seed=seed)
-    else:
-        low = nystrom(operator, rank, seed=seed)
-    return Preconditioner(low, ridge)
-
-
-def _checked(found: np.ndarray, diagonal: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    K = np.asarray(found, dtype=np.float64)
-    if K.shape != (len(diagonal), len(drawn)):
-        raise InputError(f"columns: expected shape ({len(diagonal)}, {len(drawn)}), got {K.shape}")
-    if not np.isfinite(K).all():
-        raise InputError("columns: expected finite entries, got NaN or infinity")
-    off = np.abs(K[drawn, np.arange(len(drawn))] - diagonal[drawn])
-    if (off > 1e-3 * diagonal[drawn]).any():
-        bad = int(drawn[np.argmax(off)])
-        raise InputError(
-            f"columns: entry ({bad}, {bad}) differs from the diagonal {diagonal[bad]:.6g} by {off.max():.3g}"
+        low = random_cholesky(
+            lambda at: matrix[:, at], np.maximum(matrix.diagonal(), 0.0), rank, noise=noise, seed=seed
         )
-    return K
-
-
-def _accepted(
-    block: np.ndarray, proposed: np.ndarray, order: np.ndarray, floor: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Return which candidates to keep: in the order drawn, each with the probability left after those kept before."""
-    left, chosen = block.copy(), []
-    for i in order:  # one drawn again has nothing left
-        if left[i, i] > floor and rng.random() * proposed[i] < left[i, i]:
-            chosen.append(i)
-            column = left[:, i] / np.sqrt(left[i, i])
-            left -= np.outer(column, column)
-    return np.array(chosen, dtype=np.int64)
+    else:
+        low = nystrom(operator, rank, noise=max(noise, ridge), seed=seed)  # K + ridge·I is what must be positive
+    return Preconditioner(low, ridge)

@@ -15,7 +15,8 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from ntkengine.errors import InputError, NonFinite
-from ntkengine.ridge.solve import CholeskySolution, as_columns, check_block, solve_blocks
+from ntkengine.ridge.direct import CholeskySolution, check_pivots
+from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 
 
 def cholesky_on_disk(
@@ -41,7 +42,7 @@ def cholesky_on_disk(
         loo: whether to leave examples out as well, which takes as long again; else `loo_residuals` is NaN.
 
     Returns:
-        As `solve.cholesky_solve`.
+        As `direct.cholesky_solve`.
 
     Raises:
         InputError: K + ridge·I is not positive definite, shapes do not fit, or a budget below four rows.
@@ -97,6 +98,7 @@ class _Factor:
 
     def fill(self, values: Any, ridge: float) -> None:
         """Factor, panel by panel: each subtracts what those before it explain."""
+        pivots, trace, squares = np.empty(self.n), 0.0, 0.0
         for start, stop in self.panels():
             panel = np.asarray(values[start:stop, start:], dtype=np.float64).copy()
             if not np.isfinite(panel).all():
@@ -104,6 +106,8 @@ class _Factor:
                 raise NonFinite(f"gram: row {bad} has NaN or infinity")
             width = stop - start
             panel[np.arange(width), np.arange(width)] += ridge
+            trace += float(panel.trace())
+            squares += 2.0 * float(np.vdot(panel, panel)) - float(np.vdot(panel[:, :width], panel[:, :width]))
             for before, end in self.panels():
                 if before == start:
                     break
@@ -116,8 +120,10 @@ class _Factor:
                     f"ridge: expected a value that makes K + ridge*I positive definite, got {ridge!r}: "
                     f"Cholesky broke down in rows {start} to {stop - 1}"
                 ) from None
+            pivots[start:stop] = corner.diagonal() ** 2
             self.R[start:stop, start:stop] = corner
             self.R[start:stop, stop:] = _below(corner, panel[:, width:])
+        check_pivots(pivots, trace, float(np.sqrt(squares)), ridge)
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """Return (RᵀR)⁻¹ right, two passes over the factor."""

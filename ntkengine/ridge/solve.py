@@ -1,4 +1,4 @@
-"""Kernel ridge regression on arrays: one eigendecomposition for a whole path of ridges, or one Cholesky solve.
+"""Kernel ridge regression on arrays: one eigendecomposition for a whole path of ridges.
 
 Shapes: n rows of K, m residual columns, b rows an example owns, R ridges. Every mean is over all n·m entries.
 """
@@ -6,13 +6,12 @@ Shapes: n rows of K, m residual columns, b rows an example owns, R ridges. Every
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
 
-from ntkengine.errors import InputError, NonFinite
+from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.operators import EPS
 
@@ -157,71 +156,6 @@ class RidgePath:
                 f"largest {high:.3g}), got {ridge!r}"
             )
         return self.eigenvalues + float(ridge)
-
-
-@dataclass(frozen=True)
-class CholeskySolution:
-    """One ridge solved directly.
-
-    Attributes:
-        dual: (n, m) float64, Q r.
-        loo_residuals: (n, m) float64, as `RidgePath.loo_residuals`.
-        backward_error: ‖r − (K + ridge·I) dual‖_F / ‖r‖_F after the refinement step (0 when r = 0).
-    """
-
-    dual: np.ndarray
-    loo_residuals: np.ndarray
-    backward_error: float
-
-
-def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int = 1) -> CholeskySolution:
-    """Solve (K + ridge·I) dual = residual by Cholesky with one step of iterative refinement.
-
-    The inverse of the same factor leaves each example out.
-
-    Args:
-        gram: (n, n) symmetric, array-like or Gram-like.
-        residual: (n,) or (n, m) float64.
-        ridge: >= 0, in the unit of K.
-        block: rows an example owns, as in `RidgePath`.
-
-    Returns:
-        Dual coefficients, leave-one-out residuals and the backward error.
-
-    Raises:
-        InputError: K + ridge·I is not positive definite, or shapes do not fit.
-        NonFinite: the solution overflowed.
-
-    Cost: n³ flops (factor and inverse), 2 n² numbers.
-    Source: Higham 2002, chapter 12 (refinement).
-    """
-    matrix = as_matrix(gram)
-    right = as_columns("residual", residual, len(matrix))
-    check_block(block, *right.shape)
-    if not np.isfinite(ridge) or ridge < 0:
-        raise InputError(f"ridge: expected a finite number >= 0, got {ridge!r}")
-    shifted = matrix.copy()
-    shifted[np.diag_indices_from(shifted)] += ridge
-    try:
-        factor = scipy.linalg.cho_factor(shifted, lower=True)
-    except np.linalg.LinAlgError:
-        raise InputError(
-            f"ridge: expected a value that makes K + ridge*I positive definite, got {ridge!r}: Cholesky broke down"
-        ) from None
-    dual = scipy.linalg.cho_solve(factor, right)
-    dual += scipy.linalg.cho_solve(factor, right - shifted @ dual)
-    if not np.isfinite(dual).all():
-        raise NonFinite(f"ridge {ridge!r}: the dual coefficients are not finite")
-    norm = float(np.linalg.norm(right))
-    error = float(np.linalg.norm(right - shifted @ dual)) / norm if norm else 0.0
-    inverse = scipy.linalg.cho_solve(factor, np.eye(len(matrix)))
-    if block == 1:
-        loo = dual / np.diag(inverse)[:, None]
-    else:
-        count = len(matrix) // block
-        blocks = inverse.reshape(count, block, count, block)[np.arange(count), :, np.arange(count)]
-        loo = solve_blocks(blocks, dual)
-    return CholeskySolution(dual, loo, error)
 
 
 def as_columns(name: str, values: ArrayLike, rows: int) -> np.ndarray:

@@ -101,10 +101,12 @@ def certified_bounds(
     Source: Haynsworth 1968 (inertia); Rump 2006 (what a completed Cholesky factorisation proves).
     """
     rows = len(matrix)
+    if norm == 0.0:
+        return np.zeros(len(values))  # K = 0, which leaves no room to factor in
     theta = -values if low else values
     rho = float(np.linalg.norm(residuals))
     s = float(theta.min()) + 2.0 * rho + 10.0 * np.sqrt(rows) * EPS * norm
-    moved = theta - s + (norm or 1.0)  # on the Ritz vectors the matrix below is ‖K‖
+    moved = theta - s + norm  # on the Ritz vectors the matrix below is ‖K‖
     shifted = (vectors * moved) @ vectors.T
     shifted += matrix if low else -matrix
     shifted[np.diag_indices_from(shifted)] += s

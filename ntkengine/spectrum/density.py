@@ -103,6 +103,7 @@ def spectral_density(
     else:
         means = found.means(bumps)
         density = means.mean(axis=0)
-        bars = spread(means) + np.abs(density - found.means(bumps, max(1, steps // 2)).mean(axis=0))
+        coarse = found.means(bumps, max(1, steps // 2)).mean(axis=0)
+        bars = spread(means, found.deviation(bumps)) + np.abs(density - coarse)
         unresolved = rows * float(found.means(lambda x: (x <= error).astype(np.float64)).mean())
     return SpectralDensity(10.0**axis, np.asarray(density), sigma, rows, unresolved, error, bars)

@@ -23,7 +23,8 @@ class Estimate(float):
 
     Attributes:
         error: how far off it may be: the half-width of the 99 % confidence interval over probes, plus the gap between
-            the lower and the upper quadrature rule, plus what the Gram's noise can do (Weyl, to first order).
+            the lower and the upper quadrature rule, plus what noise and rounding do when they move all eigenvalues one
+            way (Weyl).
         exact: whether all eigenvalues were computed, so that only rounding and noise are left.
     """
 
@@ -74,7 +75,6 @@ def effective_dimension(
         ridge,
         lambda x: np.maximum(x, 0.0) / (np.maximum(x, 0.0) + ridge),
         lambda x: x / (x + ridge),
-        lambda x: ridge / (np.maximum(x, 0.0) + ridge) ** 2,
         (method, probes, steps, seed),
     )
 
@@ -107,7 +107,6 @@ def log_determinant(
         ridge,
         lambda x: np.log(np.maximum(x, 0.0) + ridge),
         lambda x: np.log(x + ridge),
-        lambda x: 1.0 / (np.maximum(x, 0.0) + ridge),
         (method, probes, steps, seed),
     )
 
@@ -144,28 +143,28 @@ def is_small(gram: Any, method: str) -> bool:
     matrix = isinstance(gram, DenseOperator) or not (isinstance(gram, LinearOperator) or callable(gram))
     if method == "exact" and not matrix:
         raise InputError("method: 'exact' needs a matrix, got a LinearOperator")
-    return method == "exact" or (
-        method == "auto" and matrix and np.shape(getattr(gram, "values", gram))[0] <= _EXACT_ROWS
-    )
+    rows = max(np.shape(getattr(gram, "values", gram)), default=0) if matrix else np.inf
+    return method == "exact" or (method == "auto" and rows <= _EXACT_ROWS)
 
 
-def _trace(
-    gram: Any, ridge: float, clipped: Function, f: Function, slope: Function, how: tuple[str, int, int, int]
-) -> Estimate:
-    """Return tr f(K) for an f that Gauss and Gauss–Radau rules bracket."""
+def _trace(gram: Any, ridge: float, clipped: Function, f: Function, how: tuple[str, int, int, int]) -> Estimate:
+    """Return tr f(K) for an increasing f that Gauss and Gauss–Radau rules bracket; `clipped` is f(max(λ, 0))."""
     method, probes, steps, seed = how
     noise = noise_of(gram)
+
+    def moved(x: np.ndarray, by: float) -> np.ndarray:
+        return np.stack([clipped(x + by) - clipped(x), clipped(x) - clipped(x - by)], axis=-1)
+
     if is_small(gram, method):
         values = eigenvalues_of(gram.matrix if isinstance(gram, DenseOperator) else gram)
-        rounding = 10.0 * np.sqrt(len(values)) * EPS * float(np.abs(values).max())
-        return Estimate(clipped(values).sum(), (noise + rounding) * float(slope(values).sum()), exact=True)
+        off = noise + 10.0 * np.sqrt(len(values)) * EPS * float(np.abs(values).max())
+        return Estimate(clipped(values).sum(), moved(values, off).sum(axis=0).max(), exact=True)
     operator = operator_of(gram)
     found = quadrature(operator, probes, steps, seed)
-    left = -min(max(noise, 10.0 * np.sqrt(found.rows) * EPS * found.scale), 0.5 * ridge)
-    lower = found.floor(f, left)
-    upper = found.means(f)
-    gap = float((upper - lower).mean())
-    value = found.rows * float(0.5 * (upper + lower).mean())
-    moved = noise * float(found.means(slope).mean())
-    error = found.rows * (float(spread(0.5 * (upper + lower))) + 0.5 * gap + moved)
-    return Estimate(value, error, exact=False)
+    rounding = 10.0 * np.sqrt(found.rows) * max(EPS, getattr(operator, "rounding", EPS)) * found.scale
+    left = -min(max(noise, rounding), 0.5 * ridge)
+    lower, upper = found.floor(f, left), found.means(f)
+    middle = 0.5 * (upper + lower)
+    off = found.means(lambda x: moved(x, noise + rounding)).mean(axis=0).max()
+    error = float(spread(middle, found.deviation(clipped))) + 0.5 * float((upper - lower).mean()) + off
+    return Estimate(found.rows * float(middle.mean()), found.rows * error, exact=False)

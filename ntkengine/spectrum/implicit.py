@@ -33,6 +33,8 @@ class FactorOperator(GramOperator):
     def __init__(self, features: Any, noise: float = 0.0) -> None:
         if len(features.shape) != 2 or 0 in features.shape:
             raise InputError(f"features: expected shape (N, P), got {tuple(features.shape)}")
+        if np.asarray(features[:1]).dtype.kind not in "fiu":
+            raise InputError(f"features: expected real numbers, got dtype {np.asarray(features[:1]).dtype}")
         self.features = features
         super().__init__(features.shape[0], noise)
         for start, rows in self._rows():

@@ -14,6 +14,7 @@ Shapes: N rows, k columns.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,10 @@ class GramOperator(LinearOperator):
     """
 
     def __init__(self, rows: int, noise: float = 0.0, *, block: int = 1, rounding: float = EPS) -> None:
+        given = {"rows": (rows, 1), "noise": (noise, 0), "block": (block, 1), "rounding": (rounding, 0)}
+        for name, (value, least) in given.items():
+            if not least <= value < np.inf:
+                raise InputError(f"{name}: expected a finite number >= {least}, got {value!r}")
         self.noise, self.block, self.rounding = float(noise), block, rounding
         self.products = self.passes = 0
         super().__init__(dtype=np.dtype(np.float64), shape=(rows, rows))  # type: ignore[call-arg]
@@ -150,12 +155,37 @@ class DenseOperator(GramOperator):
         return self.matrix @ X
 
 
+def check_symmetry(
+    product: Callable[[np.ndarray], np.ndarray], operator: LinearOperator, random: np.random.Generator
+) -> None:
+    """Refuse an operator whose products with two random vectors show that it is not symmetric.
+
+    Args:
+        product: (N, k) -> (N, k), the operator's.
+        operator: for its size and `rounding`.
+        random: of the vectors.
+
+    Raises:
+        InputError: not symmetric.
+
+    Cost: two products.
+    """
+    u, v = X = random.standard_normal((operator.shape[0], 2)).T
+    Ku, Kv = product(X.T).T
+    size = np.linalg.norm(u) * np.linalg.norm(Kv) + np.linalg.norm(v) * np.linalg.norm(Ku)
+    if abs(u @ Kv - v @ Ku) > max(1e-10, 100.0 * getattr(operator, "rounding", EPS)) * size:
+        raise InputError(f"gram: expected a symmetric operator, got u.Kv = {u @ Kv:.9g} and v.Ku = {v @ Ku:.9g}")
+
+
 def _stored(gram: Any) -> np.ndarray:
     """Return the array behind a Gram, in the type it is stored in."""
     if isinstance(gram, LinearOperator):
         raise InputError("gram: expected a matrix, got a LinearOperator; give its dense matrix")
     values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
-    return np.asarray(values)
+    raw = np.asarray(values)
+    if raw.dtype.kind == "O" and not raw.ndim:
+        raise InputError(f"gram: expected a dense square matrix of numbers, got {type(values).__name__}")
+    return raw
 
 
 def _first_bad(matrix: np.ndarray) -> int:

@@ -32,11 +32,15 @@ def operator_of(gram: Any, in_memory: int = IN_MEMORY) -> LinearOperator:
         return gram
     if callable(gram) and hasattr(gram, "rows"):
         return ImplicitOperator.of(gram)
-    values = getattr(gram, "values", gram)
-    on_disk = hasattr(values, "chunks") or isinstance(values, np.memmap)
-    if on_disk and len(values.shape) == 2 and values.shape[0] > in_memory:
+    if is_on_disk(gram) and np.shape(getattr(gram, "values", gram))[0] > in_memory:
         return PanelOperator(gram)
     return DenseOperator(gram)
+
+
+def is_on_disk(gram: Any) -> bool:
+    """Return whether a Gram's entries are an HDF5 dataset or a memory map."""
+    values = getattr(gram, "values", gram)
+    return hasattr(values, "chunks") or isinstance(values, np.memmap)
 
 
 class PanelOperator(GramOperator):

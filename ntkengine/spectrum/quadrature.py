@@ -17,7 +17,7 @@ import scipy.stats
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.operators import EPS, DenseOperator, check_symmetry
 
 CONFIDENCE = 0.99  # of the error bars
 
@@ -48,6 +48,17 @@ class Quadrature:
             steps: use only the first so many.
         """
         return np.array([_apply(f, a[:steps], b[: len(a[:steps]) - 1]) for a, b in self.pairs()])
+
+    def deviation(self, f: Function) -> np.ndarray:
+        """Return the least standard deviation that `means` of f can have over sign probes, (...).
+
+        A few probes may all happen to be short of the one direction that matters, and then agree too well. But every
+        Ritz value stands for an eigenvalue, of which each, unless its vector has but a few entries, adds
+        2 (f(λ) − mean f)² / N² to the variance.
+        """
+        mean = self.means(f).mean(axis=0)
+        of_each = [np.square(f(_nodes(a, b[:-1])[0]) - mean).sum(axis=0) for a, b in self.pairs()]
+        return np.sqrt(2.0 * np.mean(of_each, axis=0)) / self.rows
 
     def floor(self, f: Function, left: float) -> np.ndarray:
         """Return the Gauss–Radau rule with a node at `left` <= λ_min of each probe, (m, ...).
@@ -92,7 +103,7 @@ def quadrature(operator: LinearOperator, probes: int = 16, steps: int = 80, seed
         What every tr f(K) can be read from.
 
     Raises:
-        InputError: bad argument, or products that are not finite.
+        InputError: bad argument, an operator that is not symmetric, or products that are not finite.
 
     Cost: m·s products, taken `operator.block` at a time; 4Ns flops a product, N·s·block numbers.
     Source: Ubaru, Chen and Saad 2017; Golub and Meurant 2010 (Gauss–Radau).
@@ -101,6 +112,8 @@ def quadrature(operator: LinearOperator, probes: int = 16, steps: int = 80, seed
     if probes < 2 or steps < 1:
         raise InputError(f"probes, steps: expected at least 2 and 1, got {probes!r} and {steps!r}")
     rng, steps = np.random.default_rng(seed), min(int(steps), n)
+    if not isinstance(operator, DenseOperator):  # which has looked at every entry
+        check_symmetry(operator.matmat, operator, np.random.default_rng(seed))
     diagonals: list[np.ndarray] = []
     couplings: list[np.ndarray] = []
     scale = 0.0
@@ -134,12 +147,24 @@ def quadrature(operator: LinearOperator, probes: int = 16, steps: int = 80, seed
     return Quadrature(n, diagonals, couplings, scale)
 
 
-def spread(values: np.ndarray) -> np.ndarray:
-    """Return the half-width of the 99 % confidence interval of a mean over the first axis (Student's t)."""
+def spread(values: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """Return the half-width of the 99 % confidence interval of a mean over the first axis (Student's t).
+
+    Args:
+        values: (m, ...).
+        least: (...) standard deviation that they have at least, whatever theirs is.
+    """
     m = len(values)
-    return scipy.stats.t.ppf(0.5 + 0.5 * CONFIDENCE, m - 1) * values.std(axis=0, ddof=1) / np.sqrt(m)
+    deviation = np.maximum(values.std(axis=0, ddof=1), least)
+    return scipy.stats.t.ppf(0.5 + 0.5 * CONFIDENCE, m - 1) * deviation / np.sqrt(m)
+
+
+def _nodes(diagonal: np.ndarray, off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nodes and weights of the Gauss rule."""
+    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off)
+    return values, vectors[0] ** 2
 
 
 def _apply(f: Function, diagonal: np.ndarray, off: np.ndarray) -> np.ndarray:
-    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off)
-    return np.tensordot(vectors[0] ** 2, f(values), axes=1)
+    values, weights = _nodes(diagonal, off)
+    return np.tensordot(weights, f(values), axes=1)

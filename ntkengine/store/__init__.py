@@ -5,18 +5,19 @@ A Gram file, readable with plain h5py, HDFView or MATLAB (HDF5 1.10 format, whos
 /gram                 float64, (N, M), (N·C, M·C) or (C, N, M); chunks are tiles
 /cross                eval × train in the same layout, when there is an eval set
 /modules/<i>          per-module Grams, attribute `name`
+/crosses/<i>          their eval × train counterparts, with /cross
 /outputs /targets     (N, C) float64;   /eval_outputs /eval_targets  (M, C)
 /example_id           N strings;        /eval_id  M strings
 /tiles/crc32          checksum of each tile of /gram;   /tiles/done  its flag
-/tiles/<dataset>/...  the same of /cross and /modules/<i>
+/tiles/<dataset>/...  the same of /cross, /modules/<i> and /crosses/<i>
 /extras/<name>        further arrays
 /json/<name>          job (what defines the values), meta, plan; of a sharded file also shards
 Root attributes: schema, contraction, transform, precision, noise; sketch, its features, when there is one. Datasets
 without tiles, and the root, carry a checksum of their own in the attribute `crc32`.
 
-A sharded file has its rows in one file for each rank, `<name>.rank-0000-of-0004.h5` beside it, and virtual datasets
-over them. A file appears under its name only when it is complete. Until then `.<name>.parts/` holds what there is
-(`store.folder`): checkpoints, finished tiles, who is at work and how far.
+A job over several ranks writes a sharded file: each has its rows in a file of its own, `<name>.rank-0000-of-0004.h5`
+beside the whole, which has virtual datasets over them. A file appears under its name only when it is complete. Until
+then `.<name>.parts/` holds what there is (`store.folder`): checkpoints, finished tiles, who is at work and how far.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from ntkengine.store.checkpoints import (
     Saved,
     load,
     load_newest,
-    overlay,
     read_parts,
     save_parts,
     saved_states,
     slots,
 )
-from ntkengine.store.folder import Folder, parts_of, read_progress, tidy
+from ntkengine.store.folder import Folder, parts_of, read_progress, staged
 from ntkengine.store.merging import merge_gram
+from ntkengine.store.overlay import overlay
+from ntkengine.store.placing import place, refuse_shards, tidy
 from ntkengine.store.reading import first_difference, open_gram, read_job
 from ntkengine.store.repair import differences, fill_tiles, open_damaged, repair_gram
-from ntkengine.store.schema import SCHEMA
-from ntkengine.store.shards import link_shards, shard_path, write_shard
+from ntkengine.store.schema import SCHEMA, is_cross
+from ntkengine.store.shards import Shard, link_shards, shard_path, writing_shard
 from ntkengine.store.tiles import TILE
 from ntkengine.store.writing import write_gram
 
@@ -49,11 +51,13 @@ __all__ = [
     "Folder",
     "Part",
     "Saved",
+    "Shard",
     "differences",
     "fill_tiles",
     "find_damage",
     "first_difference",
     "link_shards",
+    "is_cross",
     "load",
     "load_newest",
     "merge_gram",
@@ -61,16 +65,19 @@ __all__ = [
     "open_gram",
     "overlay",
     "parts_of",
+    "place",
     "read_job",
     "read_parts",
     "read_progress",
+    "refuse_shards",
     "repair_gram",
     "save_parts",
     "saved_states",
     "shard_path",
     "slots",
+    "staged",
     "tidy",
     "verify_gram",
     "write_gram",
-    "write_shard",
+    "writing_shard",
 ]

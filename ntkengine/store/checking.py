@@ -12,7 +12,7 @@ import numpy as np
 from ntkengine.errors import InputError
 from ntkengine.store.schema import SHARD_SCHEMA, matrices, opened, read_json
 from ntkengine.store.shards import check_shards, shards_of
-from ntkengine.store.tiles import Where, checksum, checksum_of, tile_places, tiles_name
+from ntkengine.store.tiles import Where, checksum, checksum_of, slabs, tile_places, tiles_name
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def find_damage(path: str | Path) -> list[Damage]:
     with opened(path) as file:
         try:
             return list(_all_damage(file, path))
-        except (KeyError, OSError, ValueError, RuntimeError) as error:
+        except (KeyError, OSError, ValueError, RuntimeError, TypeError) as error:
             return [Damage(f"a dataset is missing or unreadable: {error}")]
 
 
@@ -113,13 +113,9 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
         name = str(dataset.name).lstrip("/")
         if name in tiled or name.startswith("tiles/"):
             continue
-        texts = h5py.check_string_dtype(dataset.dtype) is not None
-        values = dataset.asstr()[()] if texts else dataset[...]
-        if texts:
-            values = values.tolist() if isinstance(values, np.ndarray) else values
-        if "crc32" in dataset.attrs and dataset.attrs["crc32"] != (checksum_of if texts else checksum)(values):
+        if "crc32" in dataset.attrs and dataset.attrs["crc32"] != _checksum(dataset):
             yield Damage(f"/{name} does not match its checksum")
-        elif dataset.dtype.kind == "f" and not np.isfinite(values).all():
+        elif dataset.dtype.kind == "f" and not all(np.isfinite(dataset[at]).all() for at in slabs(dataset.shape)):
             yield Damage(f"/{name} has values that are not finite")
     for name in ("job", "meta", "plan"):
         read_json(file, name)
@@ -130,3 +126,13 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
         given = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items() if k != "crc32"}
         if checksum_of(given) != file.attrs["crc32"]:
             yield Damage("the root's attributes do not match their checksum")
+
+
+def _checksum(dataset: h5py.Dataset) -> int:
+    if h5py.check_string_dtype(dataset.dtype) is not None:
+        values = dataset.asstr()[()]
+        return checksum_of(values.tolist() if isinstance(values, np.ndarray) else values)
+    total = 0
+    for where in slabs(dataset.shape):
+        total = checksum(dataset[where], total)
+    return total

@@ -15,15 +15,14 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ntkengine.errors import InputError
 from ntkengine.store.disk import sync_folder
 from ntkengine.store.folder import parts_of
 
@@ -152,63 +151,19 @@ def load_newest(folder: Path) -> list[Saved]:
     return [] if best is None else [found[best][rank] for rank in range(best[1])]
 
 
-def read_parts(
-    saved: Saved, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
-) -> Iterable[Part]:
-    """Yield the pieces of one matrix in a checkpoint file, one after the other.
+def read_parts(saved: Saved, wanted: Callable[[Part], object] = lambda _: True) -> Iterator[Part]:
+    """Yield the pieces in a checkpoint file, one after the other.
 
     Args:
         saved: the file.
-        name: of the matrix.
-        rows: with `columns`: only the pieces that have an entry there, or the mirror image of one.
-        columns: likewise.
+        wanted: whether to read a piece; takes it without its values.
     """
     with zipfile.ZipFile(saved.path) as archive:
         for i, entry in enumerate(saved.state["parts"]):
-            if entry["name"] != name:
-                continue
-            here: tuple[tuple[int, int], tuple[int, int]] = (tuple(entry["rows"]), tuple(entry["columns"]))
-            ways = [here, here[::-1]] if entry["symmetric"] else [here]
-            if rows and columns and not any(_meet(rows, r) and _meet(columns, c) for r, c in ways):
-                continue
-            values = _read(archive, f"part-{i}")
-            yield Part(entry["name"], *here, values, entry["lower"], entry["symmetric"])
-
-
-def overlay(parts: Iterable[Part], rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray) -> None:
-    """Put a piece of a Gram together from the pieces of a checkpoint, whatever their shapes.
-
-    Args:
-        parts: pieces of one matrix; each entry in one of them, or its mirror image.
-        rows: wanted, [start, stop).
-        columns: wanted, [start, stop).
-        out: (layers, rows, columns), written to.
-
-    Raises:
-        InputError: an entry is in none of the pieces.
-    """
-    missing = np.ones(out.shape[1:], dtype=bool)
-    for part in parts:
-        for flip in (False, True) if part.symmetric else (False,):
-            (r0, r1), (c0, c1) = (part.columns, part.rows) if flip else (part.rows, part.columns)
-            a, b, c, d = max(r0, rows[0]), min(r1, rows[1]), max(c0, columns[0]), min(c1, columns[1])
-            if a >= b or c >= d:
-                continue
-            values = part.values.transpose(0, 2, 1) if flip else part.values
-            values = values[:, a - r0 : b - r0, c - c0 : d - c0]
-            here = np.s_[a - rows[0] : b - rows[0], c - columns[0] : d - columns[0]]
-            if not part.lower or (c >= b - 1 if flip else a >= d - 1):
-                out[(slice(None), *here)] = values
-                missing[here] = False
-                continue
-            i, j = np.arange(a, b)[:, None], np.arange(c, d)[None, :]
-            valid = i <= j if flip else i >= j
-            out[(slice(None), *here)] = np.where(valid, values, out[(slice(None), *here)])
-            missing[here] &= ~valid
-    if missing.any():
-        at = np.argwhere(missing)[0]
-        msg = f"checkpoint: has no entry ({at[0] + rows[0]}, {at[1] + columns[0]}) of the Gram"
-        raise InputError(msg)
+            rows, columns = tuple(entry["rows"]), tuple(entry["columns"])
+            part = Part(entry["name"], rows, columns, np.empty(0), entry["lower"], entry["symmetric"])
+            if wanted(part):
+                yield replace(part, values=_read(archive, f"part-{i}"))
 
 
 def saved_states(out: str | Path) -> list[dict[str, Any]]:
@@ -225,10 +180,6 @@ def saved_states(out: str | Path) -> list[dict[str, Any]]:
             state = json.loads(archive.read("state.json"))
             found.append({"job": state["job"], "tile": state["tile"]})
     return found
-
-
-def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
 
 
 def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

@@ -4,6 +4,7 @@ lock                      held by the process at work (flock: a killed process h
 progress.json             how far it is, for `ntkengine info`
 rank-0000-of-0001.a, .b   alternating checkpoints of a rank (`store.checkpoints`)
 rank-0000-of-0001.tile-…  its finished tiles, when the job has several
+sharded/                  shards of the whole file, and the whole once all of them are there (`store.placing`)
 damaged.h5                a complete file some tiles of which were damaged and are to be recomputed
 *.partial                 being written; removed when another process takes over
 """
@@ -26,18 +27,24 @@ from ntkengine.errors import InputError
 
 log = logging.getLogger(__name__)
 
+_SEEN_S = 30.0  # file systems on a network show a new folder late
+
 
 class Folder:
     """A Gram file's folder of parts, with this process alone at work in it.
 
     Args:
         out: the Gram file's name.
+
+    Attributes:
+        mark: what the lock holds while this process has it, unlike any other; empty where it could not be written.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = parts_of(out)
         self._lock: int | None = None
+        self.mark = ""
 
     def __enter__(self) -> Folder:
         """Take the lock, and remove what a killed process left half-written.
@@ -66,14 +73,17 @@ class Folder:
         with suppress(OSError):  # a full disk: only the message to a second process gets shorter
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, text.encode(), 0)
+            self.mark = text
         for stale in self.path.glob("*.partial"):
             stale.unlink()
+        self._drop_shards()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Let go; a folder without work in it is removed."""
         if self._lock is None:
             return
+        self._drop_shards()
         kept = [p for p in self.path.iterdir() if p.name not in ("lock", "progress.json")]
         if not kept:
             self.remove()
@@ -107,6 +117,22 @@ class Folder:
         with suppress(OSError):  # somebody waiting has made a new lock in it
             self.path.rmdir()
 
+    def shows(self, mark: str) -> bool:
+        """Return whether the folder of another process, which holds it, is this one; a network may take a while.
+
+        Args:
+            mark: that process's.
+        """
+        until = time.monotonic() + _SEEN_S
+        while mark:
+            with suppress(OSError):
+                if (self.path / "lock").read_text() == mark:
+                    break
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.1)
+        return True
+
     def tell(self, progress: dict[str, Any]) -> None:
         """Write how far the job is; a disk that refuses is no reason to stop."""
         told = {"pid": os.getpid(), "host": socket.gethostname(), "at": time.time()} | progress
@@ -115,27 +141,37 @@ class Folder:
             partial.write_text(json.dumps(told))
             partial.replace(self.path / "progress.json")
 
+    def _busy(self) -> bool:
+        """Return whether another process is at work, as far as files tell."""
+        found = read_progress(self.out) or {}
+        if found.get("running") is None:  # on another host; it speaks up every two seconds while it sums
+            return time.time() - float(found.get("at", 0.0)) < _SEEN_S
+        return bool(found["running"]) and found.get("pid") != os.getpid()
+
+    def _drop_shards(self) -> None:
+        """Remove shards that never became a whole."""
+        if not staged(self.out).is_file():
+            shutil.rmtree(staged(self.out).parent, ignore_errors=True)
+
     def _take(self, handle: int) -> None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) and not self._busy():
                 log.warning("%s: no locks on this file system (%s): start one job at a time", self.path, error.strerror)
                 return
             msg = f"out: {self.out} is being computed by {_owner(self.path)}; wait for it or choose another name"
             raise InputError(msg) from error
 
 
-def tidy(out: Path) -> None:
-    """Remove the parts of a complete file, left by a process that was killed between two names."""
-    if parts_of(out).is_dir():
-        with suppress(InputError, OSError), Folder(out) as folder:
-            folder.remove()
-
-
 def parts_of(out: Path) -> Path:
     """Return the folder of a Gram file's parts."""
     return out.with_name(f".{out.name}.parts")
+
+
+def staged(out: Path) -> Path:
+    """Return where a sharded Gram file is, with its shards beside it, until it has its name."""
+    return parts_of(out) / "sharded" / out.name
 
 
 def read_progress(out: str | Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import numpy as np
 from ntkengine.errors import InputError
 from ntkengine.store.checking import find_damage
 from ntkengine.store.disk import Latched, appearing
-from ntkengine.store.schema import matrices, opened
+from ntkengine.store.schema import GROUPS, matrices, opened
 from ntkengine.store.shards import check_shards
 from ntkengine.store.tiles import checksum, tile_places, tiles_name
 from ntkengine.store.writing import create_tiled
@@ -58,7 +58,7 @@ def copy_gram(
     tiled = matrices(source)
     with appearing(out, partial) as (file, raw):
         for name in source:
-            if name not in ("gram", "cross", "modules", "tiles", "json"):
+            if name not in ("gram", "cross", *GROUPS, "tiles", "json"):
                 source.copy(name, file)
         for name in source["json"]:
             if name != "shards":

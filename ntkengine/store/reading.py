@@ -34,7 +34,7 @@ class Modules(Mapping[str, Any]):
 
 
 def open_gram(path: str | Path) -> Gram:
-    """Return a Gram backed by its file, opened read-only: `values`, `cross` and `modules` stay on disk until indexed.
+    """Return a Gram backed by its file, opened read-only: its matrices stay on disk until indexed.
 
     Raises:
         InputError: no such file, not an HDF5 file, not one of this schema, tiles that are not done, or a shard that is
@@ -54,9 +54,10 @@ def open_gram(path: str | Path) -> Gram:
             transform=str(file.attrs["transform"]),
             noise=float(file.attrs["noise"]),
             modules=Modules(file["modules"]) if "modules" in file else {},
+            cross_modules=Modules(file["crosses"]) if "crosses" in file else {},
             plan=Plan.from_dict(plan) if plan else None,
             meta=read_json(file, "meta") | {"job": read_json(file, "job")} | _ids(file),
-            extras={name: file[f"extras/{name}"][...] for name in file.get("extras", ())},
+            extras={name: _extra(file, name) for name in file.get("extras", ())},
             path=path,
             **arrays,
         )
@@ -97,6 +98,12 @@ def _all_done(file: h5py.File, path: Path) -> None:
         if flags in file and not file[flags][...].all():
             msg = f"{path}: has tiles of /{name} that are not done; run the job again"
             raise InputError(msg)
+
+
+def _extra(file: h5py.File, name: str) -> Any:
+    """Return a further array; Grams among them stay on disk."""
+    dataset = file[f"extras/{name}"]
+    return dataset if dataset.ndim > 1 and dataset.shape[-2:] == file["gram"].shape[-2:] else dataset[...]
 
 
 def _ids(file: h5py.File) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from ntkengine.errors import InputError
 from ntkengine.store.checking import Damage, find_damage
 from ntkengine.store.folder import Folder
 from ntkengine.store.merging import copy_gram
-from ntkengine.store.schema import matrices, opened, read_json
+from ntkengine.store.schema import GROUPS, is_cross, matrices, opened, read_json
 from ntkengine.store.shards import shards_of
 from ntkengine.store.tiles import Where, tile_places, tiles_name
 
@@ -53,7 +53,9 @@ def repair_gram(path: str | Path) -> tuple[int, int]:
 
 
 def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], dict[str, Any]]:
-    """Return a damaged file's job, its open tiles by dataset, and its meta with `width`, rows per sample.
+    """Return a damaged file's job, its open tiles by dataset, and its meta with more.
+
+    That is `width`, rows per sample, and `modules` and `crosses`, the dataset of each module by its name.
 
     Raises:
         InputError: as `open_gram`.
@@ -66,7 +68,9 @@ def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], di
             found[name] = [where for where, fine in zip(places, done, strict=True) if not fine]
         width = file["outputs"].shape[1] if file.attrs["contraction"] == "full" else 1
         open_tiles = {name: where for name, where in found.items() if where}
-        return read_json(file, "job"), open_tiles, read_json(file, "meta") | {"width": width}
+        named = {g: [n for n in matrices(file) if n.startswith(f"{g}/")] for g in GROUPS}
+        names = {g: {str(file[n].attrs["name"]): n for n in group} for g, group in named.items()}
+        return read_json(file, "job"), open_tiles, read_json(file, "meta") | {"width": width} | names
 
 
 # By dataset: rows, columns (ascending indices into the matrix) and values (…, rows, columns).
@@ -143,7 +147,7 @@ def _mirrored(source: h5py.File, damage: list[Damage]) -> dict[str, dict[int, np
                 continue
             *layer, r, c = where
             mirror = (*layer, c, r)
-            sound = symmetric and name != "cross" and not any(_overlap(_key(mirror), key) for key in bad)
+            sound = symmetric and not is_cross(name) and not any(_overlap(_key(mirror), key) for key in bad)
             patches.setdefault(name, {})[k] = np.ascontiguousarray(source[name][mirror].T) if sound else None
     return patches
 

@@ -13,6 +13,7 @@ from ntkengine.errors import InputError
 
 SCHEMA = "ntkengine-gram/1"
 SHARD_SCHEMA = "ntkengine-shard/1"
+GROUPS = ("modules", "crosses")  # matrices by module, numbered, with the module's name as an attribute
 ARRAYS = ("cross", "outputs", "eval_outputs", "targets", "eval_targets")
 # Filters of HDF5 itself; any other one is code loaded from a plug-in.
 _FILTERS = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle", h5py.h5z.FILTER_FLETCHER32: "sums"}
@@ -59,7 +60,12 @@ def read_json(file: h5py.File, name: str) -> Any:
 def matrices(file: h5py.File) -> list[str]:
     """Return the names of the Gram matrices in a file: what is tiled."""
     names = [name for name in ("gram", "cross") if name in file]
-    return names + [f"modules/{i}" for i in sorted(file.get("modules", ()), key=int)]
+    return names + [f"{group}/{i}" for group in GROUPS for i in sorted(file.get(group, ()), key=int)]
+
+
+def is_cross(name: str) -> bool:
+    """Say whether the rows of a matrix are eval examples."""
+    return name == "cross" or name.startswith("crosses/")
 
 
 def _stays_inside(file: h5py.File, group: h5py.Group, path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
-from ntkengine.store.disk import appearing
+from ntkengine.store.disk import Latched, appearing
+from ntkengine.store.folder import parts_of, staged
 from ntkengine.store.schema import SHARD_SCHEMA, matrices, opened, read_json
 from ntkengine.store.tiles import tiles_name
-from ntkengine.store.writing import write_facts, write_json, write_tiled
+from ntkengine.store.writing import create_tiled, fill, write_facts, write_json, write_names
 
 
 def shard_path(path: Path, rank: int, ranks: int) -> Path:
@@ -28,41 +30,61 @@ def shard_path(path: Path, rank: int, ranks: int) -> Path:
     return path.with_name(f"{path.stem}.rank-{rank:04d}-of-{ranks:04d}{path.suffix}")
 
 
-def write_shard(
-    path: Path, rank: int, ranks: int, tiled: Mapping[str, tuple[int, Any]], job: Mapping[str, Any]
-) -> Path:
-    """Write a rank's rows, atomically, and return the shard's path.
+class Shard:
+    """A rank's file, being written.
+
+    Args:
+        file: with room for its matrices.
+        raw: what it writes to.
+    """
+
+    def __init__(self, file: h5py.File, raw: Latched) -> None:
+        self._file, self._raw = file, raw
+
+    def put(self, name: str, row: int, values: np.ndarray) -> None:
+        """Write rows of a matrix.
+
+        Args:
+            name: of the dataset.
+            row: of the shard, where they start: a multiple of `TILE`.
+            values: (…, rows, columns), `TILE` rows but for the last ones.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        fill(self._file, self._raw, name, values, row)
+
+
+@contextmanager
+def writing_shard(
+    path: Path, rank: int, ranks: int, tiled: Mapping[str, tuple[int, tuple[int, ...], Any]], job: Mapping[str, Any]
+) -> Iterator[Shard]:
+    """Give a rank's shard to fill; it appears, among the file's parts, at the end of the block.
 
     Args:
         path: of the whole.
         rank: whose rows.
         ranks: of how many.
-        tiled: by dataset name ("gram", "cross", "modules/<i>"): (first row, its rows × all columns), on axis -2.
+        tiled: by dataset name (as `schema.matrices`): first row, shape and type of the rank's rows × all columns; rows
+            are on axis -2.
         job: what defines the values.
 
     Raises:
         OSError: the disk refused; no shard has appeared.
     """
-    shard = shard_path(path, rank, ranks)
-    with appearing(shard) as (file, raw):
+    shard = shard_path(staged(path), rank, ranks)
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(shard, parts_of(path) / f"{shard.name}.partial") as (file, raw):
         file.attrs["schema"], file.attrs["rank"], file.attrs["ranks"] = SHARD_SCHEMA, rank, ranks
         write_json(file, "job", dict(job))
-        write_tiled(file, raw, {name: rows for name, (_, rows) in tiled.items()})
-        for name, (start, _) in tiled.items():
-            file[name].attrs["start"] = start
+        for name, (start, shape, dtype) in tiled.items():
+            create_tiled(file, name, shape, dtype).attrs["start"] = start
+        yield Shard(file, raw)
         file.attrs["digest"] = _digest(file)
-    return shard
 
 
-def link_shards(
-    path: Path,
-    ranks: int,
-    gram: Gram,
-    job: Mapping[str, Any],
-    ids: Mapping[str, list[str]],
-    partial: Path | None = None,
-) -> None:
-    """Write the file over all shards, atomically, and remove shards of another number of ranks.
+def link_shards(path: Path, ranks: int, gram: Gram, job: Mapping[str, Any], ids: Mapping[str, list[str]]) -> None:
+    """Write the file over all shards, beside them among the parts: `placing.place` gives them all their names.
 
     Args:
         path: of the whole.
@@ -70,16 +92,15 @@ def link_shards(
         gram: everything but `values`, `cross` and the modules' matrices, of which only the names are read.
         job: what defines the values; each shard must be of the same.
         ids: as `write_gram`.
-        partial: the file's name until it is complete.
 
     Raises:
         InputError: a shard is missing or of another job, or they do not follow on each other without a gap.
         OSError: the disk refused.
     """
-    shards = [shard_path(path, rank, ranks) for rank in range(ranks)]
+    whole = staged(path)
     facts = []
     pieces: dict[str, list[tuple[int, tuple[int, ...], Any, Path]]] = {}
-    for shard in shards:
+    for shard in (shard_path(whole, rank, ranks) for rank in range(ranks)):
         with opened(shard, SHARD_SCHEMA) as file:
             if read_json(file, "job") != json.loads(json.dumps(dict(job))):
                 msg = f"{shard}: is a shard of another job"
@@ -89,17 +110,13 @@ def link_shards(
                 dataset = file[name]
                 piece = (int(dataset.attrs["start"]), dataset.shape, dataset.dtype, shard)
                 pieces.setdefault(name, []).append(piece)
-    with appearing(path, partial) as (file, _raw):
-        write_facts(file, gram, job, ids)
+    with appearing(whole, parts_of(path) / f"{path.name}.partial") as (file, raw):
+        write_facts(file, raw, gram, job, ids)
         write_json(file, "shards", facts)
         for name, found in pieces.items():
             found.sort(key=lambda piece: piece[0])
             file.create_virtual_dataset(name, _layout(name, found), fillvalue=np.nan)
-        for i, module in enumerate(gram.modules):
-            file[f"modules/{i}"].attrs["name"] = module
-    for other in path.parent.glob(f"{path.stem}.rank-*-of-*{path.suffix}"):
-        if other not in shards:
-            other.unlink()
+        write_names(file, gram)
 
 
 def check_shards(file: h5py.File, path: Path) -> None:

@@ -42,9 +42,19 @@ def read_tiles(values: Any) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(values[where])
 
 
-def checksum(array: np.ndarray) -> int:
-    """Return the CRC-32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(array).data.cast("B")) if array.size else 0
+def slabs(shape: tuple[int, ...]) -> Iterator[Where]:
+    """Yield where the pieces of an array are that are read or written at once, in the order of its bytes."""
+    if len(shape) < 2:
+        yield (...,)
+        return
+    for layer in np.ndindex(*shape[:-2]):
+        for i in range(0, shape[-2], TILE):
+            yield (*layer, slice(i, min(i + TILE, shape[-2])))
+
+
+def checksum(array: np.ndarray, before: int = 0) -> int:
+    """Return the CRC-32 of an array's bytes, after those that `before` is of."""
+    return zlib.crc32(np.ascontiguousarray(array).data.cast("B"), before) if array.size else before
 
 
 def checksum_of(value: Any) -> int:

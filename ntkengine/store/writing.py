@@ -12,8 +12,8 @@ import numpy as np
 
 from ntkengine.gram.result import Gram
 from ntkengine.store.disk import Latched, appearing
-from ntkengine.store.schema import ARRAYS, SCHEMA
-from ntkengine.store.tiles import checksum, checksum_of, tile_places, tile_shape, tiles_name
+from ntkengine.store.schema import ARRAYS, GROUPS, SCHEMA
+from ntkengine.store.tiles import checksum, checksum_of, slabs, tile_places, tile_shape, tiles_name
 
 
 def write_gram(
@@ -32,23 +32,36 @@ def write_gram(
         OSError: the disk refused; nothing is left under `path`.
     """
     with appearing(path, partial) as (file, raw):
-        write_facts(file, gram, job, ids)
+        write_facts(file, raw, gram, job, ids)
         tiled: dict[str, Any] = {"gram": gram.values}
         tiled |= {} if gram.cross is None else {"cross": gram.cross}
-        tiled |= {f"modules/{i}": matrix for i, matrix in enumerate(gram.modules.values())}
+        for group, parts in zip(GROUPS, (gram.modules, gram.cross_modules), strict=True):
+            tiled |= {f"{group}/{i}": matrix for i, matrix in enumerate(parts.values())}
         write_tiled(file, raw, tiled)
-        for i, name in enumerate(gram.modules):
-            file[f"modules/{i}"].attrs["name"] = name
+        write_names(file, gram)
 
 
-def write_facts(file: h5py.File, gram: Gram, job: Mapping[str, Any], ids: Mapping[str, list[str]]) -> None:
-    """Write everything but the matrices."""
+def write_names(file: h5py.File, gram: Gram) -> None:
+    """Write which module each matrix of a module is of."""
+    for group, parts in zip(GROUPS, (gram.modules, gram.cross_modules), strict=True):
+        for i, name in enumerate(parts):
+            file[f"{group}/{i}"].attrs["name"] = name
+
+
+def write_facts(
+    file: h5py.File, raw: Latched, gram: Gram, job: Mapping[str, Any], ids: Mapping[str, list[str]]
+) -> None:
+    """Write everything but the matrices.
+
+    Raises:
+        OSError: the disk refused.
+    """
     for name in ARRAYS:
         array = getattr(gram, name)
         if array is not None and name != "cross":
-            _write_array(file, name, np.asarray(array))
+            _write_array(file, raw, name, np.asarray(array))
     for name, array in gram.extras.items():
-        _write_array(file, f"extras/{name}", np.asarray(array))
+        _write_array(file, raw, f"extras/{name}", array if hasattr(array, "shape") else np.asarray(array))
     for name, names in ids.items():
         dataset = file.create_dataset(name, data=list(names), dtype=h5py.string_dtype())
         dataset.attrs["crc32"] = checksum_of(list(names))
@@ -105,21 +118,39 @@ def create_tiled(
     return file.create_dataset(name, shape=shape, dtype=dtype, chunks=tile_shape(shape), **packed)
 
 
-def fill(file: h5py.File, raw: Latched, name: str, values: Any) -> None:
-    """Write the tiles of a matrix, their checksums and flags.
+def fill(file: h5py.File, raw: Latched, name: str, values: Any, row: int = 0) -> None:
+    """Write the tiles of a matrix, or of some of its rows, their checksums and flags.
+
+    Args:
+        file: with room for it.
+        raw: what it writes to.
+        name: of the dataset.
+        values: (…, rows, columns), array or dataset.
+        row: of the dataset, where they start: the first of a tile.
 
     Raises:
         OSError: the disk refused.
     """
     sums, done = (file[f"{tiles_name(name)}/{kind}"] for kind in ("crc32", "done"))
     dataset = file[name]
-    for k, where in enumerate(tile_places(values.shape)):
-        tile = np.ascontiguousarray(values[where])
+    for k, where in enumerate(tile_places(dataset.shape)):
+        *layer, r, c = where
+        if not row <= r.start < row + values.shape[-2]:
+            continue
+        tile = np.ascontiguousarray(values[(*layer, slice(r.start - row, r.stop - row), c)])
         dataset[where] = tile
         sums[k] = checksum(tile)
         done[k] = True
         raw.check()
 
 
-def _write_array(file: h5py.File, name: str, array: np.ndarray) -> None:
-    file.create_dataset(name, data=array).attrs["crc32"] = checksum(array)
+def _write_array(file: h5py.File, raw: Latched, name: str, array: Any) -> None:
+    """Write an array, or what is like one and is read bit by bit."""
+    dataset = file.create_dataset(name, shape=array.shape, dtype=array.dtype)
+    total = 0
+    for where in slabs(array.shape):
+        part = np.asarray(array[where])
+        dataset[where] = part
+        total = checksum(part, total)
+        raw.check()
+    dataset.attrs["crc32"] = total

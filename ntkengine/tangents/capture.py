@@ -266,5 +266,7 @@ def _mapped(
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:
     """Return (R, I): the parameter as a matrix, its first axis the rows."""
     return (
-        (parameter.shape[0], parameter[0].numel()) if parameter.ndim and parameter.numel() else (1, parameter.numel())
+        (parameter.shape[0], parameter.numel() // parameter.shape[0])
+        if parameter.ndim and parameter.numel()
+        else (1, parameter.numel())
     )

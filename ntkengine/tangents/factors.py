@@ -27,7 +27,7 @@ class Outer:
         """Write (or add) rows [start, stop) of the gradient into out, (n, C, stop − start, I) contiguous."""
         n, C, T, _ = self.d.shape
         r = stop - start
-        left = self.d[..., start:stop].transpose(2, 3).reshape(n, C * r, T)
+        left = self.d[..., start:stop].transpose(1, 2).reshape(n, T, C * r).transpose(1, 2)
         flat = out.view(n, C * r, -1)
         if add:
             torch.baddbmm(flat, left, self.a, out=flat)
@@ -143,7 +143,8 @@ class ParameterFactors:
     def dense(self, chunk: int, outputs: int, like: Tensor) -> Tensor:
         """Return the whole per-sample gradient of a microbatch, (n, C, R, I): for checks on a few samples."""
         uses = self.chunks[chunk]
-        out = torch.full((self.sizes[chunk], outputs, *self.shape), float("nan"), dtype=like.dtype, device=like.device)
+        make = torch.empty if uses else torch.zeros  # the first use writes every entry
+        out = make((self.sizes[chunk], outputs, *self.shape), dtype=like.dtype, device=like.device)
         for i, use in enumerate(uses):
             use.rows(0, self.shape[0], out, add=i > 0)
         return out
@@ -171,8 +172,11 @@ def _kept_tokens(d: Tensor) -> Tensor | None:
 
     Every sample keeps T' = the largest count of nonzero rows; spare places point at zero rows, which add nothing.
     """
+    enough = 0.8 * d.shape[2]  # with more of them a copy is not worth it: zero rows add nothing
+    if int(d[..., 0].any(1).sum(1).max()) > enough:  # seen in one entry of each row, without reading the others
+        return None
     nonzero = d.any(3).any(1)  # (n, T); any: not zero
     longest = int(nonzero.sum(1).max())
-    if longest > 0.8 * d.shape[2]:  # not worth a copy: zero rows add nothing
+    if longest > enough:
         return None
     return nonzero.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :longest]

@@ -41,6 +41,7 @@ def probe(
     readout: Readout,
     seed: int = 0,
     gradients: int = GRADIENTS,
+    keep_bytes: int = 0,
 ) -> Structure:
     """Return the model's structure and a verified path for every selected parameter.
 
@@ -51,6 +52,7 @@ def probe(
         readout: f.
         seed: of the random cotangents.
         gradients: gradient entries to hold at once.
+        keep_bytes: activations that may be kept rather than recomputed.
 
     Raises:
         CheckFailed: a parameter that even plain autograd of its segment does not reproduce.
@@ -67,7 +69,7 @@ def probe(
     owners = _owners(model, selected)
     while True:
         few = _pick(samples, rows, trim)
-        structure = _structure(model, selected, owners, few, readout, rows, parameter, seed, gradients)
+        structure = _structure(model, selected, owners, few, readout, rows, parameter, seed, gradients, keep_bytes)
         structure.trim = trim
         late = _late_user(model, [selected[name] for name in structure.unused], samples, readout, parameter)
         if late is None:
@@ -89,11 +91,12 @@ def _structure(
     parameter: nn.Parameter,
     seed: int,
     gradients: int,
+    keep_bytes: int,
 ) -> Structure:
     inputs = few.inputs(few.chunks[0], parameter.device, parameter.dtype)
     names = [f"{row}{' of the second inputs' if group else ''}" for group, row in (rows[i] for i in few.chunks[0].rows)]
     for stack in (find_stack(model, inputs, len(rows)), Stack()):
-        found = _assign(model, selected, owners, inputs, stack, readout, names, seed, gradients)
+        found = _assign(model, selected, owners, inputs, stack, readout, names, seed, gradients, keep_bytes)
         if found is not None:
             return found
     msg = "the model's forward pass could not be reproduced as one segment"
@@ -165,16 +168,28 @@ def _assign(
     rows: list[str],
     seed: int,
     gradients: int,
+    keep_bytes: int,
 ) -> Structure | None:
     """Return verified paths, or None when segments are tied by more than the hidden states."""
     n = len(next(iter(inputs.values())))
     modules = {m: model.get_submodule(m) for places in owners.values() for m, _ in places}
     singles = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(n)]
     with wanting_gradients(selected.values()), sparse_tables(model):
-        alone = [Rehearsal(model, modules, one, stack, readout, expand=False) for one in singles]
+        expanded = _expanded(model, modules, inputs, stack, readout)
+        # One is run again by segments as the whole batch is; the others need not, if their graphs can be kept.
+        small = expanded is not None and sum(expanded.held) <= keep_bytes
+        alone = [
+            Rehearsal(model, modules, one, stack, readout, expand=False, keep=small and i > 0)
+            for i, one in enumerate(singles)
+        ]
         if not all(r.apart for r in alone):
             return None
-        batch, agrees = _batch(model, modules, inputs, stack, readout, torch.cat([r.f for r in alone]))
+        f = torch.cat([r.f for r in alone])
+        if expanded is not None and close(expanded.f, f):
+            batch, agrees = expanded, True
+        else:
+            batch = Rehearsal(model, modules, inputs, stack, readout, expand=False, measure=True)
+            agrees = close(batch.f, f)
         if stack.blocks and not batch.whole:
             return None
         tokens = max((v.shape[0] * v.shape[1] for v in inputs.values() if v.ndim == 2), default=n)
@@ -189,20 +204,12 @@ def _assign(
     return structure
 
 
-def _batch(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    inputs: Mapping[str, Tensor],
-    stack: Stack,
-    readout: Readout,
-    f: Tensor,
-) -> tuple[Rehearsal, bool]:
-    """Return all samples in one batch, and whether its f is that of the samples one by one."""
+def _expanded(
+    model: nn.Module, modules: dict[str, nn.Module], inputs: Mapping[str, Tensor], stack: Stack, readout: Readout
+) -> Rehearsal | None:
+    """Return all samples in one batch, rows that stand for all given to each of them; None where that cannot be."""
     try:
-        batch = Rehearsal(model, modules, inputs, stack, readout, expand=True, measure=True)
-        if close(batch.f, f):
-            return batch, True
+        return Rehearsal(model, modules, inputs, stack, readout, expand=True, measure=True)
     except (RuntimeError, IndexError, ValueError) as error:
         log.debug("rows cannot be given to every sample: %s", error)
-    batch = Rehearsal(model, modules, inputs, stack, readout, expand=False, measure=True)
-    return batch, close(batch.f, f)
+        return None

@@ -1,7 +1,8 @@
 """A few samples through the model, held one segment at a time: what the probe compares paths on.
 
 One forward pass keeps what enters each block and no graph; a segment is run again from there when its turn comes, so
-that no more than one segment's activations are ever alive. The head's graph, the last, is kept from the first pass.
+that no more than one segment's activations are ever alive. The head's graph, the last, is kept from the first pass; all
+graphs are where they are small.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Rehearsal:
         readout: f.
         expand: as `Recorder`.
         measure: count what the segments' graphs hold.
+        keep: keep all segments' graphs.
 
     Attributes:
         f: (n, C), detached.
@@ -82,6 +84,7 @@ class Rehearsal:
         *,
         expand: bool,
         measure: bool = False,
+        keep: bool = False,
     ) -> None:
         self.model, self.modules, self.inputs, self.stack, self.readout = model, dict(modules), inputs, stack, readout
         self.n, self.expand = len(next(iter(inputs.values()))), expand
@@ -91,6 +94,7 @@ class Rehearsal:
         holding: dict[int, int] = {}
         self._saved: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._after: dict[int, Tensor] = {}  # each segment's output, to compare a replay with
+        self._kept: dict[int, Scene] = {}
         recorder = Recorder(self.modules, self.n, expand=expand)
         leaf: Tensor | None = None
 
@@ -109,6 +113,8 @@ class Rehearsal:
             nonlocal leaf
             count()
             self._note(hidden, segment)
+            if keep:
+                self._kept[segment] = Scene(hidden, leaf, dict(recorder.calls))
             recorder.calls.clear()
             leaf = hidden.detach().requires_grad_(True)
             return leaf
@@ -143,7 +149,7 @@ class Rehearsal:
                 handle.remove()
         self._note(out, stack.head)
         self.f = out.detach()
-        self._last = Scene(out, leaf, dict(recorder.calls))
+        self._kept[stack.head] = Scene(out, leaf, dict(recorder.calls))
 
     def _note(self, out: Tensor, segment: int) -> None:
         self.whole &= out.shape[:1] == (self.n,)
@@ -162,8 +168,8 @@ class Rehearsal:
 
     def scene(self, segment: int) -> Scene | None:
         """Return a segment with its graph, run again from what entered it; None when that gives another output."""
-        if segment == self.stack.head:
-            return self._last
+        if segment in self._kept:
+            return self._kept.pop(segment)
         recorder = Recorder(self.modules, self.n, expand=self.expand)
         if segment == 0:
             leaf = None

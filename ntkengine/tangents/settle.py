@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.parameters import leave_out
+from ntkengine.products import unrouted
 from ntkengine.tangents.capture import Call, Pulled, matrix_shape
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.rehearsal import Rehearsal, Scene, rounding
@@ -51,7 +52,7 @@ class Verifier:
         if whole is None or len(scenes) < len(found):
             return False
         generator = torch.Generator().manual_seed(self.seed + segment)
-        v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float64).to(whole.out)
+        v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float32).to(whole.out)
         met = [uses_in_graph(scene.out, self.selected) for scene in scenes]
         here = {name: p for name, p in self.selected.items() if any(m[name] for m in met)}
         parts = grouped({name: p.numel() for name, p in here.items()}, self.gradients // len(scenes))
@@ -71,8 +72,9 @@ class Verifier:
         for names in parts:
             truth = truths.pop() if len(parts) == 1 else None
             truth = truth or reference_gradients(self.model, scenes, {name: here[name] for name in names}, v)
-            for name, true in truth.items():
-                self._settle(segment, name, true, scale, v, whole, pulled, counts, scenes, met)
+            with unrouted():  # many small operations, no large product
+                for name, true in truth.items():
+                    self._settle(segment, name, true, scale, v, whole, pulled, counts, scenes, met)
         return True
 
     def _settle(

@@ -314,10 +314,11 @@ class Sweep:
             torch.autograd.grad(out, targets, cotangent[:, c], retain_graph=c < C - 1, allow_unused=True)
             for c in range(C)
         ]
-        stacked = [None if g[0] is None else g[0][None] if C == 1 else torch.stack(g) for g in zip(*grads, strict=True)]
+        by_target = list(zip(*grads, strict=True))
         if leaf:
-            down = stacked.pop(0)
-            self._cotangents[i] = None if down is None else down.transpose(0, 1)
+            down = by_target.pop(0)
+            self._cotangents[i] = None if down[0] is None else torch.stack(down, 1) if C > 1 else down[0][:, None]
+        stacked = [None if g[0] is None else _stack(g) for g in by_target]
         pulled: dict[str, list[Pulled]] = defaultdict(list)
         for (m, call), d in zip(calls, stacked, strict=False):
             if d is not None:
@@ -337,6 +338,13 @@ class Sweep:
             if g is not None:
                 uses[path.parameter].append(Dense(g.reshape(1, C, *matrix_shape(self.selected[path.parameter]))))
         return uses
+
+
+def _stack(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Return (C, n, …, O) whose memory is ordered (n, …, C, O): a token's gradients side by side, as products want."""
+    if len(outputs) == 1 or outputs[0].ndim < 2:
+        return torch.stack(outputs) if len(outputs) > 1 else outputs[0][None]
+    return torch.stack(outputs, -2).movedim(-2, 0)
 
 
 def _norm(hidden: Tensor) -> Tensor:

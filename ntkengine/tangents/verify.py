@@ -120,12 +120,11 @@ def reference_gradients(
         except RuntimeError as error:
             msg = f"model: {type(model).__name__} cannot be differentiated: {str(error).splitlines()[0]}"
             raise InputError(msg) from error
-        for name, g in zip(selected, grads, strict=True):
-            if g is not None:
-                if name not in truth:
-                    truth[name] = Truth(selected[name], [None] * len(scenes), [0.0] * len(scenes))
-                g = g.coalesce() if g.is_sparse else g
-                truth[name].gradients[i], truth[name].norms[i] = g, _norm(g)
+        found = {n: g.coalesce() if g.is_sparse else g for n, g in zip(selected, grads, strict=True) if g is not None}
+        for (name, g), norm in zip(found.items(), _norms(list(found.values())), strict=True):
+            if name not in truth:
+                truth[name] = Truth(selected[name], [None] * len(scenes), [0.0] * len(scenes))
+            truth[name].gradients[i], truth[name].norms[i] = g, norm
     return truth
 
 
@@ -158,7 +157,7 @@ def agreeing(
         at = 0
         for recording, n in zip(pulled, sizes, strict=True):
             got = _gradient(model, name, kinds, recording, n, truth.like)
-            if got is None or not all(_same(g, truth, at + i, scale) for i, g in enumerate(got)):
+            if got is None or not _same(got, truth, at, scale):
                 break
             at += n
         else:
@@ -166,16 +165,25 @@ def agreeing(
     return None
 
 
-def _same(got: Tensor, truth: Truth, i: int, scale: float) -> bool:
-    expected = truth.gradients[i]
-    if expected is not None and got.is_sparse != expected.is_sparse:
-        got, expected = (x.to_dense() if x.is_sparse else x for x in (got, expected))
-    error = _norm(got if expected is None else got - expected)
-    return error <= agreement(got.dtype) * truth.norms[i] + rounding(got.dtype) * scale
+def _same(got: Sequence[Tensor], truth: Truth, at: int, scale: float) -> bool:
+    """Whether gradients, which are overwritten, are the true ones of the samples from position `at` on."""
+    off = []
+    for g, expected in zip(got, truth.gradients[at : at + len(got)], strict=True):
+        if expected is not None and g.is_sparse == expected.is_sparse:
+            g = g - expected if g.is_sparse else g.sub_(expected)
+        elif expected is not None:
+            g = (g.to_dense() if g.is_sparse else g) - (expected.to_dense() if expected.is_sparse else expected)
+        off.append(g.coalesce() if g.is_sparse else g)
+    norms = truth.norms[at : at + len(off)]
+    allowed = [agreement(g.dtype) * norm + rounding(g.dtype) * scale for g, norm in zip(off, norms, strict=True)]
+    return all(error <= limit for error, limit in zip(_norms(off), allowed, strict=True))
 
 
-def _norm(g: Tensor) -> float:
-    return float((g.coalesce().values() if g.is_sparse else g).norm())
+def _norms(gradients: Sequence[Tensor]) -> list[float]:
+    """Return the norms of coalesced or dense tensors of one dtype."""
+    if not gradients:
+        return []
+    return torch.stack(torch._foreach_norm([g.values() if g.is_sparse else g for g in gradients])).tolist()
 
 
 def _gradient(
@@ -194,8 +202,6 @@ def _gradient(
                 if isinstance(use, Lookup)
                 for ids, d in zip(use.ids, use.d, strict=True)
             ]
-        if not factors.chunks[0]:
-            return list(torch.zeros(n, *like.shape, dtype=like.dtype, device=like.device))
         g = factors.dense(0, 1, like)[:, 0]
     except (PathFailed, RuntimeError, IndexError) as error:  # shapes that this path cannot mean
         log.debug("%s: %s does not fit: %s", name, kinds, error)

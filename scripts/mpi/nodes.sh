@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several hosts with 8 GPUs each, without a scheduler: HOSTS=node1,node2 scripts/mpi/nodes.sh job.toml
-# The job file, the model and the data are under the same paths on all of them; rank 0, on the first, writes the Gram.
+# The job file, the model, the data and the folder of the Gram are under the same paths on all of them.
 set -euo pipefail
 : "${HOSTS:?HOSTS=node1,node2,...}"
 each=${GPUS_PER_NODE:-8}

@@ -1,0 +1,240 @@
+"""The sums of a validated call: probed, planned, swept, checked, and with their noise."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ntkengine.cluster.comm import Team, together
+from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
+from ntkengine.gram.assembly import assemble, surroundings
+from ntkengine.gram.check import Check
+from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.layout import Layout, tune_allocator
+from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
+from ntkengine.gram.plan import Plan
+from ntkengine.gram.planning import planned
+from ntkengine.gram.ranksweep import sum_spread
+from ntkengine.gram.result import Gram
+from ntkengine.gram.run import Sums, by_module
+from ntkengine.gram.sketching import described
+from ntkengine.gram.spread import Spread
+from ntkengine.gram.task import Task, in_precision
+from ntkengine.gram.tiles import Frame
+from ntkengine.gram.tiling import sum_tiled
+from ntkengine.gram.transforms import SIGNS
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.parameters import module_of
+from ntkengine.inputs.running import evaluation
+from ntkengine.tangents.probe import probe
+from ntkengine.tangents.sketch import Sketch
+from ntkengine.tangents.structure import Structure
+from ntkengine.tangents.sweep import KEEP_BYTES
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[float, float, str], None]
+
+
+def computed(
+    task: Task,
+    precision: str,
+    per_module: bool,
+    memory_gib: float | None,
+    check: bool,
+    seed: int,
+    sketch: int | None,
+    progress: Progress | None,
+    checkpoints: Checkpoints | None,
+    team: Team | None,
+    start: float,
+) -> tuple[Gram, Sums | Spread, Samples]:
+    """Return the Gram of a task, swept, checked, and with its noise; and its sums, and the samples in their order.
+
+    Over ranks only rank 0 has its entries, and nobody when there are checkpoints: then they are on their way to a file
+    (`sharding.write_spread`).
+    """
+    root = team is None or team.root
+    waited = 0.0 if team is None else team.waited
+    tune_allocator(bounded=memory_gib is not None)
+    with ExitStack() as running:
+        running.enter_context(evaluation(task.model))
+        structure, plan, layout, samples, sketches = planned(
+            task, precision, per_module, memory_gib, seed, sketch, team
+        )
+        frame = task.frame(structure.outputs)
+        truth = double = None
+        with together(team):
+            if check and root or task.transform in SIGNS:
+                double = _double(task, running, lazy=memory_gib is not None)
+            if task.transform in SIGNS and double is not None:
+                structure.negligible = _negligible(task, structure, double, seed)
+            if check and root:
+                truth = Check(task, samples, frame, structure, seed, layout.gradients)
+                truth.sweep()
+        if team is not None:
+            team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
+        # The layout does not count kept activations, so a bounded job recomputes them.
+        keep_bytes = KEEP_BYTES if memory_gib is None else 0
+        swept = task.fast(running) if precision == "fast" else task
+        on = structure.on(swept.model)
+        sums = _sweep(
+            swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches, checkpoints, team
+        )
+        noise, of_sketch = None, None
+        with together(team), sums.asking() if root else nullcontext():
+            if not root:
+                sums.serve()
+            if truth is not None:
+                truth.allow(sketches)
+                truth.entries(sums, samples, swept.dtype)
+            if truth is not None and double is not None:
+                noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
+            if sketch is not None and noise is not None:
+                of_sketch = described(sketch, sketches, seed, sums, noise.relative)
+    for row in plan.parameters:
+        row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
+    contracting = sum(row.seconds or 0.0 for row in plan.parameters)
+    plan.rate = sum(row.flops for row in plan.parameters) / max(1e-9, contracting)
+    plan.pass_seconds = sums.pass_seconds
+    gram = assemble(sums, samples, plan, two=task.two, gather=checkpoints is None)
+    gram.noise = float("nan") if noise is None else noise.norm
+    gram.meta = {
+        "precision": precision,
+        "backend": "triton" if task.kernels else "torch",
+        "readout": task.readout.name,
+        "parameters": sum(p.numel() for p in task.selected.values()),
+        "unused_parameters": structure.unused,
+        "negligible_parameters": structure.negligible,
+        "module_trace": by_module(sums.traces),
+        "noise_relative": None if noise is None else noise.relative,
+        "outputs_error": None if noise is None else noise.outputs,
+        "checked": check,
+        "sketch": of_sketch,
+        "one_by_one": structure.one_by_one,
+        "blocks": structure.stack.depth,
+        "resumed": 0 if checkpoints is None else checkpoints.resumed,
+        "pass_seconds": sums.pass_seconds,
+        "contract_seconds": sum(row.seconds or 0.0 for row in plan.parameters),
+        **surroundings(task.device),
+    }
+    if isinstance(sums, Spread):
+        gram.meta["ranks"] = sums.told(time.perf_counter() - start, waited)
+    return gram, sums, samples
+
+
+def _sweep(
+    task: Task,
+    structure: Structure,
+    samples: Samples,
+    frame: Frame,
+    plan: Plan,
+    layout: Layout,
+    per_module: bool,
+    progress: Progress | None,
+    keep_bytes: int,
+    sketches: Mapping[str, Sketch],
+    checkpoints: Checkpoints | None,
+    team: Team | None,
+) -> Sums | Spread:
+    done = 0.0
+    total = max(plan.flops / plan.ranks, 1.0)
+    if team is not None and not team.root:
+        progress = None
+
+    def tick(flops: float, stage: str) -> None:
+        nonlocal done
+        done += flops
+        if progress is not None:
+            progress(min(done, total), total, stage)
+
+    given = task.model, task.selected, structure, samples, task.readout, frame, layout
+    options: dict[str, Any] = {
+        "group": module_of if per_module else None,
+        "tick": tick,
+        "roots": task.roots,
+        "kernels": task.kernels,
+        "factor_bytes": {row.parameter: row.bytes for row in plan.parameters},
+        "pass_flops": plan.pass_flops + plan.projection_flops,
+        "keep_bytes": keep_bytes,
+        "sketches": sketches,
+        "checkpoints": checkpoints,
+    }
+    if team is not None:
+        return sum_spread(team, *given, **options)
+    sums = sum_tiled(*given, **options)
+    if per_module:
+        for part in sums.parts.values():
+            part.finish()
+            sums.total.K += part.K
+    else:
+        sums.total.finish()
+    if progress is not None:
+        progress(total, total, "done")
+    return sums
+
+
+def _double(task: Task, running: ExitStack, *, lazy: bool) -> nn.Module:
+    """Return the model in float64, ready to run: itself, or a copy."""
+    model = in_precision(task.model, "exact", lazy=lazy)
+    if model is not task.model:
+        running.enter_context(evaluation(model))
+    return model
+
+
+def _negligible(task: Task, structure: Structure, double: nn.Module, seed: int) -> list[str]:
+    """Return the parameters without a sign: float32 suspects them, float64 decides."""
+    suspects = {n: p for n, p in double.named_parameters() if n in structure.negligible}
+    if not suspects or double is task.model:
+        return structure.negligible
+    selected = {n: p for n, p in double.named_parameters() if n in task.selected}
+    return [n for n in probe(double, selected, task.samples, task.readout, seed).negligible if n in suspects]
+
+
+def _noise(
+    task: Task,
+    structure: Structure,
+    samples: Samples,
+    frame: Frame,
+    sums: Sums | Spread,
+    seed: int,
+    model: nn.Module,
+    precision: str,
+    *,
+    sketched: bool,
+) -> Noise | None:
+    expected, limit = float("inf") if precision == "fast" else USUAL, LIMIT[precision]
+    by_name = dict(model.named_parameters())
+    selected = {name: by_name[name] for name in task.selected}
+    same = model is task.model
+    roots = None if task.roots is None else {name: root.double() for name, root in task.roots.items()}
+    try:
+        return estimate_noise(
+            model,
+            selected,
+            structure.on(model),
+            samples,
+            task.readout,
+            frame,
+            sums,
+            one_by_one=structure.one_by_one or same,
+            trim=structure.trim and not same,
+            seed=seed,
+            roots=roots,
+            expected=expected,
+            limit=limit,
+            sketched=sketched,
+        )
+    except (NonFinite, RuntimeError, TypeError, ValueError) as error:
+        if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
+            raise
+        if sketched:  # its error is far above float32's
+            return _noise(task, structure, samples, frame, sums, seed, task.model, precision, sketched=True)
+        log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
+        return None

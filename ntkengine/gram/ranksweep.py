@@ -1,0 +1,105 @@
+"""One sweep over all ranks: each sweeps its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ntkengine.cluster.comm import Team
+from ntkengine.cluster.shards import deal
+from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.layout import Layout
+from ntkengine.gram.spread import Spread
+from ntkengine.gram.spreading import Spreading
+from ntkengine.gram.teamwork import SpreadKeeper
+from ntkengine.gram.tiles import Frame
+from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.readout import Readout
+from ntkengine.tangents.sketch import Sketch
+from ntkengine.tangents.structure import Structure
+from ntkengine.tangents.sweep import Sweep
+
+
+def sum_spread(
+    team: Team,
+    model: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    structure: Structure,
+    samples: Samples,
+    readout: Readout,
+    frame: Frame,
+    layout: Layout,
+    *,
+    factor_bytes: Mapping[str, float],
+    pass_flops: float,
+    keep_bytes: int,
+    tick: Callable[[float, str], None],
+    sketches: Mapping[str, Sketch],
+    checkpoints: Checkpoints | None = None,
+    **options: Any,
+) -> Spread:
+    """Return the Gram of all samples in the frame, spread over the ranks.
+
+    Args:
+        team: the ranks; each makes this call.
+        model: frozen, in eval mode.
+        selected: parameters by name.
+        structure: from the probe.
+        samples: the job's.
+        readout: f.
+        frame: the wanted Gram.
+        layout: of each rank.
+        factor_bytes: by parameter, of all samples.
+        pass_flops: of the passes over all samples, for `tick`.
+        keep_bytes: activations a rank may keep rather than recompute.
+        tick: called with this rank's flops done and the segment's name.
+        sketches: by parameter, what is kept of its gradient.
+        checkpoints: of the job, on every rank; None: it has no file.
+        options: `group`, `roots`, `kernels` of `Spreading`.
+
+    Raises:
+        Exception: on every rank, what failed on any.
+    """
+    device = next(iter(model.parameters())).device
+    shards = deal(samples, team.size)
+    one = 1 if structure.one_by_one else None
+    few: dict[str, Any] = {"microbatch_tokens": layout.microbatch_tokens, "microbatch": one, "trim": structure.trim}
+    local = shards[team.rank].part(samples, **few)
+    sizes = {name: size / team.size for name, size in factor_bytes.items()}
+    spreading = Spreading(
+        team,
+        structure,
+        samples,
+        local,
+        shards,
+        frame,
+        device,
+        window=layout.window,
+        bundle_bytes=layout.bundle_bytes,
+        factor_bytes=sizes,
+        tick=tick,
+        keeper=None if checkpoints is None else SpreadKeeper(checkpoints, team, frame),
+        **options,
+    )
+    if spreading.keeper is not None:
+        with team.together():
+            spreading.keeper.start(spreading)
+    steps = len(local.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
+    mine = pass_flops * shards[team.rank].tokens / sum(shard.tokens for shard in shards)
+    sweep = Sweep(
+        model,
+        selected,
+        structure,
+        local,
+        readout,
+        lambda: tick(mine / steps, "passes"),
+        keep_bytes,
+        layout.hidden,
+        sizes,
+        layout.factor_bytes,
+        sketches,
+        spreading.skip,
+    )
+    return spreading.run(sweep)

@@ -1,0 +1,64 @@
+"""A saved ranking of modules as a section of a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ntkengine.errors import InputError
+from ntkengine.report.html import Section
+from ntkengine.report.plots import selection_figure
+from ntkengine.report.tables import Table
+
+_SHOWN = 20  # subsets in the figure
+
+
+def selection_section(path: Path) -> Section:
+    """Return the section of a ranking that `ntkengine select --save` wrote.
+
+    Raises:
+        InputError: no such file, or one that is no ranking.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        choices, recipe = found["choices"], found["recipe"]
+        rows = [_row(c) for c in choices]
+        losses = [_three(c["eval_loss"]) for c in choices[:_SHOWN]]
+        how = f"{recipe['optimizer']}, learning rate {recipe['learning_rate']:g}, {recipe['epochs']} epochs"
+        note = f"LoRA of rank {found['peft']['r']}, {how}; best first"
+        notes = [str(line) for line in found["assumptions"]]
+        names = [str(c["name"]) for c in choices[:_SHOWN]]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError):
+        raise InputError(f"{path}: expected a ranking written by `ntkengine select --save`") from None
+    if not rows:
+        raise InputError(f"{path}: holds no ranked subsets")
+    columns = ("modules", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "condition number")
+    best = choices[0]["modules"]
+    adapted = Table("The best choice adapts", (), [(f"{i + 1}", str(m)) for i, m in enumerate(best)])
+    figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses)}
+    return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes)
+
+
+def _row(choice: dict[str, Any]) -> tuple[str, ...]:
+    kernel = choice["kernel"]
+    return (
+        str(choice["name"]),
+        f"{int(choice['parameters']):,}",
+        _span(choice["eval_loss"]),
+        _span(choice["eval_accuracy"]),
+        f"{float(choice['train_loss']):.4g}",
+        "" if kernel is None else str(kernel["condition"]),
+    )
+
+
+def _three(value: list[float]) -> tuple[float, float, float]:
+    middle, low, high = (float(v) for v in value)
+    return middle, low, high
+
+
+def _span(value: list[float]) -> str:
+    middle, low, high = _three(value)
+    return f"{middle:.4g} ({low:.4g} to {high:.4g})"

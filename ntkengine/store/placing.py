@@ -1,0 +1,85 @@
+"""A sharded file from among its parts to its name: shards first, the whole last, so that it is complete or absent.
+
+The whole and its shards are put together in `.<name>.parts/sharded/` (`store.shards`). Once the whole is there nothing
+is computed any more: whoever comes next moves what has not been moved yet.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from ntkengine.errors import InputError
+from ntkengine.store.disk import sync_folder
+from ntkengine.store.folder import Folder, parts_of, staged
+from ntkengine.store.schema import opened
+from ntkengine.store.shards import shard_path, shards_of
+
+
+def place(path: Path) -> None:
+    """Give a sharded file that is complete among its parts, and its shards, their names; without one do nothing.
+
+    The caller holds the folder of the parts.
+
+    Raises:
+        InputError: a shard's name is taken.
+        OSError: the disk refused; the next call goes on.
+    """
+    whole = staged(path)
+    if not whole.is_file():
+        return
+    with opened(whole) as file:
+        shards = [shard for shard, _ in shards_of(file, whole)]
+    for shard in shards:
+        if shard.is_file():
+            refuse_taken(path, path.with_name(shard.name))
+    for shard in shards:
+        if shard.is_file():
+            shard.replace(path.with_name(shard.name))
+    sync_folder(path.parent)
+    whole.replace(path)
+    sync_folder(path.parent)
+
+
+def refuse_shards(path: Path, ranks: int) -> None:
+    """Refuse to start a job whose shards could not be given their names.
+
+    Args:
+        path: of the whole, which does not exist.
+        ranks: how many shards there will be.
+
+    Raises:
+        InputError: a name is taken.
+    """
+    for rank in range(ranks):
+        refuse_taken(path, shard_path(path, rank, ranks))
+
+
+def refuse_taken(path: Path, shard: Path) -> None:
+    """Refuse to write a shard over a file.
+
+    Raises:
+        InputError: its name is taken.
+    """
+    if shard.exists():
+        msg = f"out: {shard} exists but {path.name} does not, so it belongs to another file; move or remove it"
+        raise InputError(msg)
+
+
+def tidy(path: Path) -> None:
+    """Go on where a process was killed between two names: place what is complete, remove the parts of what is placed.
+
+    Another process that is at work is left alone.
+
+    Raises:
+        InputError, OSError: as `place`.
+    """
+    if not parts_of(path).is_dir() or not (path.exists() or staged(path).is_file()):
+        return
+    with ExitStack() as held:
+        try:
+            folder = held.enter_context(Folder(path))
+        except (InputError, OSError):
+            return
+        place(path)
+        folder.remove()

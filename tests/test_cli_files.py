@@ -1,0 +1,53 @@
+"""Commands that check, mend and merge files."""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+
+from ntkengine.store import open_gram
+from tests.tiny import compute_small
+
+
+def test_verify(run, gram_file, tmp_path):
+    assert run("verify", gram_file) == (0, f"{gram_file}: sound\n", "")
+    damaged = tmp_path / "d.h5"
+    damaged.write_bytes(gram_file.read_bytes())
+    with h5py.File(damaged, "r+") as file:
+        file["gram"][0, 0] += 1.0
+    code, out, err = run("verify", damaged)
+    assert (code, out) == (1, "")
+    assert err == f"error: {damaged}: tile 0 of /gram does not match its checksum\n"
+    code, out, err = run("verify", damaged, "--json")
+    assert (code, err) == (1, "")
+    assert json.loads(out)["sound"] is False
+
+
+def test_verify_repairs_or_opens_tiles_for_the_next_run(run, gram_file, tmp_path):
+    damaged = tmp_path / "k.h5"
+    damaged.write_bytes(gram_file.read_bytes())
+    assert run("verify", damaged, "--repair") == (0, f"{damaged}: sound\n", "")
+    with h5py.File(damaged, "r+") as file:
+        file["gram"][0, 0] += 1.0
+        file["cross"][0, 0] += 1.0
+    code, out, err = run("verify", damaged, "--repair")
+    assert (code, out) == (1, "")
+    assert err == f"error: {damaged}: 0 tiles repaired, 2 opened: run the same job again to compute them\n"
+    code, out, err = run("info", damaged)
+    assert (code, err) == (0, "")
+    assert "damaged tiles are open" in out
+    compute_small(damaged)
+    assert run("verify", damaged, "--repair", "--json")[1] == json.dumps(
+        {"path": str(damaged), "sound": True, "repaired": 0, "open": 0}
+    ) + "\n"  # fmt: skip
+    np.testing.assert_allclose(np.asarray(open_gram(damaged)), np.asarray(open_gram(gram_file)), rtol=1e-5)
+
+
+def test_merge(run, gram_file, tmp_path):
+    out = tmp_path / "one.h5"
+    assert run("merge", gram_file, "-o", out, "--compress") == (0, f"{out}\n", "")
+    np.testing.assert_array_equal(np.asarray(open_gram(out)), np.asarray(open_gram(gram_file)))
+    code, _, err = run("merge", gram_file, "-o", out)
+    assert (code, err) == (2, f"error: {out}: exists\n")

@@ -1,0 +1,84 @@
+"""Commands that read a Gram: what they show, and their JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from ntkengine import jobs
+from ntkengine.spectrum import condition_number, eigsh
+from ntkengine.store import Folder, open_gram
+
+
+def test_info_shows_everything(run, gram_file):
+    code, out, err = run("info", gram_file)
+    assert (code, err) == (0, "")
+    for text in ("7 × 7 (trace, sgd)", "margin", "7 train, 3 eval", "job: data.train", "train.tsv", "share"):
+        assert text in out
+    assert "\x1b" not in out
+    told = json.loads(run("info", gram_file, "--json")[1])
+    assert told["shapes"]["values"] == [7, 7]
+    assert told["shapes"]["cross"] == [3, 7]
+    assert told["noise"] == open_gram(gram_file).noise
+    assert told["meta"]["settings"] == {"data": {"train": "train.tsv"}}
+
+
+def test_spectrum_json_is_the_spectrum(run, gram_file):
+    code, out, _ = run("spectrum", gram_file, "-k", 3, "--json")
+    told = json.loads(out)
+    gram = open_gram(gram_file)
+    ritz = eigsh(gram, k=3)
+    assert code == 0
+    np.testing.assert_allclose(told["values"], ritz.values, rtol=1e-12)
+    assert told["condition"]["lower"] == condition_number(gram).lower
+    assert len(run("spectrum", gram_file)[1].splitlines()) > 9
+    assert run("spectrum", gram_file, "-k", 0)[0] == 2
+
+
+def test_ridge_and_forecast_json(run, gram_file):
+    found = jobs.forecast_file(gram_file)
+    told = json.loads(run("ridge", gram_file, "--json")[1])
+    np.testing.assert_allclose(told["loo_mse"], found.loo_mse, rtol=1e-12)
+    assert told["ridge"] == found.ridge
+    assert len(told["effective_dimension"]) == len(told["ridges"])
+    told = json.loads(run("forecast", gram_file, "--json", "--ridge", "gcv")[1])
+    assert told["ridge"] == found.ridge_gcv
+    assert told["assumptions"] == found.assumptions
+    code, out, _ = run("forecast", gram_file)
+    assert code == 0
+    assert f"- {found.assumptions[0]}" in out
+    assert "chosen" in run("ridge", gram_file)[1]
+    given = json.loads(run("ridge", gram_file, "--ridge", found.ridges[3], "--json")[1])
+    assert given["ridge"] == pytest.approx(found.ridges[3])
+    assert run("ridge", gram_file, "--ridge", "-1")[0] == 2
+
+
+def test_forecast_takes_the_ridge_of_the_job_file(run, gram_file, tmp_path):
+    job = tmp_path / "job.toml"
+    tables = '[model]\npath = "m"\n[data]\ntrain = "a.tsv"\n[forecast]\nridge = "gcv"\n'
+    job.write_text(f'out = "{gram_file}"\n' + tables)
+    assert json.loads(run("forecast", job, "--json")[1])["ridge"] == jobs.forecast_file(gram_file, "gcv").ridge
+    job.write_text(tables)
+    code, _, err = run("forecast", job)
+    assert (code, "out: is missing" in err) == (2, True)
+
+
+def test_report_is_written(run, gram_file, tmp_path):
+    code, out, err = run("report", gram_file, "-o", tmp_path / "r.html")
+    assert (code, out.strip(), err) == (0, str(tmp_path / "r.html"), "")
+    assert "data:image/png;base64," in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_info_of_a_running_job(run, tmp_path):
+    path = tmp_path / "k.h5"
+    with Folder(path) as folder:
+        folder.tell({"done": 25.0, "total": 100.0, "stage": "layer.3", "started": time.time() - 60})
+        code, out, err = run("info", path)
+        assert (code, err) == (0, "")
+        for text in ("Not complete", "running", "layer.3", "25%", "60 s ago"):
+            assert text in out
+        told = json.loads(run("info", path, "--json")[1])
+    assert (told["complete"], told["running"], told["done"], told["checkpoint"]) == (False, True, 25.0, None)

@@ -1,0 +1,36 @@
+"""The plan is what the run does."""
+
+from __future__ import annotations
+
+import pytest
+
+from ntkengine.gram.engine import compute_gram, plan_gram
+from tests.brute import tiny_inputs, tiny_model
+
+LENGTHS = [11, 3, 5, 7, 2, 9, 5]
+
+
+def test_plan_says_what_the_run_does():
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, LENGTHS, 12)
+    plan = plan_gram(model, inputs, params="all")
+    gram = compute_gram(model, inputs, params="all")
+    assert {r.parameter for r in plan.parameters} == {r.parameter for r in gram.plan.parameters}
+    assert {r.parameter for r in plan.parameters} == {name for name, _ in model.named_parameters()}
+    assert plan.flops > 0
+    assert plan.peak_bytes > 0
+    assert plan.seconds > 0
+    assert {r.path for r in plan.parameters} == {"outer", "lookup", "diagonal"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_plan_knows_which_tokens_count_in_the_top_block(kind):
+    model = tiny_model(kind)
+    inputs = tiny_inputs(model, [12] * 6, 12)
+    plan = plan_gram(model, inputs, params="all")
+    gram = compute_gram(model, inputs, params="all", check=False)
+    rows = {r.parameter: (r.strategy, r.tokens, r.flops) for r in plan.parameters}
+    assert rows == {r.parameter: (r.strategy, r.tokens, r.flops) for r in gram.plan.parameters}
+    assert {1, 12} <= {tokens for _, tokens, _ in rows.values()}  # one token at the top, all of them below
+    width, blocks = model.config.hidden_size, model.config.num_hidden_layers
+    assert plan.hidden_bytes == 6 * 12 * width * 4 * (blocks + plan.outputs)

@@ -1,0 +1,45 @@
+"""How far float32 and bfloat16 Grams are off, and what they say of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ntkengine.gram.engine import compute_gram
+from tests.brute import relative_error, tiny_inputs, tiny_model, with_lora
+
+LENGTHS = [11, 3, 5, 7, 2, 9, 5]
+
+
+def test_noise_covers_the_true_error():
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, [2 + i % 9 for i in range(40)], 12)
+    exact = compute_gram(model, inputs, params="all", precision="exact")
+    high = compute_gram(model, inputs, params="all", precision="high")
+    true = np.linalg.norm(np.asarray(high.values) - exact.values, 2)
+    assert true / 3 < high.noise < 3 * true
+    assert exact.noise < 1e-9 * high.noise * 1e3
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("contraction", ["trace", "full", "per-output"])
+def test_fast_is_as_far_off_as_it_says(kind, contraction):
+    model = tiny_model(kind)
+    inputs = tiny_inputs(model, [3, 9, 12, 5, 7, 1, 8, 10, 2, 6, 4, 11] * 2, 12)
+    exact = compute_gram(model, inputs, params="all", contraction=contraction, precision="exact")
+    fast = compute_gram(model, inputs, params="all", contraction=contraction, precision="fast")
+    error = np.asarray(fast.values) - np.asarray(exact.values)
+    true = max(np.linalg.norm(layer, 2) for layer in (error if error.ndim == 3 else error[None]))
+    assert 0.3 * true < fast.noise < 3 * true
+    assert 1e-4 < max(relative_error(fast.values, exact.values)) < 5e-2
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_fast_under_transforms_and_adapters():
+    model = with_lora(tiny_model("bert"), ["query", "value"], away_from_start=True)
+    inputs = tiny_inputs(model, LENGTHS, 12)
+    for transform in ("sgd", "sign", "asymmetric-sign"):
+        exact = compute_gram(model, inputs, transform=transform, precision="exact")
+        fast = compute_gram(model, inputs, transform=transform, precision="fast")
+        assert max(relative_error(fast.values, exact.values)) < 5e-2
