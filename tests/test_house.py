@@ -21,10 +21,11 @@ ALLOWED = {
     "store": {"errors", "gram"},
     "spectrum": {"errors"},
     "ridge": {"errors", "spectrum"},
-    "forecast": {"errors", "losses", "recipe", "spectrum", "ridge", "report", "gram"},
+    "forecast": {"errors", "losses", "recipe", "descent", "spectrum", "ridge", "report", "gram"},
     "losses": {"errors"},
     "recipe": {"errors"},
-    "finetune": {"errors", "inputs", "losses", "recipe", "gram", "spectrum", "forecast"},
+    "descent": {"recipe"},
+    "finetune": {"errors", "inputs", "losses", "recipe", "descent", "gram", "spectrum", "forecast"},
     "report": {"errors"},
 }
 ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": {"cluster"}, "ntk_kernels": {"gram"}, "triton": set()}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ntkengine.descent import norm
 from ntkengine.errors import InputError
 from ntkengine.finetune.linearize import Linearized
 from ntkengine.finetune.measuring import Examples
-from ntkengine.finetune.stepping import norm
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import call_model, evaluation

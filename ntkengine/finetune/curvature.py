@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkengine.descent import norm
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.parameters import select_parameters
@@ -174,5 +175,5 @@ def _directional(y: Tensor, w: Tensor, parameters: list[nn.Parameter], v: list[T
 
 def _unit(tensors: list[Tensor]) -> tuple[list[Tensor], float]:
     """Return the tensors divided by their common norm, and that norm; zeros as they are."""
-    size = math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+    size = norm(tensors)
     return ([t / size for t in tensors] if size else tensors), size

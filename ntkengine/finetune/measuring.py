@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkengine.descent import norm
 from ntkengine.errors import NonFinite
 from ntkengine.finetune.history import Measured
-from ntkengine.finetune.stepping import Stepper, norm
+from ntkengine.finetune.stepping import Stepper
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.losses import correct, divergence, losses
 

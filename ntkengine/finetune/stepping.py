@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from ntkengine.descent import Descent
 from ntkengine.errors import NonFinite
 from ntkengine.finetune.linearize import Linearized
 from ntkengine.inputs.readout import Readout
@@ -29,10 +30,10 @@ class Stepper:
         self.recipe, self.parameters = recipe, list(selected.values())
         self._model, self._readout = model, readout
         self._origin = [p.detach().clone() for p in self.parameters]
-        self._optimizer = self._make_optimizer(self.parameters)
+        self._descent = Descent(recipe, self.parameters)
         self.linear = Linearized(model, selected, readout) if linear else None
         if self.linear is not None:
-            self._linear_optimizer = self._make_optimizer(list(self.linear.parameters()))
+            self._linear_descent = Descent(recipe, list(self.linear.parameters()))
 
     def f(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the model's outputs, (n, C)."""
@@ -52,15 +53,9 @@ class Stepper:
         if self.linear is not None:
             linear = list(self.linear.parameters())
             _, linear_grads = self._gradients("the linearised model's", self.linear(batch), y, linear)
-            self._apply(self._linear_optimizer, linear, linear_grads, [d.detach() for d in linear], rate)
-        self._apply(self._optimizer, self.parameters, grads, self.displacement(), rate)
+            self._linear_descent.step(linear_grads, [d.detach() for d in linear], rate)
+        self._descent.step(grads, self.displacement(), rate)
         return loss
-
-    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        r = self.recipe
-        if r.optimizer == "adam":
-            return torch.optim.Adam(parameters, lr=r.learning_rate, betas=r.betas, eps=r.eps)
-        return torch.optim.SGD(parameters, lr=r.learning_rate, momentum=r.momentum)
 
     def _gradients(
         self, whose: str, f: Tensor, y: Tensor, parameters: list[nn.Parameter]
@@ -72,31 +67,3 @@ class Stepper:
             what = f"loss of a batch is {loss.item()}" if not bool(torch.isfinite(loss)) else "gradient is not finite"
             raise NonFinite(f"fine_tune: {whose} {what}; a lower learning rate may help")
         return loss.item(), grads
-
-    def _apply(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        grads: list[Tensor],
-        moved: list[Tensor],
-        rate: float,
-    ) -> None:
-        r = self.recipe
-        if r.pulls(grads, moved):
-            grads = [g + r.proximal * m for g, m in zip(grads, moved, strict=True)]
-        for p, g in zip(parameters, grads, strict=True):
-            p.grad = g
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        for p in parameters:
-            p.grad = None
-
-
-def norm(tensors: Sequence[Tensor]) -> float:
-    """Return the Euclidean norm over all entries of all tensors."""
-    return _inner(tensors, tensors) ** 0.5
-
-
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return float(sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True)))

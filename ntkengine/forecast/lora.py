@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkengine.descent import Descent, norm
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.losses import as_targets, correct, losses
@@ -188,35 +189,23 @@ class _Run:
     def trained(self, rows: np.ndarray, y: Tensor, seed: int) -> _Run:
         """Train on some examples; the order of batches is the seed's."""
         r, parameters = self.recipe, [*self.A, *self.B]
-        if r.optimizer == "adam":
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                parameters, lr=r.learning_rate, betas=r.betas, eps=r.eps
-            )
-        else:
-            optimizer = torch.optim.SGD(parameters, lr=r.learning_rate, momentum=r.momentum)
-        origin = [*self.start, *(torch.zeros_like(b) for b in self.B)]
+        descent = Descent(r, parameters)
         for step, chosen in enumerate(r.batches(len(rows), seed)):
             loss = losses(self._f(rows[chosen]), y[torch.from_numpy(chosen)], r.loss).mean()
-            if not math.isfinite(float(loss.detach())):
+            value = float(loss.detach())
+            if not math.isfinite(value):
                 raise NonFinite(f"rehearse: the loss is not finite at step {step}; a lower learning rate may help")
-            self.history.append(float(loss.detach()))
-            grads = list(torch.autograd.grad(loss, parameters))
-            moved = [p.detach() - o for p, o in zip(parameters, origin, strict=True)]
-            if r.pulls(grads, moved):
-                grads = [g + r.proximal * m for g, m in zip(grads, moved, strict=True)]
-            for p, g in zip(parameters, grads, strict=True):
-                p.grad = g
-            for group in optimizer.param_groups:
-                group["lr"] = r.rate(step, len(rows))
-            optimizer.step()
+            self.history.append(value)
+            descent.step(torch.autograd.grad(loss, parameters), self._moved(), r.rate(step, len(rows)))
         return self
 
     def displacement(self) -> float:
         """Return ‖θ_t − θ_0‖ over all A and B."""
-        with torch.no_grad():
-            parts = [(a - s).double().square().sum() for a, s in zip(self.A, self.start, strict=True)]
-            parts += [b.double().square().sum() for b in self.B]
-        return float(torch.stack([p.cpu() for p in parts]).sum().sqrt())
+        return norm(self._moved())
+
+    def _moved(self) -> list[Tensor]:
+        """Return θ_t − θ_0; B starts at 0."""
+        return [a.detach() - s for a, s in zip(self.A, self.start, strict=True)] + [b.detach() for b in self.B]
 
 
 def _tokens(starts: np.ndarray, rows: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,52 @@
+"""Steps of a recipe's optimiser, whatever is trained: a model, its linearisation, adapters on kept factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ntkengine.recipe import Recipe
+
+
+class Descent:
+    """A recipe's optimiser of some tensors.
+
+    Args:
+        recipe: the recipe.
+        parameters: leaves that require gradients.
+    """
+
+    def __init__(self, recipe: Recipe, parameters: Sequence[Tensor]) -> None:
+        self._recipe, self._parameters = recipe, list(parameters)
+        r = recipe
+        self._optimizer: torch.optim.Optimizer
+        if r.optimizer == "adam":
+            self._optimizer = torch.optim.Adam(self._parameters, lr=r.learning_rate, betas=r.betas, eps=r.eps)
+        else:
+            self._optimizer = torch.optim.SGD(self._parameters, lr=r.learning_rate, momentum=r.momentum)
+
+    def step(self, gradients: Sequence[Tensor], moved: Sequence[Tensor], rate: float) -> None:
+        """Take one step.
+
+        Args:
+            gradients: of the batch's loss, without the proximal term, which is added here.
+            moved: θ_t − θ_0.
+            rate: of this step.
+        """
+        r = self._recipe
+        if r.pulls(gradients, moved):
+            gradients = [g + r.proximal * m for g, m in zip(gradients, moved, strict=True)]
+        for p, g in zip(self._parameters, gradients, strict=True):
+            p.grad = g
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        for p in self._parameters:
+            p.grad = None
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Return the Euclidean norm over all entries of all tensors."""
+    return float(sum(float(t.double().square().sum()) for t in tensors)) ** 0.5
