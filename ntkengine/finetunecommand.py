@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from ntkengine.console import answered, print_json, show
 from ntkengine.errors import InputError
-from ntkengine.jobflags import collect, job_of, takes_job
+from ntkengine.jobflags import (
+    TRAINING,
+    BatchSize,
+    Epochs,
+    LearningRate,
+    Loss,
+    Optimizer,
+    collect,
+    flag,
+    job_of,
+    takes_job,
+)
 
-_PANEL = "Training"
 _COLUMNS = {
     "step": "step",
     "epoch": "epoch",
@@ -28,23 +36,19 @@ _COLUMNS = {
 }
 
 
-def _flag(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=_PANEL, show_default=False)
-
-
 @answered
 @takes_job
 def finetune(
     *,
-    learning_rate: Annotated[float | None, _flag("Of the first step.")] = None,
-    epochs: Annotated[int | None, _flag("Passes over the examples (default: 1).")] = None,
-    batch_size: Annotated[int | None, _flag("Examples a step; 0: all (default: 32).")] = None,
-    optimizer: Annotated[str | None, _flag("adam or sgd (default: adam).")] = None,
-    loss: Annotated[str | None, _flag("squared or cross-entropy (default: squared).")] = None,
-    proximal: Annotated[float | None, _flag("λ of (λ/2)‖θ − θ₀‖² (default: 0).")] = None,
-    linear: Annotated[bool | None, _flag("Train the linearised model along.", "--linear/--no-linear")] = None,
-    history: Annotated[Path | None, _flag("JSON lines to write: the recipe, then every measurement.")] = None,
-    save: Annotated[Path | None, _flag("New folder for the adapter, or the model.")] = None,
+    learning_rate: LearningRate = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    optimizer: Optimizer = None,
+    loss: Loss = None,
+    proximal: Annotated[float | None, flag(TRAINING, "λ of (λ/2)‖θ − θ₀‖² (default: 0).")] = None,
+    linear: Annotated[bool | None, flag(TRAINING, "Train the linearised model along.", "--linear/--no-linear")] = None,
+    history: Annotated[Path | None, flag(TRAINING, "JSON lines to write: the recipe, then every measurement.")] = None,
+    save: Annotated[Path | None, flag(TRAINING, "New folder for the adapter, or the model.")] = None,
     **flags: Any,
 ) -> None:
     """Train the job's model on the job's data."""

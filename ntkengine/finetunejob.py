@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ntkengine.errors import InputError
 from ntkengine.recipe import Recipe
+from ntkengine.textfile import check_folder, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,8 +66,8 @@ def run_finetune(
     if save is not None and save.exists():
         raise InputError(f"{save}: is there already; name a new folder for the model")
     for path in (history, save):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: folder {path.parent} does not exist")
+        if path is not None:
+            check_folder(path)
     tell = progress or quiet
     check_early(replace(job, out=None))
     prepared = Prepared(job, tell, None)
@@ -97,12 +98,7 @@ def run_finetune(
 def _write_history(run: FineTuning, path: Path) -> None:
     found = run.to_dict()
     first = {name: found[name] for name in ("recipe", "seconds", "measuring_seconds", "batch_losses")}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in (first, *found["history"])), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in (first, *found["history"])))
 
 
 def _save(model: nn.Module, folder: Path, fitted: bool) -> None:

@@ -14,60 +14,67 @@ import typer
 from ntkengine.errors import InputError
 from ntkengine.jobfile import Job, make_job, merged, read_job
 
-_MODEL, _DATA, _HEAD, _GRAM = "Model", "Data", "Head", "Gram"
+_MODEL, _DATA, _HEAD, _GRAM, TRAINING = "Model", "Data", "Head", "Gram", "Training"
 
 
-def _flag(panel: str, help_text: str, *names: str) -> Any:
+def flag(panel: str, help_text: str, *names: str) -> Any:
+    """Return an option of a command, in a panel of its help."""
     return typer.Option(*names, help=help_text, rich_help_panel=panel, show_default=False)
+
+
+# The recipe of commands that train or forecast training; None where not given.
+LearningRate = Annotated[float | None, flag(TRAINING, "Of the first step.")]
+Epochs = Annotated[int | None, flag(TRAINING, "Passes over the examples (default: 1).")]
+BatchSize = Annotated[int | None, flag(TRAINING, "Examples a step; 0: all (default: 32).")]
+Optimizer = Annotated[str | None, flag(TRAINING, "adam or sgd (default: adam).")]
+Loss = Annotated[str | None, flag(TRAINING, "squared or cross-entropy (default: squared).")]
 
 
 def collect(
     job: Annotated[Path | None, typer.Argument(metavar="[JOB.TOML]", help="Job file; flags override it.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="HDF5 file to write.", show_default=False)] = None,
-    model: Annotated[str | None, _flag(_MODEL, "Model folder or hub id.")] = None,
-    num_labels: Annotated[int | None, _flag(_MODEL, "Logits of the head (default: as many as classes).")] = None,
-    dtype: Annotated[str | None, _flag(_MODEL, "Dtype of the weights (default: float32).")] = None,
-    device: Annotated[str | None, _flag(_MODEL, "auto, cpu, cuda (default: auto).")] = None,
-    peft: Annotated[str | None, _flag(_MODEL, "Adapter type, e.g. lora.")] = None,
-    target: Annotated[str | None, _flag(_MODEL, "Modules it adapts, e.g. query,value.")] = None,
-    rank: Annotated[int | None, _flag(_MODEL, "Its rank.")] = None,
-    alpha: Annotated[int | None, _flag(_MODEL, "Its scale, lora_alpha.")] = None,
-    stream: Annotated[bool | None, _flag(_MODEL, "Leave large weights in their files.", "--stream")] = None,
-    allow_pickle: Annotated[bool | None, _flag(_MODEL, "Load pickled weights.", "--allow-pickle")] = None,
-    trust_remote_code: Annotated[bool | None, _flag(_MODEL, "Run the model's code.", "--trust-remote-code")] = None,
-    data: Annotated[Path | None, _flag(_DATA, "Training examples: tsv, csv, jsonl, json, parquet.")] = None,
-    evaluate: Annotated[Path | None, _flag(_DATA, "Held-out examples: adds their cross Gram.", "--eval")] = None,
-    text_column: Annotated[str | None, _flag(_DATA, "Column of the text (default: text).")] = None,
-    pair_column: Annotated[str | None, _flag(_DATA, "Column of a second text.")] = None,
-    label_column: Annotated[str | None, _flag(_DATA, "Column of the label (default: label); '' for none.")] = None,
-    label_names: Annotated[str | None, _flag(_DATA, "Classes in order, e.g. negative,positive.")] = None,
-    limit: Annotated[int | None, _flag(_DATA, "First training rows only.")] = None,
-    eval_limit: Annotated[int | None, _flag(_DATA, "First eval rows only.")] = None,
-    shuffle: Annotated[int | None, _flag(_DATA, "Seed; shuffle rows before the limit.")] = None,
-    max_length: Annotated[int | None, _flag(_DATA, "Tokens an example may have (default: the model's limit).")] = None,
-    truncate: Annotated[bool | None, _flag(_DATA, "Cut longer examples.", "--truncate/--no-truncate")] = None,
+    model: Annotated[str | None, flag(_MODEL, "Model folder or hub id.")] = None,
+    num_labels: Annotated[int | None, flag(_MODEL, "Logits of the head (default: as many as classes).")] = None,
+    dtype: Annotated[str | None, flag(_MODEL, "Dtype of the weights (default: float32).")] = None,
+    device: Annotated[str | None, flag(_MODEL, "auto, cpu, cuda (default: auto).")] = None,
+    peft: Annotated[str | None, flag(_MODEL, "Adapter type, e.g. lora.")] = None,
+    target: Annotated[str | None, flag(_MODEL, "Modules it adapts, e.g. query,value.")] = None,
+    rank: Annotated[int | None, flag(_MODEL, "Its rank.")] = None,
+    alpha: Annotated[int | None, flag(_MODEL, "Its scale, lora_alpha.")] = None,
+    stream: Annotated[bool | None, flag(_MODEL, "Leave large weights in their files.", "--stream")] = None,
+    allow_pickle: Annotated[bool | None, flag(_MODEL, "Load pickled weights.", "--allow-pickle")] = None,
+    trust_remote_code: Annotated[bool | None, flag(_MODEL, "Run the model's code.", "--trust-remote-code")] = None,
+    data: Annotated[Path | None, flag(_DATA, "Training examples: tsv, csv, jsonl, json, parquet.")] = None,
+    evaluate: Annotated[Path | None, flag(_DATA, "Held-out examples: adds their cross Gram.", "--eval")] = None,
+    text_column: Annotated[str | None, flag(_DATA, "Column of the text (default: text).")] = None,
+    pair_column: Annotated[str | None, flag(_DATA, "Column of a second text.")] = None,
+    label_column: Annotated[str | None, flag(_DATA, "Column of the label (default: label); '' for none.")] = None,
+    label_names: Annotated[str | None, flag(_DATA, "Classes in order, e.g. negative,positive.")] = None,
+    limit: Annotated[int | None, flag(_DATA, "First training rows only.")] = None,
+    eval_limit: Annotated[int | None, flag(_DATA, "First eval rows only.")] = None,
+    shuffle: Annotated[int | None, flag(_DATA, "Seed; shuffle rows before the limit.")] = None,
+    max_length: Annotated[int | None, flag(_DATA, "Tokens an example may have (default: the model's limit).")] = None,
+    truncate: Annotated[bool | None, flag(_DATA, "Cut longer examples.", "--truncate/--no-truncate")] = None,
     fit_head: Annotated[
-        bool | None, _flag(_HEAD, "Fit the head by ridge first (default: if it is fresh).", "--fit-head/--no-fit-head")
+        bool | None, flag(_HEAD, "Fit the head by ridge first (default: if it is fresh).", "--fit-head/--no-fit-head")
     ] = None,
-    head_ridge: Annotated[str | None, _flag(_HEAD, "loo or a number (default: loo).")] = None,
-    readout: Annotated[str | None, _flag(_GRAM, "logits, margin, loss (default: logits).")] = None,
-    params: Annotated[str | None, _flag(_GRAM, "trainable, all, globs a,b,!c (default: trainable).")] = None,
-    contraction: Annotated[
-        str | None, _flag(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).")
-    ] = None,
-    transform: Annotated[str | None, _flag(_GRAM, "Inner product (default: sgd).")] = None,
-    per_module: Annotated[bool | None, _flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
-    precision: Annotated[str | None, _flag(_GRAM, "high, exact, fast (default: high).")] = None,
-    backend: Annotated[str | None, _flag(_GRAM, "auto, triton, torch (default: auto).")] = None,
-    sketch: Annotated[int | None, _flag(_GRAM, "Approximate: random features kept of each parameter.")] = None,
-    memory_gib: Annotated[float | None, _flag(_GRAM, "Bound on memory above the model.")] = None,
-    check: Annotated[bool | None, _flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,
+    head_ridge: Annotated[str | None, flag(_HEAD, "loo or a number (default: loo).")] = None,
+    readout: Annotated[str | None, flag(_GRAM, "logits, margin, loss (default: logits).")] = None,
+    params: Annotated[str | None, flag(_GRAM, "trainable, all, globs a,b,!c (default: trainable).")] = None,
+    contraction: Annotated[str | None, flag(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).")] = None,
+    transform: Annotated[str | None, flag(_GRAM, "Inner product (default: sgd).")] = None,
+    per_module: Annotated[bool | None, flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
+    precision: Annotated[str | None, flag(_GRAM, "high, exact, fast (default: high).")] = None,
+    backend: Annotated[str | None, flag(_GRAM, "auto, triton, torch (default: auto).")] = None,
+    sketch: Annotated[int | None, flag(_GRAM, "Approximate: random features kept of each parameter.")] = None,
+    memory_gib: Annotated[float | None, flag(_GRAM, "Bound on memory above the model.")] = None,
+    check: Annotated[bool | None, flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,
     resume: Annotated[
-        bool | None, _flag(_GRAM, "Accept what there is of this job already (default: yes).", "--resume/--no-resume")
+        bool | None, flag(_GRAM, "Accept what there is of this job already (default: yes).", "--resume/--no-resume")
     ] = None,
-    checkpoint_s: Annotated[float | None, _flag(_GRAM, "Seconds between checkpoints (default: 300).")] = None,
+    checkpoint_s: Annotated[float | None, flag(_GRAM, "Seconds between checkpoints (default: 300).")] = None,
     seed: Annotated[
-        int | None, _flag(_GRAM, "Of a fresh head, the adapter's start, folds and checks (default: 0).")
+        int | None, flag(_GRAM, "Of a fresh head, the adapter's start, folds and checks (default: 0).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
 ) -> tuple[Path | None, dict[str, Any], bool]:

@@ -6,34 +6,29 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from ntkengine.console import answered, print_json, show
 from ntkengine.errors import InputError
-from ntkengine.jobflags import collect, job_of, takes_job
+from ntkengine.jobflags import BatchSize, Epochs, LearningRate, Loss, Optimizer, collect, flag, job_of, takes_job
+from ntkengine.textfile import check_folder, write_text
 
 _PANEL = "Selection"
-
-
-def _flag(help_text: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel=_PANEL, show_default=False)
 
 
 @answered
 @takes_job
 def select(
     *,
-    subsets: Annotated[str, _flag("single, layers, types, greedy or all (default: types).")] = "types",
-    learning_rate: Annotated[float | None, _flag("Of the training that will be done.")] = None,
-    epochs: Annotated[int | None, _flag("Passes over the examples (default: 1).")] = None,
-    batch_size: Annotated[int | None, _flag("Examples a step; 0: all (default: 32).")] = None,
-    optimizer: Annotated[str | None, _flag("adam or sgd (default: adam).")] = None,
-    loss: Annotated[str | None, _flag("squared or cross-entropy (default: squared).")] = None,
-    repeats: Annotated[int, _flag("Rehearsals of each subset (default: 3).")] = 3,
-    size: Annotated[int | None, _flag("At most so many groups in a greedy subset.")] = None,
-    kernels: Annotated[bool, _flag("Condition numbers too (default: yes).", "--kernels/--no-kernels")] = True,
-    emit: Annotated[Path | None, _flag("Write the best as a peft.LoraConfig, JSON.")] = None,
-    save: Annotated[Path | None, _flag("Write the ranking, JSON, for a report.")] = None,
+    subsets: Annotated[str, flag(_PANEL, "single, layers, types, greedy or all (default: types).")] = "types",
+    learning_rate: LearningRate = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    optimizer: Optimizer = None,
+    loss: Loss = None,
+    repeats: Annotated[int, flag(_PANEL, "Rehearsals of each subset (default: 3).")] = 3,
+    size: Annotated[int | None, flag(_PANEL, "At most so many groups in a greedy subset.")] = None,
+    kernels: Annotated[bool, flag(_PANEL, "Condition numbers too (default: yes).", "--kernels/--no-kernels")] = True,
+    emit: Annotated[Path | None, flag(_PANEL, "Write the best as a peft.LoraConfig, JSON.")] = None,
+    save: Annotated[Path | None, flag(_PANEL, "Write the ranking, JSON, for a report.")] = None,
     **flags: Any,
 ) -> None:
     """Rank modules for LoRA by what training them is forecast to reach."""
@@ -45,8 +40,8 @@ def select(
     if given["out"] is not None:
         raise InputError("--out: is for a Gram; name the file of the best configuration with --emit")
     for target in (emit, save):
-        if target is not None and not target.absolute().parent.is_dir():
-            raise InputError(f"{target}: folder {target.parent} does not exist")
+        if target is not None:
+            check_folder(target)
     given["model"]["peft"] = {"peft_type": "LORA", **given["model"]["peft"]} if given["model"]["peft"] else {}
     given["finetune"] = {
         "learning_rate": learning_rate,
@@ -60,9 +55,7 @@ def select(
         found = run_select(job_of(path, given), progress, subsets=subsets, repeats=repeats, size=size, kernels=kernels)
     for target, content in ((emit, found.peft()), (save, found.to_dict())):
         if target is not None:
-            partial = target.with_name(f".{target.name}.partial")
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target)
+            write_text(target, json.dumps(content, indent=2) + "\n")
     if as_json:
         print_json(found.to_dict())
         return

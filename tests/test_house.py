@@ -26,7 +26,8 @@ ALLOWED = {
     "recipe": {"errors"},
     "descent": {"recipe"},
     "finetune": {"errors", "inputs", "losses", "recipe", "descent", "gram", "spectrum", "forecast"},
-    "report": {"errors"},
+    "report": {"errors", "textfile"},
+    "textfile": {"errors"},
 }
 ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": {"cluster"}, "ntk_kernels": {"gram"}, "triton": set()}
 

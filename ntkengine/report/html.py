@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from ntkengine.errors import InputError
 from ntkengine.report.tables import Table
+from ntkengine.textfile import write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --paper: #fbfbf9; --soft: #6a737d; --line: #dfe2e5; --card: #fff; }
@@ -74,13 +73,7 @@ def write_report(path: str | Path, sections: Sequence[Section], title: str = "Ta
     if path.is_dir():
         raise InputError(f"report: {path} is a folder, expected a file name")
     text = render_report(sections, title)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
+    write_text(path, text)
     return path
 
 
