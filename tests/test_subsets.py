@@ -99,6 +99,14 @@ def test_what_cannot_be_ranked_is_refused(job):
     whole = ntk.compute_gram(model, inputs, params=PARAMS, check=False)
     with pytest.raises(InputError, match="per_module=True"):
         rank_subsets(whole, y, recipe=RECIPE)
+    fold = np.arange(12) % 2
+    for given, fold_of, match in (
+        ([factors, factors], None, "fold: expected the fold of each example"),
+        (factors, fold, "factors: expected one for each fold"),
+        (None, fold, "factors: expected one for each fold"),
+    ):
+        with pytest.raises(InputError, match=match):
+            rank_subsets(gram, y, recipe=RECIPE, factors=given, fold=fold_of)
     with pytest.raises(InputError, match="eval_targets: expected held-out examples"):
         rank_subsets(None, y, recipe=RECIPE, factors=factors)
     with pytest.raises(InputError, match="subsets: expected single"):

@@ -7,6 +7,7 @@ from typing import Any
 
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.recipe import Recipe
+from ntkengine.report.tables import span
 from ntkengine.spectrum import ConditionNumber
 
 
@@ -104,15 +105,11 @@ class Ranking:
                 (
                     c.name,
                     f"{c.parameters:,}",
-                    _span(o.eval_loss),
-                    _span(o.eval_accuracy),
+                    span(o.eval_loss),
+                    span(o.eval_accuracy),
                     f"{o.train_loss:.4g}",
                     "" if c.condition is None else str(c.condition),
                     bound,
                 )
             )
         return rows
-
-
-def _span(value: tuple[float, float, float] | None) -> str:
-    return "" if value is None else f"{value[0]:.4g} ({value[1]:.4g} to {value[2]:.4g})"

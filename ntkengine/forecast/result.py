@@ -13,6 +13,7 @@ import numpy as np
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import displacement_bound
 from ntkengine.forecast.simulate import Simulation
+from ntkengine.report.tables import span
 from ntkengine.spectrum import ConditionNumber
 
 Interval = tuple[float, float, float]
@@ -201,20 +202,20 @@ class Forecast:
         rows += [
             ("ridge", f"{self.ridge:.3g} (LOO {self.ridge_loo:.3g}, GCV {self.ridge_gcv:.3g})"),
             ("effective dimension", f"{self.effective_dimension:.3g}"),
-            ("leave-one-out mse", _span(*self.loo)),
+            ("leave-one-out mse", span(self.loo)),
         ]
         if self.loo_accuracy_at_ridge is not None:
-            rows.append(("leave-one-out accuracy", _span(*self.loo_accuracy_at_ridge)))
+            rows.append(("leave-one-out accuracy", span(self.loo_accuracy_at_ridge)))
         rows.append(("GCV mse", f"{self.gcv_value:.4g}"))
         if self.eval_at_ridge is not None:
             mse, low, high, accuracy, worst, best = self.eval_at_ridge
-            rows.append(("eval mse at ridge", _span(mse, low, high)))
+            rows.append(("eval mse at ridge", span((mse, low, high))))
             if accuracy is not None and worst is not None and best is not None:
-                rows.append(("eval accuracy at ridge", _span(accuracy, worst, best)))
+                rows.append(("eval accuracy at ridge", span((accuracy, worst, best))))
         if self.best_time is not None and self.best_eval_loss is not None:
-            rows.append(("least eval loss on the way", f"{_span(*self.best_eval_loss)} at time {self.best_time:.3g}"))
+            rows.append(("least eval loss on the way", f"{span(self.best_eval_loss)} at time {self.best_time:.3g}"))
             if self.best_eval_accuracy is not None:
-                rows.append(("eval accuracy there", _span(*self.best_eval_accuracy)))
+                rows.append(("eval accuracy there", span(self.best_eval_accuracy)))
         rows.append(("the same as", f"proximal {self.proximal:.3g}, or stopping at time {self.stopping_time:.3g}"))
         if self.training is not None:
             rows += _trained(self.training)
@@ -241,18 +242,14 @@ def _trained(training: Simulation) -> list[tuple[str, str]]:
     rows = [("simulated training", what), ("train loss after it", f"{o.train_loss:.4g}")]
     if o.eval_loss is not None and o.eval_accuracy is not None:
         rows += [
-            ("eval loss after it (90%)", _span(*o.eval_loss)),
-            ("eval accuracy after it (90%)", _span(*o.eval_accuracy)),
+            ("eval loss after it (90%)", span(o.eval_loss)),
+            ("eval accuracy after it (90%)", span(o.eval_accuracy)),
         ]
     return [*rows, ("movement of parameters", f"{training.displacement:.4g}")]
 
 
 def _pair(mse: float | None, accuracy: float | None) -> str:
     return f"mse {mse:.4g}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
-
-
-def _span(value: float, low: float, high: float) -> str:
-    return f"{value:.4g} ({low:.4g} to {high:.4g})"
 
 
 def _plain(value: Any) -> Any:

@@ -87,7 +87,7 @@ def simulate(
         InputError: shapes that do not fit.
         NonFinite: the run diverges.
 
-    Cost: 2·L·(batch + N)·N·C flops a step (times C for the larger matrices), 2·L·M·N·C at the end.
+    Cost: 4·L·N²·C flops a step with Adam, 2·N²·C with SGD (times C for the larger matrices); 2·L·M·N·C at the end.
     """
     recipe = Recipe.of(recipe)
     f0 = np.asarray(offset, dtype=np.float64)

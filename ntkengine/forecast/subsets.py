@@ -8,6 +8,7 @@ usual start (B = 0, A uniform with variance 1/(3 d_in)) each K_l enters with the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def rank_subsets(
         found = _greedy(judge, size)
     else:
         found = [judge.choice(name, modules) for name, modules in named_subsets(subsets, judge.names).items()]
-    found.sort(key=lambda c: c.outcome.eval_loss or (np.inf,))
+    found.sort(key=_loss)
     return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions)
 
 
@@ -100,6 +101,11 @@ class _Judge:
             raise InputError("gram: expected a Gram with per_module, or factors, got neither")
         if gram is not None and not modules:
             raise InputError("gram: expected one computed with per_module=True, got one without modules")
+        by_fold = isinstance(factors, Sequence)
+        if by_fold and fold is None:
+            raise InputError("fold: expected the fold of each example, as factors are given by fold, got none")
+        if fold is not None and not by_fold:
+            raise InputError("factors: expected one for each fold, as fold is given, got one for all or none")
         self.gram, self.recipe, self.factors, self.rank = gram, recipe, factors, rank
         self.alpha = 2.0 * rank if alpha is None else float(alpha)
         self.targets, self.fold, self.repeats, self.seed = targets, fold, repeats, seed
@@ -135,19 +141,14 @@ class _Judge:
             outcome = self._rehearsed(modules) if self.factors is not None else self._simulated(modules)
             count = self.rank * sum(sum(self.shapes[m]) for m in modules)
             self._done[modules] = Choice(name, modules, count, outcome, **self._described(modules))
-        done = self._done[modules]
-        return Choice(name, *(getattr(done, f) for f in list(Choice.__dataclass_fields__)[1:]))
+        return replace(self._done[modules], name=name)
 
     def _rehearsed(self, modules: tuple[str, ...]) -> Outcome:
-        assert self.factors is not None
         options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "repeats": self.repeats, "seed": self.seed}
-        if self.fold is not None and isinstance(self.factors, Sequence):
-            return rehearse_folds(self.factors, self.fold, self.targets, self.recipe, modules, **options).outcome
-        if isinstance(self.factors, Sequence):
-            raise InputError("fold: expected the fold of each example, as factors are given by fold, got none")
-        return rehearse(
-            self.factors, self.targets, self.recipe, modules, eval_targets=self.eval_targets, **options
-        ).outcome
+        given: Any = self.factors
+        if self.fold is not None:
+            return rehearse_folds(given, self.fold, self.targets, self.recipe, modules, **options).outcome
+        return rehearse(given, self.targets, self.recipe, modules, eval_targets=self.eval_targets, **options).outcome
 
     def _simulated(self, modules: tuple[str, ...]) -> Outcome:
         crosses = getattr(self.gram, "cross_modules", None) or {}
@@ -194,6 +195,12 @@ class _Judge:
         }
 
 
+def _loss(choice: Choice) -> float:
+    """Return the forecast eval loss, which every choice has: without held-out examples there is no ranking."""
+    assert choice.outcome.eval_loss is not None
+    return choice.outcome.eval_loss[0]
+
+
 def _shapes(gram: Any, factors: TangentFactors | None) -> dict[str, tuple[int, int]]:
     """Return (d_out, d_in) of every linear map."""
     if factors is not None:
@@ -214,8 +221,8 @@ def _greedy(judge: _Judge, size: int | None) -> list[Choice]:
             if label not in chosen:
                 wanted = {n for g in [*chosen, label] for n in groups[g]}
                 tried.append((label, judge.choice(" + ".join([*chosen, label]), tuple(sorted(wanted)))))
-        label, best = min(tried, key=lambda item: item[1].outcome.eval_loss or (np.inf,))
-        if kept and not (best.outcome.eval_loss or (np.inf,))[0] < (kept[-1].outcome.eval_loss or (np.inf,))[0]:
+        label, best = min(tried, key=lambda item: _loss(item[1]))
+        if kept and not _loss(best) < _loss(kept[-1]):
             break
         chosen.append(label)
         kept.append(best)

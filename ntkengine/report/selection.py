@@ -9,7 +9,7 @@ from typing import Any
 from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import selection_figure
-from ntkengine.report.tables import Table
+from ntkengine.report.tables import Table, span
 
 _SHOWN = 20  # subsets in the figure
 
@@ -47,8 +47,8 @@ def _row(choice: dict[str, Any]) -> tuple[str, ...]:
     return (
         str(choice["name"]),
         f"{int(choice['parameters']):,}",
-        _span(choice["eval_loss"]),
-        _span(choice["eval_accuracy"]),
+        span(_three(choice["eval_loss"])),
+        span(_three(choice["eval_accuracy"])),
         f"{float(choice['train_loss']):.4g}",
         "" if kernel is None else str(kernel["condition"]),
     )
@@ -57,8 +57,3 @@ def _row(choice: dict[str, Any]) -> tuple[str, ...]:
 def _three(value: list[float]) -> tuple[float, float, float]:
     middle, low, high = (float(v) for v in value)
     return middle, low, high
-
-
-def _span(value: list[float]) -> str:
-    middle, low, high = _three(value)
-    return f"{middle:.4g} ({low:.4g} to {high:.4g})"

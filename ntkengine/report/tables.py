@@ -265,6 +265,11 @@ def comparison_table(forecasts: Mapping[str, Any]) -> Table:
     return Table("Side by side", ("", *tables), rows)
 
 
+def span(value: tuple[float, float, float] | None) -> str:
+    """Return an interval's (value, low, high) as text, nothing for None."""
+    return "" if value is None else f"{value[0]:.4g} ({value[1]:.4g} to {value[2]:.4g})"
+
+
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Return nested settings as (dotted name, value) rows; unset ones are left out."""
     rows: list[tuple[str, str]] = []

@@ -5,10 +5,11 @@ Shapes: n examples, c columns of f (1 for two classes, else one a class), r kept
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import numpy as np
 import scipy.linalg
+from scipy.sparse.linalg import LinearOperator, cg
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from ntkengine.spectrum.operators import EPS
@@ -81,7 +82,8 @@ class CrossEntropy:
         size = float(np.linalg.norm(self.gradient(theta)))
         for _ in range(5):
             gradient = self.gradient(theta)
-            step = _solve(lambda v, at=theta: self.hessian(at, v), gradient)
+            H = LinearOperator((self.size, self.size), matvec=partial(self.hessian, theta), dtype=np.float64)
+            step, _ = cg(H, gradient, rtol=1e-10, maxiter=10 * self.size)  # as far as it goes
             smaller = float(np.linalg.norm(self.gradient(theta - step)))
             if not smaller < 0.5 * size:
                 break
@@ -96,18 +98,3 @@ class CrossEntropy:
 
     def _p(self, f: np.ndarray) -> np.ndarray:
         return expit(f) if self.one else softmax(f, axis=1)
-
-
-def _solve(hessian: Any, right: np.ndarray) -> np.ndarray:
-    """Return H⁻¹ right by conjugate gradients to 1e-10, as far as they go."""
-    x, r = np.zeros_like(right), right.copy()
-    p, rho = r.copy(), float(r @ r)
-    for _ in range(10 * len(right)):
-        if rho <= 1e-20 * float(right @ right):
-            break
-        q = hessian(p)
-        step = rho / float(p @ q)
-        x, r = x + step * p, r - step * q
-        before, rho = rho, float(r @ r)
-        p = r + (rho / before) * p
-    return x
