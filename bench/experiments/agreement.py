@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
+from bench.experiments.tasks import VALIDATION
 from bench.record import record
-from ntkengine.forecast.outcome import MODEL_ACCURACY, MODEL_LOSS
-from ntkengine.forecast.scores import Z90
+from ntkengine.forecast.outcome import MODEL_ACCURACY, MODEL_LOSS, half_width
 
 PREDICTORS = ("rehearsal", "simulation", "flow", "krr", "loo", "gcv", "alignment", "trace", "condition")
 
@@ -96,16 +96,18 @@ def _coverage(
     All runs of a task are measured on one draw of test examples, so the whole intervals' coverage is that of few draws;
     `…_same_text` is the coverage of their other parts, chance and model, with both sides on the test's examples.
     """
-    get = lambda name: _table(told, name, seeds, names)  # noqa: E731
+
+    def get(name: str) -> np.ndarray:
+        return _table(told, name, seeds, names)
+
     value, share, moved = get("rehearsal"), get("accuracy"), get("movement")
-    known = np.sqrt(2 * get("sampling") ** 2 + get("chance") ** 2)
-    half = Z90 * np.sqrt(known**2 + (MODEL_LOSS * moved) ** 2)
-    # Of a share's draw, the binomial standard error.
-    drawn = np.sqrt(2 * share * (1 - share) / 436)
-    wide = Z90 * np.sqrt(drawn**2 + (MODEL_ACCURACY * moved) ** 2)
+    sampling, chance = get("sampling"), get("chance")
+    half = half_width(sampling, chance, MODEL_LOSS * moved)
+    binomial = np.sqrt(share * (1 - share) / VALIDATION)  # standard error of a share
+    wide = half_width(binomial, 0.0, MODEL_ACCURACY * moved)
     drawn, drawn_share = get(f"{test}_drawn"), get(f"{test}_drawn_accuracy")
-    own = Z90 * np.sqrt(get("chance") ** 2 + (MODEL_LOSS * moved) ** 2)
-    own_share = Z90 * np.sqrt(get("chance") ** 2 + (MODEL_ACCURACY * moved) ** 2)
+    own = half_width(0.0, chance, MODEL_LOSS * moved)
+    own_share = half_width(0.0, chance, MODEL_ACCURACY * moved)
     return {
         "coverage_same_text": float((np.abs(drawn - loss) <= own).mean()),
         "accuracy_coverage_same_text": float((np.abs(drawn_share - accuracy) <= own_share).mean()),
@@ -114,6 +116,6 @@ def _coverage(
         "mean_half_width": float(half.mean()),
         "bias": float((value - loss).mean()),
         "rms_error": float(np.sqrt(np.mean((value - loss) ** 2))),
-        "rms_known": float(np.sqrt(np.mean(known**2))),
+        "rms_known": float(np.sqrt(np.mean(2 * sampling**2 + chance**2))),
         "rms_movement": float(np.sqrt(np.mean(moved**2))),
     }

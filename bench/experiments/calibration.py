@@ -20,7 +20,6 @@ test examples themselves.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.experiments import runs, setups, tasks
+from bench.experiments import parallel, runs, setups, tasks
 from bench.experiments.agreement import compare
-from bench.record import RESULTS, record
+from bench.record import record
 from ntkengine.forecast.candidates import layer_of
 from ntkengine.forecast.lora import rehearse
 from ntkengine.forecast.outcome import outcome
@@ -64,8 +63,7 @@ def main() -> int:
 
 def lines() -> list[dict[str, Any]]:
     """Return the forecasts on record."""
-    path = RESULTS / "calibration-forecasts.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return parallel.lines("calibration-forecasts")
 
 
 def forecasts(data: Path, task: str, seed: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -26,7 +26,7 @@ def run_missing(name: str, data: Path, configs: Sequence[Config], run: Run, proc
     """
     known = lines(name)
     wanted = [config for config in configs if not any(line["config"] == config for line in known)]
-    with multiprocessing.get_context("spawn").Pool(processes, _alone) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, alone) as pool:
         jobs = [(run, data, config) for config in wanted]
         for i, (config, values) in enumerate(pool.imap_unordered(_called, jobs), 1):
             known.append(record(name, config, values))
@@ -45,7 +45,8 @@ def _called(job: tuple[Run, Path, Config]) -> tuple[Config, dict[str, Any]]:
     return config, run((data, config))
 
 
-def _alone() -> None:
+def alone() -> None:
+    """Keep a process to one thread: several share the machine."""
     import torch
 
     torch.set_num_threads(1)

@@ -6,7 +6,6 @@ One JSON line a run in calibration-runs.jsonl; runs that have a line already are
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.experiments import setups, tasks
-from bench.record import RESULTS, record
+from bench.experiments import parallel, setups, tasks
+from bench.record import record
 
 RECIPE = {"learning_rate": 1e-3, "epochs": 4, "batch_size": 32, "optimizer": "adam", "loss": "squared"}
 LENGTH = 32
@@ -37,7 +36,7 @@ def main() -> int:
         for task in given.tasks
         if (task, seed, setup.name) not in done
     ]
-    with multiprocessing.get_context("spawn").Pool(given.processes, _alone) as pool:
+    with multiprocessing.get_context("spawn").Pool(given.processes, parallel.alone) as pool:
         for i, (config, values) in enumerate(pool.imap_unordered(_run, wanted), 1):
             record("calibration-runs", config, values)
             print(f"{i}/{len(wanted)} {config['task']} {config['seed']} {config['setup']}", flush=True)
@@ -46,8 +45,7 @@ def main() -> int:
 
 def lines() -> list[dict[str, Any]]:
     """Return the runs on record."""
-    path = RESULTS / "calibration-runs.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return parallel.lines("calibration-runs")
 
 
 def start(data: Path, task: str, seed: int, peft: dict[str, Any] | None) -> dict[str, Any]:
@@ -75,12 +73,6 @@ def joined_inputs(parts: list[dict[str, Any]]) -> dict[str, Any]:
     width = max(x["input_ids"].shape[1] for x in parts)
     keys = [k for k, v in parts[0].items() if v.ndim == 2]
     return {k: torch.cat([torch.nn.functional.pad(x[k], (0, width - x[k].shape[1])) for x in parts]) for k in keys}
-
-
-def _alone() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _run(job: tuple[Path, str, int, setups.Setup]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ntkengine.forecast.scores import Z90
 
@@ -56,11 +57,11 @@ def outcome(
         return Outcome(train, None, None, 0.0, 0.0, 0.0)
     sampling, chance = _errors(eval_losses)
     model = MODEL_LOSS * movement
-    half = Z90 * float(np.sqrt(2 * sampling**2 + chance**2 + model**2))  # twice: the eval draw and the one to come
+    half = float(half_width(sampling, chance, model))
     loss = float(eval_losses.mean())
     of_hits, chance_of_hits = _errors(eval_correct.astype(np.float64))
     share = float(eval_correct.mean())
-    width = Z90 * float(np.sqrt(2 * of_hits**2 + chance_of_hits**2 + (MODEL_ACCURACY * movement) ** 2))
+    width = float(half_width(of_hits, chance_of_hits, MODEL_ACCURACY * movement))
     return Outcome(
         train_loss=train,
         eval_loss=(loss, max(0.0, loss - half), loss + half),
@@ -69,6 +70,12 @@ def outcome(
         chance=chance,
         model=model,
     )
+
+
+def half_width(sampling: ArrayLike, chance: ArrayLike, model: ArrayLike) -> np.ndarray:
+    """Return half a 90 % interval of three independent errors; sampling twice: the eval draw and the one to come."""
+    drawn = 2 * np.square(sampling)
+    return Z90 * np.sqrt(drawn + np.square(chance) + np.square(model))
 
 
 def _errors(values: np.ndarray) -> tuple[float, float]:
