@@ -167,7 +167,18 @@ def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkey
     np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=0, atol=1e-6 * np.abs(wanted.values).max())
 
 
+@pytest.fixture
+def usual_handlers():
+    """The interpreter's own, also where whoever started the tests has it ignore SIGINT, as a shell does with `&`."""
+    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("usual_handlers")
 def test_a_signal_is_a_clean_stop(tmp_path, contracted, number):
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)
