@@ -234,12 +234,16 @@ def forecast(
 def report(
     paths: Annotated[
         list[Path],
-        typer.Argument(help="Gram files, and what `select --save` wrote.", metavar="K.H5|JSON...", show_default=False),
+        typer.Argument(
+            help="Gram files, and what `select --save` (.json) and `finetune --history` (.jsonl) wrote.",
+            metavar="K.H5|JSON|JSONL...",
+            show_default=False,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
     ridge: RidgeChoice = None,
 ) -> None:
-    """Write one self-contained HTML page over Gram files and rankings."""
+    """Write one self-contained HTML page over Gram files, rankings and fine-tunings."""
     from ntkengine.jobs import report_files
     from ntkengine.report import write_report
 

@@ -274,10 +274,12 @@ def _cross_fit(gram: Gram) -> CrossFit | None:
 
 
 def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> list[Section]:
-    """Return the sections of a report over Gram files and rankings; several with targets are also set side by side.
+    """Return the sections of a report over Gram files, rankings (.json) and fine-tunings (.jsonl).
+
+    Several Grams with targets are also set side by side.
 
     Raises:
-        InputError: a file that is not a Gram, or matplotlib is not installed.
+        InputError: a file that is none of these, or matplotlib is not installed.
     """
     from ntkengine.report import Section
     from ntkengine.report.plots import forecast_figures, spectrum_figure
@@ -290,13 +292,15 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
         sketch_note,
         spectrum_table,
     )
+    from ntkengine.report.training import training_section
     from ntkengine.spectrum import as_matrix, condition_from_eigenvalues, eigsh, noise_of
     from ntkengine.store import open_gram
 
     sections, forecasts = [], {}
+    others = {".json": selection_section, ".jsonl": training_section}
     for path in paths:
-        if Path(path).suffix == ".json":
-            sections.append(selection_section(Path(path)))
+        if (section := others.get(Path(path).suffix)) is not None:
+            sections.append(section(Path(path)))
             continue
         gram = open_gram(path)
         facts = gram_table(gram)

@@ -158,3 +158,21 @@ def test_bad_tables_are_named(folder):
     job = {"model": {"path": str(folder / "model")}, "data": unlabelled, "finetune": {"learning_rate": 1.0}}
     with pytest.raises(InputError, match="expected labelled examples"):
         run_finetune(make_job(job))
+
+
+def test_a_history_is_part_of_a_report(folder, run):
+    saved, page = folder / "h.jsonl", folder / "report.html"
+    assert run("finetune", folder / "job.toml", "--epochs", 2, "--history", saved)[0] == 0
+    last = json.loads(saved.read_text().splitlines()[-1])
+    assert run("report", saved, "-o", page)[0] == 0
+    text = page.read_text(encoding="utf-8")
+    assert all(
+        f"<td>{last[name]:.4g}</td>" in text for name in ("train_loss", "eval_loss", "displacement", "relative_gap")
+    )
+    assert 'alt="measured losses by step"' in text
+    whole = saved.read_text()
+    for broken in ("", whole.splitlines()[0], "[]\n", whole.replace('"train_loss": ', '"loss": '), "\x00"):
+        (folder / "broken.jsonl").write_text(broken)
+        code, _, err = run("report", folder / "broken.jsonl", "-o", page)
+        assert (code, "written by `ntkengine finetune --history`" in err) == (2, True), broken
+        assert page.read_text(encoding="utf-8") == text

@@ -137,6 +137,24 @@ def selection_figure(names: Sequence[str], losses: Sequence[tuple[float, float, 
     return _finish(figure)
 
 
+def training_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
+    """Return losses measured while a model was fine-tuned.
+
+    Args:
+        curves: (steps, losses) by name, at least one; those of the linear model are dashed.
+
+    Raises:
+        ValueError: no curve, or an empty one.
+    """
+    if not curves or not all(len(x) for x, _ in curves.values()):
+        raise ValueError(f"curves: expected at least one with at least one point, got {list(curves)}")
+    figure, ax = _figure()
+    for i, (name, (steps, losses)) in enumerate(curves.items()):
+        ax.plot(steps, losses, "o--" if "linear" in name else "o-", ms=3, color=_palette(i % 2), label=name)
+    ax.set(xlabel="step", ylabel="mean loss", title="Measured while fine-tuning")
+    return _finish(figure)
+
+
 def modules_figure(shares: Mapping[str, float]) -> Any:
     """Return each module's share of the trace: one bar a layer, stacked by kind, and one bar a kind.
 
