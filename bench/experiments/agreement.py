@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,23 @@ def compare(task: str, runs: list[dict[str, Any]], forecasts: list[dict[str, Any
         }
     pairs = list(combinations(range(len(seeds)), 2))
     if pairs:
-        values["repeatability"] = float(np.mean([spearmanr(loss[i], loss[j])[0] for i, j in pairs]))
+        rho = values["repeatability"] = float(np.mean([spearmanr(loss[i], loss[j])[0] for i, j in pairs]))
+        # What the mean of as many further runs would reach (Spearman-Brown).
+        values["further_runs_spearman"] = len(seeds) * rho / (1.0 + (len(seeds) - 1) * rho)
         # One run against the mean of the others: what a forecast has to be compared with.
         others = [np.delete(loss, i, 0).mean(0) for i in range(len(seeds))]
         values["one_run_spearman"] = float(np.mean([spearmanr(a, b)[0] for a, b in zip(loss, others, strict=True)]))
+        values["one_run_regret_points"] = float(
+            np.median(
+                [
+                    100 * (accuracy[i].max() - accuracy[i][loss[j].argmin()])
+                    for i, j in permutations(range(len(seeds)), 2)
+                ]
+            )
+        )
+        values["other_runs_regret_points"] = float(
+            np.median([100 * (a.max() - a[b.argmin()]) for a, b in zip(accuracy, others, strict=True)])
+        )
     values["train_spearman"] = float(spearmanr(_table(told, "train_loss", seeds, names).mean(0), train.mean(0))[0])
     values["train_relative_error"] = float(np.median(np.abs(_table(told, "train_loss", seeds, names) / train - 1.0)))
     values |= _coverage(told, loss, accuracy, seeds, names, test)
@@ -66,7 +79,15 @@ def compare(task: str, runs: list[dict[str, Any]], forecasts: list[dict[str, Any
             f"  {p:<11} Spearman {v['spearman']:+.2f} (one seed {v['spearman_one_seed']:+.2f})  "
             f"Pearson {v['pearson']:+.2f}  regret {v['regret_points']:.1f} points"
         )
-    for name in ("repeatability", "one_run_spearman", "train_spearman", "train_relative_error"):
+    for name in (
+        "repeatability",
+        "further_runs_spearman",
+        "one_run_spearman",
+        "one_run_regret_points",
+        "other_runs_regret_points",
+        "train_spearman",
+        "train_relative_error",
+    ):
         if name in values:
             print(f"  {name} {values[name]:.3f}")
     for name in ("coverage", "coverage_same_text", "accuracy_coverage", "accuracy_coverage_same_text", "cost_share"):
