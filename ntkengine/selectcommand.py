@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 from ntkengine.console import answered, print_json, show
 from ntkengine.errors import InputError
-from ntkengine.jobflags import BatchSize, Epochs, LearningRate, Loss, Optimizer, collect, flag, job_of, takes_job
+from ntkengine.jobflags import (
+    BatchSize,
+    Epochs,
+    LearningRate,
+    Loss,
+    Optimizer,
+    choice,
+    collect,
+    flag,
+    job_of,
+    takes_job,
+)
 from ntkengine.textfile import check_folder, write_text
 
 _PANEL = "Selection"
@@ -18,7 +29,9 @@ _PANEL = "Selection"
 @takes_job
 def select(
     *,
-    subsets: Annotated[str, flag(_PANEL, "single, layers, types, greedy or all (default: types).")] = "types",
+    subsets: Annotated[
+        str, choice(_PANEL, "single, layers, types, greedy or all (default: types).", "--subsets")
+    ] = "types",
     learning_rate: LearningRate = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
