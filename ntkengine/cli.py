@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from ntkengine.cluster.launch import launched, one_voice
-from ntkengine.console import answered, print_json, say, show
+from ntkengine.console import answered, print_json, say, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.filecommands import Json, described, info, merge, verify
 from ntkengine.finetunecommand import finetune
@@ -83,11 +83,10 @@ def plan_command(
     """Print the plan."""
     from ntkengine.jobs import run_plan
     from ntkengine.report.tables import plan_table
-    from ntkengine.report.text import show_progress
 
     path, given, as_json = collect(**flags)
     speed = None if network is None else bandwidth(network)
-    with show_progress() as progress:
+    with showing_progress() as progress:
         found = run_plan(job_of(path, given), progress, ranks=ranks, gpus_per_node=gpus_per_node, network=speed)
     if as_json:
         print_json(found.to_dict())
@@ -124,15 +123,13 @@ def gram_command(
 
 def _run(team: Any, flags: dict[str, Any]) -> Any:
     from ntkengine.jobs import run_gram
-    from ntkengine.report.text import show_progress
 
-    root = team is None or team.root
     with nullcontext() if team is None else team.together():
         path, given, _ = collect(**flags)
         job = job_of(path, given)
         if job.out is None:
             raise InputError("--out: is missing; name the HDF5 file to write")
-    with show_progress() if root else nullcontext() as progress:
+    with showing_progress() as progress:
         return run_gram(job, progress, team=team)
 
 
@@ -198,9 +195,9 @@ def demo(
 ) -> None:
     """Run the whole job on a real model and real text: MiniLM on movie review snippets (downloads 86 MB once)."""
     from ntkengine.demo import run_demo
-    from ntkengine.report.text import make_console, show_progress
+    from ntkengine.report.text import make_console
 
-    with show_progress() as progress:
+    with showing_progress() as progress:
         result = run_demo(out, train, evaluate, seed, progress)
     for table in result.tables:
         show(table)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from ntkengine.console import answered, print_json, show
+from ntkengine.console import answered, print_json, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.jobflags import (
     BatchSize,
@@ -46,7 +46,6 @@ def select(
 ) -> None:
     """Rank modules for LoRA by what training them is forecast to reach."""
     from ntkengine.report.tables import Table
-    from ntkengine.report.text import show_progress
     from ntkengine.selectjob import run_select
 
     path, given, as_json = collect(**flags)
@@ -64,7 +63,7 @@ def select(
         "loss": loss,
         "seed": flags["seed"],
     }
-    with show_progress() as progress:
+    with showing_progress() as progress:
         found = run_select(job_of(path, given), progress, subsets=subsets, repeats=repeats, size=size, kernels=kernels)
     for target, content in ((emit, found.peft()), (save, found.to_dict())):
         if target is not None:
