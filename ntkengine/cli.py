@@ -164,8 +164,11 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="Measure how far this model depends on batch and padding.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine offers; with --model, how far that model's outputs depend on batch and padding."""
-    from ntkengine.doctor import examine
+    """Say what will run where on this machine; with --model, how far that model depends on batch and padding.
+
+    Exit code 1 if something is broken that the engine cannot do without.
+    """
+    from ntkengine.doctor import broken, examine
     from ntkengine.report.tables import Table, invariance_table
 
     if model is not None:
@@ -178,11 +181,20 @@ def doctor(
             return
         show(invariance_table(measured, advice(measured)))
         return
-    rows = examine()
+    items = examine()
     if as_json:
-        print_json({row["name"]: {"found": row["found"] or None, "note": row["note"]} for row in rows})
-        return
-    show(Table("Doctor", (), [(row["name"], row["found"] or "-", row["note"]) for row in rows]))
+        print_json({item.name: item.to_dict() for item in items})
+    else:
+        show(
+            Table(
+                "Doctor", ("what", "state", "found", "note"), [(i.name, i.state, i.found or "-", i.note) for i in items]
+            )
+        )
+        for item in items:
+            if item.fix:
+                print(f"{item.name}: try {item.fix}")
+    if broken(items):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=epilog("demo"))
