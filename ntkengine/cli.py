@@ -135,11 +135,15 @@ def _run(team: Any, flags: dict[str, Any]) -> Any:
 
 def _tell(found: Any, as_json: bool, seconds: float) -> None:
     from ntkengine.report.tables import gram_table, ranks_line
+    from ntkengine.report.timing import timing_table
 
     if as_json:
         print_json(described(found))
         return
     show(gram_table(found))
+    times = timing_table(found)
+    if times is not None:
+        show(times)
     if found.meta.get("ranks"):
         print(ranks_line(found, seconds))
 

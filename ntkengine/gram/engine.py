@@ -116,7 +116,8 @@ def compute_gram(
             far it is off, measured on rows recomputed without it. Parameters that are no larger stay exact.
 
     Returns:
-        The Gram. `noise` is NaN with `check=False`.
+        The Gram. `noise` is NaN with `check=False`. `meta` has the seconds of each part of the run; those of writing
+        the file, `write_seconds`, only where this call wrote it.
 
     Raises:
         InputError: arguments that cannot be used, a file of another job under `out`, or a budget too small.
@@ -160,8 +161,10 @@ def compute_gram(
             task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints, team, start
         )
         gram.targets, gram.eval_targets = as_float(targets), as_float(eval_targets)
+        began = time.perf_counter()
         with together(team):
             gram.extras = dict((extras() if callable(extras) else extras) or {})
+        gram.meta["extras_seconds"] = time.perf_counter() - began
         gram.meta["settings"] = dict(job or {})
         gram.meta["seconds"] = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
         return gram, sums, samples
@@ -177,6 +180,7 @@ def compute_gram(
         return shared(team, there)
     ids = {"example_id": example_ids, "eval_id": eval_ids}
     names = {k: list(v) for k, v in ids.items() if v is not None}
+    written = None
     with checkpointing(path, wanted, team, resume=resume, every_s=checkpoint_s) as checkpoints:
         if checkpoints.repairs:
             again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
@@ -187,11 +191,16 @@ def compute_gram(
                     fill_open_tiles(checkpoints, inputs, inputs2, eval_inputs, compute)
         else:
             gram, sums, samples = made(checkpoints)
+            began = time.perf_counter()
             if isinstance(sums, Spread):
                 write_spread(checkpoints, path, gram, sums, samples, wanted, names)
             else:
                 checkpoints.write(lambda name: store.write_gram(path, gram, wanted, names, name))
-    return shared(team, store.open_gram(path) if root else None)
+            written = time.perf_counter() - began
+    found = shared(team, store.open_gram(path) if root else None)
+    if written is not None:  # of the file itself, which therefore cannot hold it
+        found.meta["write_seconds"] = written
+    return found
 
 
 def plan_gram(
