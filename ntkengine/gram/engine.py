@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ntkengine import store
 from ntkengine.cluster.comm import team_of, together
@@ -34,14 +34,15 @@ from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.sources import Source, as_inputs
 
 Progress = Callable[[float, float, str], None]
 
 
 def compute_gram(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    inputs2: Mapping[str, Tensor] | None = None,
+    inputs: Source,
+    inputs2: Source | None = None,
     *,
     readout: str | ReadoutFunction = "logits",
     params: str | Iterable[str] = "trainable",
@@ -57,7 +58,7 @@ def compute_gram(
     comm: Any = None,
     check: bool = True,
     progress: Progress | None = None,
-    eval_inputs: Mapping[str, Tensor] | None = None,
+    eval_inputs: Source | None = None,
     targets: np.ndarray | None = None,
     eval_targets: np.ndarray | None = None,
     example_ids: Sequence[str] | None = None,
@@ -75,6 +76,8 @@ def compute_gram(
     Args:
         model: any `torch.nn.Module`; it is run in eval mode and left as it was found.
         inputs: tensors with a leading sample axis N: what the model is called with; `labels` only reach the readout.
+            Or what becomes such: texts, `Examples`, a data set or frame with a `text` column (`tokenize`), a
+            DataLoader or a list of tokenised batches, in order (`inputs.tokenised`).
         inputs2: other inputs; then K is (N, M), rows `inputs`, columns `inputs2`.
         readout: `"logits"`, `"margin"`, `"loss"`, or a callable (model_outputs, inputs) -> (N, C).
         params: `"trainable"`, `"all"`, a glob over names, or a list of these; `"!glob"` in a list leaves out.
@@ -135,6 +138,10 @@ def compute_gram(
     wanted: dict[str, Any] = {}
     with together(team):
         refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
+        # Here, as a generator of batches could not be read a second time.
+        inputs = as_inputs(inputs, model)
+        inputs2 = None if inputs2 is None else as_inputs(inputs2, model)
+        eval_inputs = None if eval_inputs is None else as_inputs(eval_inputs, model)
         task = Task.prepare(
             model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
         )
@@ -205,8 +212,8 @@ def compute_gram(
 
 def plan_gram(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    inputs2: Mapping[str, Tensor] | None = None,
+    inputs: Source,
+    inputs2: Source | None = None,
     *,
     readout: str | ReadoutFunction = "logits",
     params: str | Iterable[str] = "trainable",
@@ -215,7 +222,7 @@ def plan_gram(
     per_module: bool = False,
     precision: str = "high",
     backend: str = "auto",
-    eval_inputs: Mapping[str, Tensor] | None = None,
+    eval_inputs: Source | None = None,
     memory_gib: float | None = None,
     seed: int = 0,
     sketch: int | None = None,
