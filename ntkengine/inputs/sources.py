@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
-from ntkengine.inputs.examples import Examples, tokenize
+from ntkengine.inputs.examples import tokenize
 from ntkengine.inputs.tokenised import collated, is_tokenised
 
 Source = Mapping[str, Tensor] | Iterable[Any]
@@ -30,6 +30,6 @@ def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
     if source is None or isinstance(source, Tensor | int | float | str):
         msg = f"inputs: expected a mapping of tensors with a leading sample axis, or texts, got {type(source).__name__}"
         raise InputError(msg)
-    if is_tokenised(source) and not isinstance(source, Examples):
+    if is_tokenised(source):
         return collated(source, model)
     return tokenize(source, model)
