@@ -18,21 +18,20 @@ from typing import Annotated, Any
 import typer
 
 from ntkengine.cluster.launch import launched, one_voice
-from ntkengine.console import answered, print_json, say, show
+from ntkengine.console import answered, print_json, say, show, showing_progress
 from ntkengine.errors import InputError
-from ntkengine.filecommands import GramFile, Json, described, info, merge, verify
+from ntkengine.filecommands import Json, described, info, merge, verify
 from ntkengine.finetunecommand import finetune
+from ntkengine.helpexamples import epilog
 from ntkengine.jobflags import bandwidth, collect, job_of, takes_job
+from ntkengine.readcommands import forecast, report, ridge, spectrum
 from ntkengine.selectcommand import select
 
 app = typer.Typer(
     help="Exact empirical neural tangent kernels of language models, and what they forecast of fine-tuning.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-RidgeChoice = Annotated[str | None, typer.Option(help="loo, gcv, or a number in the unit of K.", show_default="loo")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -65,7 +64,11 @@ def options(
         warnings.simplefilter("ignore")
 
 
-@app.command("plan", help="Show what a job would do, before it does it. Takes the arguments of `gram`.")
+@app.command(
+    "plan",
+    help="Show what a job would do, before it does it. Takes the arguments of `gram`.",
+    epilog=epilog("plan"),
+)
 @answered
 @takes_job
 def plan_command(
@@ -80,11 +83,10 @@ def plan_command(
     """Print the plan."""
     from ntkengine.jobs import run_plan
     from ntkengine.report.tables import plan_table
-    from ntkengine.report.text import show_progress
 
     path, given, as_json = collect(**flags)
     speed = None if network is None else bandwidth(network)
-    with show_progress() as progress:
+    with showing_progress() as progress:
         found = run_plan(job_of(path, given), progress, ranks=ranks, gpus_per_node=gpus_per_node, network=speed)
     if as_json:
         print_json(found.to_dict())
@@ -92,7 +94,11 @@ def plan_command(
         show(plan_table(found))
 
 
-@app.command("gram", help="Compute a Gram matrix and write it to a file: from a job file, flags, or both.")
+@app.command(
+    "gram",
+    help="Compute a Gram matrix and write it to a file: from a job file, flags, or both.",
+    epilog=epilog("gram"),
+)
 @answered
 @takes_job
 def gram_command(
@@ -117,25 +123,27 @@ def gram_command(
 
 def _run(team: Any, flags: dict[str, Any]) -> Any:
     from ntkengine.jobs import run_gram
-    from ntkengine.report.text import show_progress
 
-    root = team is None or team.root
     with nullcontext() if team is None else team.together():
         path, given, _ = collect(**flags)
         job = job_of(path, given)
         if job.out is None:
             raise InputError("--out: is missing; name the HDF5 file to write")
-    with show_progress() if root else nullcontext() as progress:
+    with showing_progress() as progress:
         return run_gram(job, progress, team=team)
 
 
 def _tell(found: Any, as_json: bool, seconds: float) -> None:
     from ntkengine.report.tables import gram_table, ranks_line
+    from ntkengine.report.timing import timing_table
 
     if as_json:
         print_json(described(found))
         return
     show(gram_table(found))
+    times = timing_table(found)
+    if times is not None:
+        show(times)
     if found.meta.get("ranks"):
         print(ranks_line(found, seconds))
 
@@ -150,116 +158,21 @@ def _log_to(folder: Path | None, rank: int) -> None:
     logging.getLogger("ntkengine").setLevel(logging.INFO)
 
 
-for command in (info, verify, merge, finetune, select):
-    app.command()(command)
+for command in (info, verify, merge, finetune, select, spectrum, ridge, forecast, report):
+    app.command(epilog=epilog(command.__name__))(command)
 
 
-@app.command()
-@answered
-def spectrum(
-    path: GramFile,
-    k: Annotated[int, typer.Option("-k", "--count", help="Eigenvalues to print.")] = 20,
-    which: Annotated[str, typer.Option(help="LA largest, SA smallest, BE both ends.")] = "LA",
-    as_json: Json = False,
-) -> None:
-    """Print extreme eigenvalues with their errors, and the condition number."""
-    from ntkengine.report.tables import sketch_note, spectrum_table
-    from ntkengine.spectrum import condition_number, effective_rank, eigsh
-    from ntkengine.store import open_gram
-
-    gram = open_gram(path)
-    ritz, condition = eigsh(gram, k=min(k, gram.shape[-1]), which=which), condition_number(gram)
-    if as_json:
-        found = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
-        told = {name: getattr(condition, name) for name in ("lambda_max", "lambda_min", "lower", "resolved")}
-        told |= {"noise": condition.noise, "upper": condition.upper if condition.resolved else None}
-        print_json(
-            {"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram), **_sketch(gram)}
-        )
-        return
-    show(spectrum_table(ritz, condition, sketch_note(gram)))
-
-
-@app.command()
-@answered
-def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> None:
-    """Kernel ridge regression along the ridge path: train, leave-one-out, GCV and eval errors."""
-    from ntkengine.jobs import forecast_file
-    from ntkengine.report.tables import ridge_dimension, ridge_table, sketch_note
-    from ntkengine.store import open_gram
-
-    chosen = _ridge(ridge)
-    gram = open_gram(path)
-    found = forecast_file(gram, chosen)
-    if not as_json:
-        show(ridge_table(found, sketch_note(gram)))
-        return
-    names = ("ridge", "ridge_loo", "ridge_gcv", "ridges", "train_mse", "loo_mse", "loo_accuracy", "gcv", "eval_mse")
-    plain = found.to_dict()
-    dimensions = [ridge_dimension(found, i) for i in range(len(found.ridges))]
-    told = {name: plain[name] for name in (*names, "eval_accuracy")}
-    print_json({"path": str(path), **told, "effective_dimension": dimensions, **_sketch(gram)})
-
-
-@app.command()
-@answered
-def forecast(
-    path: Annotated[Path, typer.Argument(help="Gram file, or the job file that wrote it.", metavar="K.H5|JOB.TOML")],
-    ridge: RidgeChoice = None,
-    as_json: Json = False,
-) -> None:
-    """Forecast what fine-tuning will reach; of a job file, also what its [finetune] will."""
-    from ntkengine.jobfile import read_job
-    from ntkengine.jobs import forecast_file
-    from ntkengine.report.tables import forecast_table
-
-    chosen, recipe = _ridge(ridge), None
-    if path.suffix == ".toml":
-        job = read_job(path)
-        recipe = None if job.finetune is None else job.finetune.recipe()
-        if job.out is None:
-            raise InputError(f"{path}: out: is missing, so there is no Gram file to read")
-        path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
-    found = forecast_file(path, chosen, recipe)
-    if as_json:
-        print_json({"path": str(path), **found.to_dict()})
-        return
-    show(forecast_table(found))
-    for line in found.assumptions:
-        print(f"- {line}")
-
-
-@app.command()
-@answered
-def report(
-    paths: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Gram files, and what `select --save` (.json) and `finetune --history` (.jsonl) wrote.",
-            metavar="K.H5|JSON|JSONL...",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
-    ridge: RidgeChoice = None,
-) -> None:
-    """Write one self-contained HTML page over Gram files, rankings and fine-tunings."""
-    from ntkengine.jobs import report_files
-    from ntkengine.report import write_report
-
-    if not out.parent.is_dir():
-        raise InputError(f"report: folder {out.parent} does not exist")
-    print(write_report(out, report_files(paths, _ridge(ridge))))
-
-
-@app.command()
+@app.command(epilog=epilog("doctor"))
 @answered
 def doctor(
     model: Annotated[str | None, typer.Option(help="Measure how far this model depends on batch and padding.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine offers; with --model, how far that model's outputs depend on batch and padding."""
-    from ntkengine.doctor import examine
+    """Say what will run where on this machine; with --model, how far that model depends on batch and padding.
+
+    Exit code 1 if something is broken that the engine cannot do without.
+    """
+    from ntkengine.doctor import broken, examine
     from ntkengine.report.tables import Table, invariance_table
 
     if model is not None:
@@ -272,14 +185,23 @@ def doctor(
             return
         show(invariance_table(measured, advice(measured)))
         return
-    rows = examine()
+    items = examine()
     if as_json:
-        print_json({row["name"]: {"found": row["found"] or None, "note": row["note"]} for row in rows})
-        return
-    show(Table("Doctor", (), [(row["name"], row["found"] or "-", row["note"]) for row in rows]))
+        print_json({item.name: item.to_dict() for item in items})
+    else:
+        show(
+            Table(
+                "Doctor", ("what", "state", "found", "note"), [(i.name, i.state, i.found or "-", i.note) for i in items]
+            )
+        )
+        for item in items:
+            if item.fix:
+                print(f"{item.name}: try {item.fix}")
+    if broken(items):
+        raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=epilog("demo"))
 @answered
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the two Gram files and the report.")] = Path("runs/demo"),
@@ -289,25 +211,12 @@ def demo(
 ) -> None:
     """Run the whole job on a real model and real text: MiniLM on movie review snippets (downloads 86 MB once)."""
     from ntkengine.demo import run_demo
-    from ntkengine.report.text import make_console, show_progress
+    from ntkengine.report.text import make_console
 
-    with show_progress() as progress:
+    with showing_progress() as progress:
         result = run_demo(out, train, evaluate, seed, progress)
     for table in result.tables:
         show(table)
     console = make_console()
     for line in result.summary:
         console.print(line, markup=False)
-
-
-def _ridge(given: str | None) -> str | float:
-    if given is None or given in ("loo", "gcv"):
-        return given or "loo"
-    try:
-        return float(given)
-    except ValueError:
-        raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {given!r}") from None
-
-
-def _sketch(gram: Any) -> dict[str, Any]:
-    return {"sketch": gram.meta["sketch"]} if gram.meta.get("sketch") else {}

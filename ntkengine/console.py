@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -48,16 +49,36 @@ def answered(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def speaks() -> bool:
+    """Return whether this process prints: alone, or the first of those that a launcher started."""
+    return launcher_rank() in (None, 0)
+
+
 def show(table: Any) -> None:
     """Print a table."""
     from ntkengine.report.text import make_console, print_table
 
-    print_table(table, make_console())
+    if speaks():
+        print_table(table, make_console())
+
+
+@contextmanager
+def showing_progress(unit: str = "GFLOP") -> Iterator[Callable[[float, float, str], None] | None]:
+    """Give a command's `progress=`, on standard error: a bar, or lines in a log; None in processes that do not speak.
+
+    Args:
+        unit: as `show_progress`.
+    """
+    from ntkengine.report.progress import show_progress
+
+    with show_progress(unit=unit) if speaks() else nullcontext() as progress:
+        yield progress
 
 
 def print_json(value: Any) -> None:
     """Print plain values as one line of JSON."""
-    print(json.dumps(_finite(value), allow_nan=False))
+    if speaks():
+        print(json.dumps(_finite(value), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
@@ -71,6 +92,6 @@ def _finite(value: Any) -> Any:
 
 def say(error: object, code: int) -> int:
     """Print one line on standard error, one process of a job for all, and return the exit code."""
-    if launcher_rank() in (None, 0):
+    if speaks():
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from ntkengine.console import answered, print_json, show
+from ntkengine.console import answered, print_json, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.jobflags import (
     TRAINING,
@@ -54,7 +54,6 @@ def finetune(
     """Train the job's model on the job's data."""
     from ntkengine.finetunejob import run_finetune
     from ntkengine.report.tables import Table
-    from ntkengine.report.text import show_progress
 
     path, given, as_json = collect(**flags)
     if given["out"] is not None:
@@ -69,7 +68,7 @@ def finetune(
         "linear": linear,
         "seed": flags["seed"],
     }
-    with show_progress() as progress:
+    with showing_progress("step") as progress:
         run = run_finetune(job_of(path, given), progress, history=history, save=save)
     if as_json:
         print_json(run.to_dict())

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ntkengine.choices import completing
 from ntkengine.errors import InputError
 from ntkengine.jobfile import Job, make_job, merged, read_job
 
@@ -19,15 +20,24 @@ _MODEL, _DATA, _HEAD, _GRAM, TRAINING = "Model", "Data", "Head", "Gram", "Traini
 
 def flag(panel: str, help_text: str, *names: str) -> Any:
     """Return an option of a command, in a panel of its help."""
-    return typer.Option(*names, help=help_text, rich_help_panel=panel, show_default=False)
+    return _option(panel, help_text, *names)
+
+
+def choice(panel: str, help_text: str, name: str) -> Any:
+    """Return an option whose value a shell completes from `CHOICES`."""
+    return _option(panel, help_text, name, autocompletion=completing(name))
+
+
+def _option(panel: str, help_text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, show_default=False, **more)
 
 
 # The recipe of commands that train or forecast training; None where not given.
 LearningRate = Annotated[float | None, flag(TRAINING, "Of the first step.")]
 Epochs = Annotated[int | None, flag(TRAINING, "Passes over the examples (default: 1).")]
 BatchSize = Annotated[int | None, flag(TRAINING, "Examples a step; 0: all (default: 32).")]
-Optimizer = Annotated[str | None, flag(TRAINING, "adam or sgd (default: adam).")]
-Loss = Annotated[str | None, flag(TRAINING, "squared or cross-entropy (default: squared).")]
+Optimizer = Annotated[str | None, choice(TRAINING, "adam or sgd (default: adam).", "--optimizer")]
+Loss = Annotated[str | None, choice(TRAINING, "squared or cross-entropy (default: squared).", "--loss")]
 
 
 def collect(
@@ -35,9 +45,9 @@ def collect(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="HDF5 file to write.", show_default=False)] = None,
     model: Annotated[str | None, flag(_MODEL, "Model folder or hub id.")] = None,
     num_labels: Annotated[int | None, flag(_MODEL, "Logits of the head (default: as many as classes).")] = None,
-    dtype: Annotated[str | None, flag(_MODEL, "Dtype of the weights (default: float32).")] = None,
-    device: Annotated[str | None, flag(_MODEL, "auto, cpu, cuda (default: auto).")] = None,
-    peft: Annotated[str | None, flag(_MODEL, "Adapter type, e.g. lora.")] = None,
+    dtype: Annotated[str | None, choice(_MODEL, "Dtype of the weights (default: float32).", "--dtype")] = None,
+    device: Annotated[str | None, choice(_MODEL, "auto, cpu, cuda (default: auto).", "--device")] = None,
+    peft: Annotated[str | None, choice(_MODEL, "Adapter type, e.g. lora.", "--peft")] = None,
     target: Annotated[str | None, flag(_MODEL, "Modules it adapts, e.g. query,value.")] = None,
     rank: Annotated[int | None, flag(_MODEL, "Its rank.")] = None,
     alpha: Annotated[int | None, flag(_MODEL, "Its scale, lora_alpha.")] = None,
@@ -58,14 +68,18 @@ def collect(
     fit_head: Annotated[
         bool | None, flag(_HEAD, "Fit the head by ridge first (default: if it is fresh).", "--fit-head/--no-fit-head")
     ] = None,
-    head_ridge: Annotated[str | None, flag(_HEAD, "loo or a number (default: loo).")] = None,
-    readout: Annotated[str | None, flag(_GRAM, "logits, margin, loss (default: logits).")] = None,
-    params: Annotated[str | None, flag(_GRAM, "trainable, all, globs a,b,!c (default: trainable).")] = None,
-    contraction: Annotated[str | None, flag(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).")] = None,
-    transform: Annotated[str | None, flag(_GRAM, "Inner product (default: sgd).")] = None,
+    head_ridge: Annotated[str | None, choice(_HEAD, "loo or a number (default: loo).", "--head-ridge")] = None,
+    readout: Annotated[str | None, choice(_GRAM, "logits, margin, loss (default: logits).", "--readout")] = None,
+    params: Annotated[
+        str | None, choice(_GRAM, "trainable, all, globs a,b,!c (default: trainable).", "--params")
+    ] = None,
+    contraction: Annotated[
+        str | None, choice(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).", "--contraction")
+    ] = None,
+    transform: Annotated[str | None, choice(_GRAM, "Inner product (default: sgd).", "--transform")] = None,
     per_module: Annotated[bool | None, flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
-    precision: Annotated[str | None, flag(_GRAM, "high, exact, fast (default: high).")] = None,
-    backend: Annotated[str | None, flag(_GRAM, "auto, triton, torch (default: auto).")] = None,
+    precision: Annotated[str | None, choice(_GRAM, "high, exact, fast (default: high).", "--precision")] = None,
+    backend: Annotated[str | None, choice(_GRAM, "auto, triton, torch (default: auto).", "--backend")] = None,
     sketch: Annotated[int | None, flag(_GRAM, "Approximate: random features kept of each parameter.")] = None,
     memory_gib: Annotated[float | None, flag(_GRAM, "Bound on memory above the model.")] = None,
     check: Annotated[bool | None, flag(_GRAM, "Compare with autograd (default: yes).", "--check/--no-check")] = None,

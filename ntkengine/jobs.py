@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,8 @@ def run_gram(
         team: the processes that share the job; each makes this call, and loads the model on its own GPU.
 
     Returns:
-        The Gram, backed by its file when the job has an `out`.
+        The Gram, backed by its file when the job has an `out`; its `meta` also has this run's `prepare_seconds` and
+        `wall_seconds`.
 
     Raises:
         InputError, CheckFailed, NonFinite: as `compute_gram`, `load_model`, `read_examples`.
@@ -49,7 +51,7 @@ def run_gram(
     from ntkengine.cluster.comm import together
     from ntkengine.gram.engine import compute_gram
 
-    tell = progress or quiet
+    tell, began = progress or quiet, time.perf_counter()
     with together(team):
         check_early(job)
         prepared = Prepared(job, tell, examples, team)
@@ -61,7 +63,8 @@ def run_gram(
             fit.write(prepared.model, -1)
     head = job.settings()["head"] | {"fitted": fit is not None}
     part = job.gram
-    return compute_gram(
+    prepared_s = time.perf_counter() - began
+    gram = compute_gram(
         prepared.model,
         prepared.inputs,
         **call,
@@ -79,6 +82,8 @@ def run_gram(
         extras=None if fit is None else lambda: prepared.cross_fit(fit, progress, team),
         comm=team,
     )
+    gram.meta |= {"prepare_seconds": prepared_s, "wall_seconds": time.perf_counter() - began}
+    return gram
 
 
 def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:

@@ -6,9 +6,20 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from ntkengine.console import answered, print_json, show
+from ntkengine.console import answered, print_json, show, showing_progress
 from ntkengine.errors import InputError
-from ntkengine.jobflags import BatchSize, Epochs, LearningRate, Loss, Optimizer, collect, flag, job_of, takes_job
+from ntkengine.jobflags import (
+    BatchSize,
+    Epochs,
+    LearningRate,
+    Loss,
+    Optimizer,
+    choice,
+    collect,
+    flag,
+    job_of,
+    takes_job,
+)
 from ntkengine.textfile import check_folder, write_text
 
 _PANEL = "Selection"
@@ -18,7 +29,9 @@ _PANEL = "Selection"
 @takes_job
 def select(
     *,
-    subsets: Annotated[str, flag(_PANEL, "single, layers, types, greedy or all (default: types).")] = "types",
+    subsets: Annotated[
+        str, choice(_PANEL, "single, layers, types, greedy or all (default: types).", "--subsets")
+    ] = "types",
     learning_rate: LearningRate = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -33,7 +46,6 @@ def select(
 ) -> None:
     """Rank modules for LoRA by what training them is forecast to reach."""
     from ntkengine.report.tables import Table
-    from ntkengine.report.text import show_progress
     from ntkengine.selectjob import run_select
 
     path, given, as_json = collect(**flags)
@@ -51,7 +63,7 @@ def select(
         "loss": loss,
         "seed": flags["seed"],
     }
-    with show_progress() as progress:
+    with showing_progress() as progress:
         found = run_select(job_of(path, given), progress, subsets=subsets, repeats=repeats, size=size, kernels=kernels)
     for target, content in ((emit, found.peft()), (save, found.to_dict())):
         if target is not None:

@@ -71,7 +71,7 @@ def run_select(
     factors: Any = []
     if held is None and fit is not None:
         for k in range(len(fit.weights) - 1):
-            tell(k, len(fit.weights), f"factors without fold {k + 1}")
+            tell(0.0, 1.0, f"factors without fold {k + 1} of {len(fit.weights) - 1}")
             fit.write(model, k)
             factors.append(tangent_factors(model, prepared.inputs, **call))
         fit.write(model, -1)

@@ -38,7 +38,9 @@ def test_gram_from_flags_then_read(run, model_folder, data, tmp_path):
         "peft_type": "LORA", "r": 2, "target_modules": ["query", "value"],
     }  # fmt: skip
     assert "error" not in err
-    assert run("gram", *flags)[0] == 0
+    code, out, _ = run("gram", *flags)
+    assert code == 0
+    assert "time (s)" not in out  # it was only opened
     code, out, err = run("gram", *flags, "--precision", "exact")
     assert (code, out) == (2, "")
     assert "gram.precision is 'high' there, 'exact' here" in err

@@ -182,7 +182,8 @@ def test_tokenize_takes_texts_pairs_and_tables_only(model):
         (["w1", None], "example 1: expected a text like the others, got None"),
         (["w1", ("w2", "w3")], r"example 1: expected a text like the others, got \('w2', 'w3'\)"),
         ([("w1", "w2"), "w3"], "example 1: expected a pair of texts like the others, got 'w3'"),
-        ([{"text": "w1"}], "example 0: expected a text like the others"),
+        ([{"txt": "w1"}], "list row 0: no column 'text'; the columns are txt"),
+        (["w1", {"text": "w1"}], "example 1: expected a text like the others"),
     ]:
         with pytest.raises(InputError, match=message):
             tokenize(given, model)

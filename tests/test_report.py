@@ -226,39 +226,58 @@ def test_report_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
         write_report(tmp_path, [])
 
 
-def test_progress_lines_without_a_terminal(monkeypatch):
-    clock = iter(np.arange(0.0, 1000.0, 6.0))
-    monkeypatch.setattr(text.time, "perf_counter", lambda: float(next(clock)))
-    stream = io.StringIO()
-    with text.show_progress(stream, every_s=10.0) as report:
-        report(0.0, 1.0, "reading")
-        report(0.0, 1.0, "loading the model")
-        for i in range(8):
-            report(i * 1e10, 8e10, f"layer {i}")
-    lines = stream.getvalue().splitlines()
-    # The clock ticks 6 s a look: at least 10 s between lines, and no rate before anything is done.
-    assert lines[0] == "loading the model"
-    assert 4 <= len(lines) <= 9
-    sized = [line for line in lines if line != "loading the model"]
-    assert all(re.fullmatch(r" *\d+%  layer \d  [\d,]+ GFLOP/s, \d+ s left", line) for line in sized[1:]), lines
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
-def test_a_job_that_ends_at_once_prints_no_progress():
-    stream = io.StringIO()
-    with text.show_progress(stream) as report:
-        report(0.0, 1.0, "loading the model")
-        report(1e9, 2e9, "layer 0")
-    assert stream.getvalue() == ""
+WIDE = Table(
+    "Wide",
+    ("module", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "condition number"),
+    [("encoder.layer.11.attention.self.query", "12,345,678", "0.4812 (0.4411 to 0.5213)", "0.8125 (0.77 to 0.85)",
+      "0.1234", "1.2345678e+06 (resolved)"), ("short", "1", "2", "3", "4", "5")],
+    "a note",
+)  # fmt: skip
 
 
-def test_progress_bar_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+def shown(table, stream, columns, monkeypatch, **environment):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    text.print_table(table, text.make_console(stream))
+    return stream.getvalue()
 
-    stream = Terminal()
-    with text.show_progress(stream) as report:
-        report(0.0, 1.0, "loading [the] model")
-        report(0.0, 4e9, "a")
-        report(4e9, 4e9, "done")
-    assert stream.getvalue()
+
+def test_a_narrow_terminal_never_breaks_a_number(monkeypatch):
+    seen = shown(WIDE, Terminal(), 80, monkeypatch, NO_COLOR="1")
+    assert max(map(len, seen.splitlines())) <= 80
+    for row in WIDE.rows:
+        for cell in row:
+            assert cell in seen
+    for heading in WIDE.columns:
+        assert seen.count(heading) == 2  # row by row
+    middling = Table("T", WIDE.columns[:3], [row[:3] for row in WIDE.rows])
+    seen = shown(middling, Terminal(), 60, monkeypatch, NO_COLOR="1")
+    assert max(map(len, seen.splitlines())) <= 60
+    assert seen.count("parameters") == 1  # side by side: only the name is folded
+    assert "encoder.layer.11.attention.self.query" not in seen
+    for cell in ("12,345,678", "0.4812 (0.4411 to 0.5213)"):
+        assert cell in seen
+
+
+def test_a_pipe_gets_whole_lines(monkeypatch):
+    long = Table("T", ("name", "value"), [("x" * 500, "1.5"), ("y", "22.5")], "n " * 300)
+    seen = shown(long, io.StringIO(), 80, monkeypatch, FORCE_COLOR="1")
+    assert "\x1b" not in seen
+    assert "x" * 500 in seen
+    assert ("n " * 300).strip() in seen
+    one, two = (line.rstrip() for line in seen.splitlines() if line.startswith((" x", " y")))
+    assert len(one) == len(two)  # numbers end in one column
+
+
+def test_colours_are_for_terminals_that_want_them(monkeypatch):
+    assert "\x1b[" in shown(WIDE, Terminal(), 200, monkeypatch)
+    assert "\x1b" not in shown(WIDE, Terminal(), 200, monkeypatch, NO_COLOR="1")
+    assert "\x1b" not in shown(WIDE, io.StringIO(), 200, monkeypatch)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ntkengine.display import html_facts
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.recipe import Recipe
 from ntkengine.report.tables import span
 from ntkengine.spectrum import ConditionNumber
+
+_SHOWN = 10  # subsets a notebook shows
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,25 @@ class Ranking:
             "lora_alpha": self.alpha,
             "target_modules": list(self.choices[which].modules),
         }
+
+    def __repr__(self) -> str:
+        head = f"Ranking of {len(self.choices)} subsets, LoRA of rank {self.rank}, {self._trained()}"
+        told = [
+            f"  {i + 1}. {c.name}: eval loss {span(c.outcome.eval_loss) or 'unknown'}, {c.parameters:,} parameters"
+            for i, c in enumerate(self.choices[:_SHOWN])
+        ]
+        rest = len(self.choices) - len(told)
+        return "\n".join([head, *told, *([f"  and {rest} more"] if rest > 0 else [])])
+
+    def _repr_html_(self) -> str:
+        columns, *rows = self.table()
+        note = f"LoRA of rank {self.rank}, {self._trained()}"
+        note += f"; the best {_SHOWN} of {len(rows)}" if len(rows) > _SHOWN else ""
+        return html_facts("Modules by forecast eval loss", rows[:_SHOWN], columns, note)
+
+    def _trained(self) -> str:
+        r = self.recipe
+        return f"{r.optimizer}, learning rate {r.learning_rate:g}, epochs {r.epochs}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-able values."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.display import html_facts
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import displacement_bound
 from ntkengine.forecast.simulate import Simulation
@@ -17,6 +18,8 @@ from ntkengine.report.tables import span
 from ntkengine.spectrum import ConditionNumber
 
 Interval = tuple[float, float, float]
+# Rows of `Forecast.table` in its one-line form.
+_ESSENTIAL = ("examples", "contraction", "condition number", "ridge", "leave-one-out mse", "eval mse at ridge")
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,13 @@ class Forecast:
         shares = sorted(self.modules.items(), key=lambda item: -item[1])[:5]
         rows += [(f"share of trace, {name}", f"{share:.1%}") for name, share in shares]
         return rows
+
+    def __repr__(self) -> str:
+        kept = [(label, value) for label, value in self.table() if label in _ESSENTIAL]
+        return "Forecast(" + "; ".join(f"{label} {value}" for label, value in kept) + ")"
+
+    def _repr_html_(self) -> str:
+        return html_facts("Forecast", self.table(), note="; ".join(self.assumptions))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as JSON-able values: arrays as lists, NaN and infinity as None."""

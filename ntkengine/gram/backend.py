@@ -6,6 +6,7 @@ import logging
 
 import torch
 from ntk_kernels import runtime
+from ntk_kernels.syrk import syrk
 
 from ntkengine.errors import InputError
 
@@ -45,3 +46,18 @@ def uses_kernels(backend: str, device: torch.device, dtype: torch.dtype) -> bool
         _logged.add(chosen)
         log.info("backend='auto' takes %s", chosen)
     return reason is None
+
+
+def try_kernels(device: torch.device) -> str | None:
+    """Return why kernels do not run on a device, after running a small product there; None where it came out right."""
+    reason = runtime.why_not(device)
+    if reason is not None:
+        return reason
+    x = torch.linspace(-1.0, 1.0, 48 * 64, device=device).view(48, 64)
+    K = torch.zeros(48, 48, dtype=torch.float64, device=device)
+    try:
+        syrk(x, K, lower=False)
+        wrong = float((K - x.double() @ x.double().T).norm() / K.norm())
+    except Exception as error:  # noqa: BLE001  (compilers and drivers fail in ways of their own)
+        return f"kernels fail: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return None if wrong < 1e-5 else f"kernels give a wrong product, relative error {wrong:.1e}"

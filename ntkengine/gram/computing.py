@@ -62,14 +62,17 @@ def computed(
     """
     root = team is None or team.root
     waited = 0.0 if team is None else team.waited
+    began = time.perf_counter()
     tune_allocator(bounded=memory_gib is not None)
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, sketches = planned(
             task, precision, per_module, memory_gib, seed, sketch, team
         )
+        plan_s = time.perf_counter() - began
         frame = task.frame(structure.outputs)
         truth = double = None
+        checking = time.perf_counter()
         with together(team):
             if check and root or task.transform in SIGNS:
                 double = _double(task, running, lazy=memory_gib is not None)
@@ -78,6 +81,7 @@ def computed(
             if check and root:
                 truth = Check(task, samples, frame, structure, seed, layout.gradients)
                 truth.sweep()
+        check_s = time.perf_counter() - checking
         if team is not None:
             team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
         # The layout does not count kept activations, so a bounded job recomputes them.
@@ -88,6 +92,7 @@ def computed(
             swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches, checkpoints, team
         )
         noise, of_sketch = None, None
+        checking = time.perf_counter()
         with together(team), sums.asking() if root else nullcontext():
             if not root:
                 sums.serve()
@@ -98,6 +103,7 @@ def computed(
                 noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
             if sketch is not None and noise is not None:
                 of_sketch = described(sketch, sketches, seed, sums, noise.relative)
+    check_s += time.perf_counter() - checking
     for row in plan.parameters:
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     contracting = sum(row.seconds or 0.0 for row in plan.parameters)
@@ -120,6 +126,8 @@ def computed(
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,
         "resumed": 0 if checkpoints is None else checkpoints.resumed,
+        "plan_seconds": plan_s,
+        "check_seconds": check_s,
         "pass_seconds": sums.pass_seconds,
         "contract_seconds": sum(row.seconds or 0.0 for row in plan.parameters),
         **surroundings(task.device),

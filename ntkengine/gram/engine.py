@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ntkengine import store
 from ntkengine.cluster.comm import team_of, together
@@ -34,14 +34,15 @@ from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.sources import Source, as_inputs
 
 Progress = Callable[[float, float, str], None]
 
 
 def compute_gram(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    inputs2: Mapping[str, Tensor] | None = None,
+    inputs: Source,
+    inputs2: Source | None = None,
     *,
     readout: str | ReadoutFunction = "logits",
     params: str | Iterable[str] = "trainable",
@@ -57,7 +58,7 @@ def compute_gram(
     comm: Any = None,
     check: bool = True,
     progress: Progress | None = None,
-    eval_inputs: Mapping[str, Tensor] | None = None,
+    eval_inputs: Source | None = None,
     targets: np.ndarray | None = None,
     eval_targets: np.ndarray | None = None,
     example_ids: Sequence[str] | None = None,
@@ -75,6 +76,8 @@ def compute_gram(
     Args:
         model: any `torch.nn.Module`; it is run in eval mode and left as it was found.
         inputs: tensors with a leading sample axis N: what the model is called with; `labels` only reach the readout.
+            Or what becomes such: texts, `Examples`, a data set or frame with a `text` column (`tokenize`), a
+            DataLoader or a list of tokenised batches, in order (`inputs.tokenised`).
         inputs2: other inputs; then K is (N, M), rows `inputs`, columns `inputs2`.
         readout: `"logits"`, `"margin"`, `"loss"`, or a callable (model_outputs, inputs) -> (N, C).
         params: `"trainable"`, `"all"`, a glob over names, or a list of these; `"!glob"` in a list leaves out.
@@ -116,7 +119,8 @@ def compute_gram(
             far it is off, measured on rows recomputed without it. Parameters that are no larger stay exact.
 
     Returns:
-        The Gram. `noise` is NaN with `check=False`.
+        The Gram. `noise` is NaN with `check=False`. `meta` has the seconds of each part of the run; those of writing
+        the file, `write_seconds`, only where this call wrote it.
 
     Raises:
         InputError: arguments that cannot be used, a file of another job under `out`, or a budget too small.
@@ -134,6 +138,10 @@ def compute_gram(
     wanted: dict[str, Any] = {}
     with together(team):
         refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
+        # Here, as a generator of batches could not be read a second time.
+        inputs = as_inputs(inputs, model)
+        inputs2 = None if inputs2 is None else as_inputs(inputs2, model)
+        eval_inputs = None if eval_inputs is None else as_inputs(eval_inputs, model)
         task = Task.prepare(
             model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
         )
@@ -160,8 +168,10 @@ def compute_gram(
             task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints, team, start
         )
         gram.targets, gram.eval_targets = as_float(targets), as_float(eval_targets)
+        began = time.perf_counter()
         with together(team):
             gram.extras = dict((extras() if callable(extras) else extras) or {})
+        gram.meta["extras_seconds"] = time.perf_counter() - began
         gram.meta["settings"] = dict(job or {})
         gram.meta["seconds"] = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
         return gram, sums, samples
@@ -177,6 +187,7 @@ def compute_gram(
         return shared(team, there)
     ids = {"example_id": example_ids, "eval_id": eval_ids}
     names = {k: list(v) for k, v in ids.items() if v is not None}
+    written = None
     with checkpointing(path, wanted, team, resume=resume, every_s=checkpoint_s) as checkpoints:
         if checkpoints.repairs:
             again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
@@ -187,17 +198,22 @@ def compute_gram(
                     fill_open_tiles(checkpoints, inputs, inputs2, eval_inputs, compute)
         else:
             gram, sums, samples = made(checkpoints)
+            began = time.perf_counter()
             if isinstance(sums, Spread):
                 write_spread(checkpoints, path, gram, sums, samples, wanted, names)
             else:
                 checkpoints.write(lambda name: store.write_gram(path, gram, wanted, names, name))
-    return shared(team, store.open_gram(path) if root else None)
+            written = time.perf_counter() - began
+    found = shared(team, store.open_gram(path) if root else None)
+    if written is not None:  # of the file itself, which therefore cannot hold it
+        found.meta["write_seconds"] = written
+    return found
 
 
 def plan_gram(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    inputs2: Mapping[str, Tensor] | None = None,
+    inputs: Source,
+    inputs2: Source | None = None,
     *,
     readout: str | ReadoutFunction = "logits",
     params: str | Iterable[str] = "trainable",
@@ -206,7 +222,7 @@ def plan_gram(
     per_module: bool = False,
     precision: str = "high",
     backend: str = "auto",
-    eval_inputs: Mapping[str, Tensor] | None = None,
+    eval_inputs: Source | None = None,
     memory_gib: float | None = None,
     seed: int = 0,
     sketch: int | None = None,

@@ -12,6 +12,7 @@ from ntk_kernels.fold import SLAB_BYTES
 from ntk_kernels.syrk import PANEL_BYTES
 from torch import nn
 
+from ntkengine.display import html_facts
 from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Needs
 from ntkengine.gram.strategies import TILE_BYTES, choose
@@ -132,6 +133,28 @@ class Plan:
     def seconds(self) -> float:
         """Estimate of the run's time: the probe, the passes, and all else at the contractions' measured rate."""
         return self.probe_seconds + self.pass_seconds + (self.flops - self.pass_flops) / self.rate
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return (label, value) rows of what matters most."""
+        known = np.isfinite(self.peak_bytes)
+        rows = [
+            ("examples", f"{self.samples:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("outputs", str(self.outputs)),
+            ("parameter tensors", f"{len(self.parameters):,}"),
+            ("strategies", ", ".join(sorted({row.strategy for row in self.parameters}))),
+            ("work", f"{self.flops / 1e9:,.1f} GFLOP, passes {self.pass_flops / 1e9:,.1f}"),
+            ("time", f"about {self.seconds:.1f} s"),
+            ("peak memory", f"{self.peak_bytes / 2**20:,.0f} MiB above the model" if known else ""),
+            ("ranks", str(self.ranks) if self.ranks > 1 else ""),
+        ]
+        return [(label, value) for label, value in rows if value]
+
+    def __repr__(self) -> str:
+        return "Plan(" + "; ".join(f"{label} {value}" for label, value in self.facts()) + ")"
+
+    def _repr_html_(self) -> str:
+        return html_facts("Plan", self.facts())
 
     def table(self) -> list[dict[str, Any]]:
         """Return one mapping for each parameter."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.display import html_facts
 from ntkengine.errors import InputError
 from ntkengine.gram.plan import Plan
 
@@ -101,10 +102,27 @@ class Gram:
         array = np.asarray(self.values[...] if hasattr(self.values, "chunks") else self.values, dtype=dtype)
         return array.copy() if copy else array
 
+    def facts(self) -> list[tuple[str, str]]:
+        """Return (label, value) rows of what matters most; no entry of the Gram is read."""
+        meta, sketch = self.meta, self.meta.get("sketch")
+        unknown = not np.isfinite(self.noise)
+        rows = [
+            ("shape", " × ".join(map(str, self.shape))),
+            ("readout", str(meta.get("readout", ""))),
+            ("contraction", self.contraction),
+            ("transform", self.transform),
+            ("noise", "not estimated" if unknown else f"± {self.noise:.2g} (spectral norm, gradient²)"),
+            ("sketched", f"to {sketch['features']} features" if sketch else ""),
+            ("eval × train", "" if self.cross is None else " × ".join(map(str, self.cross.shape))),
+            ("module Grams", str(len(self.modules)) if self.modules else ""),
+            ("precision", str(meta.get("precision", ""))),
+            ("file", str(self.path) if self.path else ""),
+        ]
+        return [(label, value) for label, value in rows if value]
+
     def __repr__(self) -> str:
-        where = f", file {str(self.path)!r}" if self.path else ""
-        sketch = self.meta.get("sketch")
-        where = f", sketched to {sketch['features']} features{where}" if sketch else where
-        return (
-            f"Gram({self.contraction}, shape {self.shape}, noise {self.noise:.2g}, {len(self.modules)} modules{where})"
-        )
+        first, *rest = self.facts()
+        return f"Gram({first[1]}; " + ", ".join(f"{label} {value}" for label, value in rest) + ")"
+
+    def _repr_html_(self) -> str:
+        return html_facts("Gram", self.facts())

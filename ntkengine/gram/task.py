@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from ntkengine.inputs.batches import Samples, check_inputs
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.sources import as_inputs
 from ntkengine.inputs.streaming import converted
 
 
@@ -52,9 +53,9 @@ class Task:
     def prepare(
         cls,
         model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        inputs2: Mapping[str, Tensor] | None,
-        eval_inputs: Mapping[str, Tensor] | None,
+        inputs: Any,
+        inputs2: Any,
+        eval_inputs: Any,
         readout: str | ReadoutFunction,
         params: str | Iterable[str],
         contraction: str,
@@ -62,12 +63,12 @@ class Task:
         precision: str,
         backend: str = "torch",
     ) -> Task:
-        """Return the task of a call's arguments.
+        """Return the task of a call's arguments, its inputs as `as_inputs` takes them.
 
         Raises:
             InputError: arguments that cannot be used.
         """
-        groups = [inputs] + [g for g in (inputs2, eval_inputs) if g is not None]
+        groups = [as_inputs(inputs, model)] + [as_inputs(g, model) for g in (inputs2, eval_inputs) if g is not None]
         for group in groups:
             check_inputs(group)
         chosen = resolve_readout(readout, contraction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.memory import class_names, missing, plain, rows_in
 from ntkengine.inputs.tables import Row, rows_of
+from ntkengine.inputs.tokenised import collated, is_tokenised
 
 Text = str | tuple[str, str]
 
@@ -59,8 +61,8 @@ def read_examples(
     """Return labelled examples.
 
     Args:
-        source: a path to jsonl, json, csv, tsv or parquet; a `datasets.Dataset`; a pandas frame; a list of mappings; a
-            mapping of columns.
+        source: a path to jsonl, json, csv, tsv or parquet; a `datasets.Dataset`, whose class names are taken; a pandas
+            frame; a list of mappings; a mapping of columns; with `label=None` a list of texts.
         text: column of the text.
         label: column of the label; None for unlabelled text.
         text_pair: column of a second text.
@@ -76,8 +78,8 @@ def read_examples(
     if limit is not None and limit < 1:
         msg = f"limit: expected at least 1, got {limit}"
         raise InputError(msg)
-    name, rows = rows_of(source, header)
     columns = [c for c in (text, label, text_pair) if c is not None]
+    name, rows = rows_of(source, header) if isinstance(source, str | Path) else rows_in(source, columns)
     found: list[tuple[Text, Any, str]] = []
     for row in rows:
         found.append(_example(row, columns, text, label, text_pair))
@@ -92,6 +94,11 @@ def read_examples(
     texts, values, ids = (list(part) for part in zip(*found, strict=True))
     if label is None:
         return Examples(texts, None, [], ids, name)
+    given = class_names(source, label)
+    if given is not None and (label_names is None or set(label_names) <= set(given)):
+        values = [_named(value, given, where, label) for value, where in zip(values, ids, strict=True)]
+        if len(set(values)) > 1:
+            label_names = label_names or given
     names = [_label(n) for n in label_names] if label_names is not None else _class_names(values)
     if len(set(names)) != len(names):
         msg = f"label_names: expected distinct names, got {', '.join(names)}"
@@ -119,7 +126,8 @@ def tokenize(
     """Return model inputs for all examples, padded on the right to the longest.
 
     Args:
-        examples: `Examples`, a list of texts or of pairs, or a data set or frame with a `text` column.
+        examples: `Examples`; a list of texts or of pairs; a data set, frame, columns or list of mappings with a `text`
+            column; or what is tokenised already, which is only put together (`inputs.tokenised`).
         model: its tokenizer and its length limit are used.
         tokenizer: used instead of the model's.
         max_length: a shorter limit than the model's.
@@ -131,6 +139,10 @@ def tokenize(
     Raises:
         InputError: no tokenizer, no examples, a text over the limit, ids the model's embedding lacks.
     """
+    if is_tokenised(examples):
+        inputs = collated(examples, model)
+        _check_vocabulary(inputs["input_ids"], model)
+        return inputs
     if not isinstance(examples, Examples):
         examples = _examples_of(examples)
     if tokenizer is None:
@@ -187,6 +199,8 @@ def _examples_of(source: Any) -> Examples:
     """Return unlabelled examples from a list of texts or of pairs, or from the `text` column of a table."""
     if hasattr(source, "column_names") or hasattr(source, "columns") or isinstance(source, dict):
         return read_examples(source, label=None)
+    if isinstance(source, list | tuple) and source and isinstance(source[0], Mapping):
+        return read_examples(source, label=None)
     if isinstance(source, str) or not isinstance(source, Iterable):
         msg = f"examples: expected Examples, a list of texts or of pairs, or a table, got {source!r}"
         raise InputError(msg)
@@ -210,19 +224,29 @@ def _example(row: Row, columns: list[str], text: str, label: str | None, pair: s
     for column in (text,) if pair is None else (text, pair):
         value = row.values[column]
         if not isinstance(value, str) or not value.strip():
-            what = "is empty" if isinstance(value, str) or value is None else f"is {type(value).__name__}, not text"
+            empty = isinstance(value, str) or missing(value)
+            what = "is empty" if empty else f"is {type(value).__name__}, not text"
             msg = f"{row.where}: column {column!r} {what}"
             raise InputError(msg)
         parts.append(value)
-    value = None if label is None else row.values[label]
-    if label is not None and (_missing(value) or _label(value) == ""):
+    value = None if label is None else plain(row.values[label])
+    if label is not None and (missing(value) or _label(value) == ""):
         msg = f"{row.where}: column {label!r} has no label"
+        raise InputError(msg)
+    if label is not None and not isinstance(value, str | int | float | np.generic):
+        msg = f"{row.where}: column {label!r} is {type(value).__name__}, expected a class, as text or a number"
         raise InputError(msg)
     return (parts[0] if pair is None else (parts[0], parts[1])), value, row.where
 
 
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)  # NaN
+def _named(value: Any, names: Sequence[str], where: str, label: str) -> str:
+    """Return the name of a class that a data set has by its number."""
+    if isinstance(value, str):
+        return value
+    if not 0 <= value < len(names):
+        msg = f"{where}: column {label!r} has no label: {value} is none of the classes {', '.join(names)}"
+        raise InputError(msg)
+    return names[int(value)]
 
 
 def _label(value: Any) -> str:

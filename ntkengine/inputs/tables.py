@@ -1,4 +1,4 @@
-"""Rows of named values from files, data sets, frames and lists, each knowing where it stands."""
+"""Rows of named values from files, each knowing where it stands."""
 
 from __future__ import annotations
 
@@ -22,45 +22,25 @@ class Row:
     values: Mapping[str, Any]
 
 
-def rows_of(source: Any, header: Sequence[str] | None = None) -> tuple[str, Iterator[Row]]:
-    """Return the source's name and its rows, read as they are asked for.
+def rows_of(source: str | Path, header: Sequence[str] | None = None) -> tuple[str, Iterator[Row]]:
+    """Return a file's name and its rows, read as they are asked for.
 
     Args:
-        source: a path, a `datasets.Dataset`, a pandas frame, a list of mappings, or a mapping of columns.
+        source: its path.
         header: column names of a csv or tsv without a header line.
 
     Raises:
         InputError: no such file, or a kind that cannot be read.
     """
-    if isinstance(source, str | Path):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            msg = f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}"
-            raise InputError(msg)
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
-            msg = f"{path}: expected one of {', '.join(_READERS)}, got {path.suffix or 'no suffix'!r}"
-            raise InputError(msg)
-        return str(path), reader(path, header)
-    if hasattr(source, "column_names"):  # datasets.Dataset
-        return "dataset", (Row(f"dataset row {i}", dict(row)) for i, row in enumerate(source))
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):  # pandas.DataFrame
-        return "frame", (Row(f"frame row {i}", row) for i, row in enumerate(source.to_dict("records")))
-    if isinstance(source, Mapping):
-        return "columns", _columns(source)
-    if isinstance(source, Iterable):
-        return "list", _records("list", source)
-    msg = f"examples: expected a path, a data set, a frame, a list of mappings or columns, got {type(source).__name__}"
-    raise InputError(msg)
-
-
-def _columns(source: Mapping[str, Any]) -> Iterator[Row]:
-    lengths = {name: len(column) for name, column in source.items()}
-    if len(set(lengths.values())) > 1:
-        msg = f"columns: expected equal lengths, got {lengths}"
+    path = Path(source).expanduser()
+    if not path.is_file():
+        msg = f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}"
         raise InputError(msg)
-    for i, values in enumerate(zip(*source.values(), strict=True)):
-        yield Row(f"row {i}", dict(zip(source, values, strict=True)))
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        msg = f"{path}: expected one of {', '.join(_READERS)}, got {path.suffix or 'no suffix'!r}"
+        raise InputError(msg)
+    return str(path), reader(path, header)
 
 
 def _records(name: str, records: Iterable[Any]) -> Iterator[Row]:

@@ -179,7 +179,7 @@ def plan_table(plan: Any) -> Table:
     return Table("Plan", _PLAN, rows, note)
 
 
-_PLAN = ("parameter", "uses", "size", "gradient", "strategy", "GFLOP", "s", "MiB of factors")
+_PLAN = ("parameter", "uses", "size", "gradient", "strategy", "work (GFLOP)", "time (s)", "factors (MiB)")
 
 
 def sketch_note(gram: Any) -> str:
@@ -204,9 +204,10 @@ def spectrum_table(ritz: Any, condition: Any, approximation: str = "") -> Table:
         (str(i + 1), f"{ritz.values[j]:.8g}", f"{ritz.bounds[j]:.1e}", f"{ritz.residuals[j]:.1e}")
         for i, j in enumerate(order)
     ]
-    note = f"condition number {condition}; {ritz.method}, {ritz.products} products; eigenvalues in gradient²"
+    note = f"condition number {condition}; {ritz.method}, {ritz.products} products"
     note += f"; {approximation}" if approximation else ""
-    return Table("Spectrum", ("", "eigenvalue", "± bound", "residual"), rows, note)
+    columns = ("no.", "eigenvalue (gradient²)", "± bound (gradient²)", "residual (gradient²)")
+    return Table("Spectrum", columns, rows, note)
 
 
 def forecast_table(forecast: Any) -> Table:
@@ -236,9 +237,9 @@ def ridge_table(forecast: Any, approximation: str = "") -> Table:
         )
         for i in keep
     ]
-    note = "ridge in gradient², the unit of K; mse: mean over examples and outputs"
+    note = "gradient² is the unit of K; mse: mean over examples and outputs"
     note += f"; {approximation}" if approximation else ""
-    return Table("Ridge path", ("ridge", "effective dimension", *held, ""), rows, note)
+    return Table("Ridge path", ("ridge (gradient²)", "effective dimension", *held, ""), rows, note)
 
 
 def ridge_dimension(forecast: Any, index: int) -> float:
@@ -254,7 +255,7 @@ def module_table(shares: Mapping[str, float], trace: float, top: int | None = No
     if rest:
         told.append((f"{len(rest)} others", sum(share for _, share in rest)))
     rows = [(name, f"{share * trace:.5g}", f"{share:.2%}") for name, share in told]
-    return Table("Trace by module", ("module", "trace", "share"), rows, "trace in gradient², summed over the examples")
+    return Table("Trace by module", ("module", "trace (gradient²)", "share"), rows, "summed over the examples")
 
 
 def comparison_table(forecasts: Mapping[str, Any]) -> Table:

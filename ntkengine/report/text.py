@@ -1,23 +1,23 @@
-"""Tables and progress on a terminal, and plain lines where there is none."""
+"""Tables and colours on a terminal, and plain lines where there is none."""
 
 from __future__ import annotations
 
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from ntkengine.report.tables import Table
 
-PLAIN_WIDTH = 240
-ProgressCall = Callable[[float, float, str], None]
+_ENDLESS = 1 << 20  # columns of a pipe: nothing is folded there
+_LEGIBLE = 16  # columns a text is not squeezed below, unless all of it is shorter
+_GAP, _EDGES = 3, 2  # blank columns between two of a table, and around it
 
 
 class _Console(Console):
@@ -28,14 +28,31 @@ class _Console(Console):
 
 
 def make_console(stream: IO[str] | None = None) -> Console:
-    """Return a console; without a terminal there are no colours and lines are not folded at 80 columns."""
+    """Return a console; without a terminal there are no colours and no line is folded, with NO_COLOR set no colours."""
     stream = sys.stdout if stream is None else stream
     terminal = stream.isatty()
-    return _Console(file=stream, width=None if terminal else PLAIN_WIDTH, highlight=False, emoji=False)
+    return _Console(
+        file=stream,
+        width=None if terminal else _ENDLESS,
+        force_terminal=terminal,
+        color_system="auto" if terminal and not os.environ.get("NO_COLOR") else None,
+        highlight=False,
+        emoji=False,
+    )
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Print one table: first column to the left, numbers to the right, the note below."""
+    """Print one table: texts to the left, numbers to the right, the note below.
+
+    Texts fold where the terminal is narrow, numbers never do: a table whose numbers do not fit side by side is printed
+    row by row, a line for each column.
+    """
+    columns = _columns(table)
+    frame = _GAP * (len(columns) - 1) + _EDGES
+    if console.width < sum(c.least for c in columns) + frame:
+        table = _turned(table)
+        columns, frame = _columns(table), _GAP + _EDGES
+    widths = _fitted(columns, console.width - frame)
     pairs = not table.columns
     shown = RichTable(
         title=escape(table.title),
@@ -45,11 +62,14 @@ def print_table(table: Table, console: Console) -> None:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    width = max([len(table.columns), *(len(row) for row in table.rows)])
-    for i in range(width):
-        text = i == 0 or pairs or (len(table.columns) > i and not _numeric(table, i))
-        heading = escape(table.columns[i]) if not pairs else ""
-        shown.add_column(heading, justify="left" if text else "right", overflow="fold", style="cyan" if i == 0 else "")
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        shown.add_column(
+            "" if pairs else escape(table.columns[i]),
+            justify="left" if column.text else "right",
+            width=width,
+            overflow="fold",
+            style="cyan" if i == 0 else "",
+        )
     for row in table.rows:
         shown.add_row(*map(escape, row))
     console.print(shown)
@@ -58,72 +78,49 @@ def print_table(table: Table, console: Console) -> None:
     console.print()
 
 
-@contextmanager
-def show_progress(stream: IO[str] | None = None, every_s: float = 10.0) -> Iterator[ProgressCall]:
-    """Give the callable for `progress=`: (done, total, stage), in flops.
+@dataclass(frozen=True)
+class _Column:
+    """What a column needs: of numbers all, of texts and headings a legible part."""
 
-    On a terminal a bar with GFLOP/s and the time left; elsewhere at most one line every `every_s` seconds, so that a
-    job that is refused at once says only why. A stage without a size, such as loading, has total <= 1.
-
-    Args:
-        stream: where to; default standard error.
-        every_s: seconds between lines without a terminal.
-    """
-    stream = sys.stderr if stream is None else stream
-    if not stream.isatty():
-        yield _lines(stream, every_s)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=stream), transient=True) as bar:
-        task = bar.add_task("", total=None, rate="")
-        rate = _Rate()
-
-        def report(done: float, total: float, stage: str) -> None:
-            sized = total > 1
-            text = rate(done, total)[0] if sized else ""
-            bar.update(task, description=escape(stage), completed=done, total=total if sized else None, rate=text)
-
-        yield report
+    text: bool
+    least: int
+    most: int
 
 
-class _Rate:
-    """GFLOP/s and seconds left, from when the current run of numbers began."""
-
-    def __init__(self) -> None:
-        self._start, self._last = 0.0, float("inf")
-
-    def __call__(self, done: float, total: float) -> tuple[str, str]:
-        """Return both as text, empty while nothing is known."""
-        now = time.perf_counter()
-        if done < self._last and (self._last == float("inf") or done == 0):
-            self._start = now
-        self._last = done
-        spent = now - self._start
-        if done <= 0 or spent < 0.05:
-            return "", ""
-        return f"{done / spent / 1e9:,.0f} GFLOP/s", f"{(total - done) * spent / done:.0f} s left"
+def _columns(table: Table) -> list[_Column]:
+    found = []
+    for i in range(max([len(table.columns), *(len(row) for row in table.rows)])):
+        cells = [row[i] for row in table.rows if len(row) > i]
+        heading = table.columns[i] if table.columns else ""
+        text = i == 0 or not table.columns or not _numeric(cells)
+        longest = max(map(cell_len, cells), default=0)
+        least = max(max(map(cell_len, heading.split()), default=0), min(longest, _LEGIBLE) if text else longest)
+        found.append(_Column(text, least, max(longest, cell_len(heading))))
+    return found
 
 
-def _lines(stream: IO[str], every_s: float) -> ProgressCall:
-    rate, said_at = _Rate(), time.perf_counter()
-
-    def report(done: float, total: float, stage: str) -> None:
-        nonlocal said_at
-        known = ", ".join(filter(None, rate(done, total))) if total > 1 else ""
-        if time.perf_counter() - said_at >= every_s:
-            share = f"{done / total:4.0%}  " if total > 1 else ""
-            print(f"{share}{stage}  {known}".rstrip(), file=stream, flush=True)
-            said_at = time.perf_counter()
-
-    return report
+def _fitted(columns: list[_Column], room: int) -> list[int]:
+    """Return each column's width: all it can use, or of what is left over in turn, texts first."""
+    widths = [c.least for c in columns]
+    left = room - sum(widths)
+    for i in sorted(range(len(columns)), key=lambda i: not columns[i].text):
+        more = max(0, min(left, columns[i].most - widths[i]))
+        widths[i] += more
+        left -= more
+    return widths
 
 
-def _numeric(table: Table, column: int) -> bool:
-    cells = [row[column] for row in table.rows if len(row) > column and row[column]]
-    return bool(cells) and all(cell[0] in "0123456789+-±>." for cell in cells)
+def _turned(table: Table) -> Table:
+    """Return a table of (heading, value) pairs, the rows one after the other with an empty line between."""
+    if not table.columns:
+        return table
+    rows: list[tuple[str, ...]] = []
+    for row in table.rows:
+        rows += [("", "")] if rows else []
+        rows += [(heading, cell) for heading, cell in zip(table.columns, row, strict=False) if cell]
+    return Table(table.title, (), rows, table.note)
+
+
+def _numeric(cells: list[str]) -> bool:
+    told = [cell for cell in cells if cell]
+    return bool(told) and all(cell[0] in "0123456789+-±><≤≥∞." or cell in ("nan", "inf") for cell in told)

@@ -1,0 +1,35 @@
+"""What a flag may be, for shell completion: names alone, so that a shell does not wait for libraries.
+
+A test holds them against the registries of the rooms they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "--readout": ("logits", "margin", "loss"),
+    "--contraction": ("trace", "full", "per-output", "sum-of-outputs"),
+    "--transform": ("sgd", "sign", "asymmetric-sign"),
+    "--precision": ("high", "exact", "fast"),
+    "--backend": ("auto", "triton", "torch"),
+    "--params": ("trainable", "all"),
+    "--dtype": ("float32", "float64", "bfloat16", "float16"),
+    "--device": ("auto", "cpu", "cuda"),
+    "--peft": ("lora", "ia3", "adalora", "loha", "lokr", "oft", "boft", "vera", "prompt_tuning", "prefix_tuning"),
+    "--optimizer": ("adam", "sgd"),
+    "--loss": ("squared", "cross-entropy"),
+    "--subsets": ("single", "layers", "types", "greedy", "all"),
+    "--which": ("LA", "SA", "BE"),
+    "--ridge": ("loo", "gcv"),
+    "--head-ridge": ("loo",),
+}
+
+
+def completing(name: str) -> Callable[[str], list[str]]:
+    """Return the completion of a flag's value: its names that begin with what is typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in CHOICES[name] if choice.startswith(incomplete)]
+
+    return complete

@@ -1,0 +1,35 @@
+"""Whatever examples come as, turned into a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ntkengine.errors import InputError
+from ntkengine.inputs.examples import tokenize
+from ntkengine.inputs.tokenised import collated, is_tokenised
+
+Source = Mapping[str, Tensor] | Iterable[Any]
+
+
+def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
+    """Return a mapping of tensors with a leading sample axis.
+
+    Args:
+        source: such a mapping, which is returned as it is; token ids in another form (`inputs.tokenised`); or texts
+            (`tokenize`), for which the model's own tokenizer is used.
+        model: that will run on them.
+
+    Raises:
+        InputError: as `collated` and `tokenize`.
+    """
+    if isinstance(source, Mapping) and ("text" not in source or any(isinstance(v, Tensor) for v in source.values())):
+        return source
+    if source is None or isinstance(source, Tensor | int | float | str):
+        msg = f"inputs: expected a mapping of tensors with a leading sample axis, or texts, got {type(source).__name__}"
+        raise InputError(msg)
+    if is_tokenised(source):
+        return collated(source, model)
+    return tokenize(source, model)

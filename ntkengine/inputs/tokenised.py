@@ -1,0 +1,134 @@
+"""Token ids that someone else has made: a DataLoader, a list of batches or of examples, a tokenised data set.
+
+They become one mapping of tensors, in their order, padded on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from ntkengine.errors import InputError
+
+# Tensors with a token axis -> what they are padded with; input_ids with the model's own.
+_PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -100}
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def is_tokenised(source: Any) -> bool:
+    """Return whether a source holds token ids, as far as can be seen without using it up."""
+    if isinstance(source, Mapping):
+        return "input_ids" in source
+    if isinstance(source, DataLoader):
+        return True
+    if hasattr(source, "column_names"):
+        return not isinstance(source.column_names, Mapping) and "input_ids" in (source.column_names or ())
+    return isinstance(source, list | tuple) and bool(source) and _tokens(source[0])
+
+
+def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return one mapping of tensors with a leading sample axis.
+
+    Args:
+        source: as `is_tokenised` knows it. Batches are mappings of tensors (n, T, …), examples of sequences (T,) and
+            numbers; `label` is called `labels`. Of a data set only what a language model takes is kept.
+        model: its padding token pads `input_ids`.
+
+    Raises:
+        InputError: nothing in it, no `input_ids`, batches that do not go together, batches of different widths without
+            an attention mask or padded on the left, or a loader that shuffles or drops examples.
+    """
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    padding = _PADDING | {"input_ids": pad if isinstance(pad, int) and pad >= 0 else 0}
+    if isinstance(source, DataLoader):
+        _in_order(source)
+    parts: Iterable[Any] = [source] if isinstance(source, Mapping) else source
+    batches = [_batch(part, f"batch {i}", known=hasattr(source, "column_names")) for i, part in enumerate(parts)]
+    if not batches:
+        msg = "inputs: expected at least one batch, got none"
+        raise InputError(msg)
+    first = batches[0]
+    for i, batch in enumerate(batches):
+        if batch.keys() != first.keys():
+            msg = f"batch {i}: expected {', '.join(first)} like batch 0, got {', '.join(batch)}"
+            raise InputError(msg)
+    widths = [int(batch["input_ids"].shape[1]) for batch in batches]
+    if len(set(widths)) > 1:
+        for i, batch in enumerate(batches):
+            _can_pad(batch, f"batch {i}")
+        batches = [_padded(batch, max(widths), padding) for batch in batches]
+    try:
+        return {name: torch.cat([batch[name] for batch in batches]) for name in first}
+    except (RuntimeError, TypeError) as error:
+        msg = f"inputs: batches do not go together: {str(error).splitlines()[0]}"
+        raise InputError(msg) from error
+
+
+def _tokens(part: Any) -> bool:
+    return isinstance(part, Mapping) and ("input_ids" in part or any(isinstance(v, Tensor) for v in part.values()))
+
+
+def _in_order(loader: DataLoader) -> None:
+    if isinstance(loader.sampler, _RANDOM):
+        msg = "inputs: this DataLoader draws examples at random: no row could be told whose it is; shuffle=False"
+        raise InputError(msg)
+    size, sampler = loader.batch_size, loader.sampler
+    dropped = len(sampler) % size if loader.drop_last and size and isinstance(sampler, Sized) else 0
+    if dropped:
+        msg = f"inputs: this DataLoader drops the last {dropped} examples; drop_last=False"
+        raise InputError(msg)
+
+
+def _batch(part: Any, where: str, *, known: bool) -> dict[str, Tensor]:
+    """Return a batch, or an example as a batch of one, as tensors."""
+    if not isinstance(part, Mapping) or "input_ids" not in part:
+        got = f"a mapping of {', '.join(map(str, part))}" if isinstance(part, Mapping) else type(part).__name__
+        msg = f"{where}: expected token ids, a mapping with input_ids, got {got}; `tokenize` makes them from texts"
+        raise InputError(msg)
+    found = {}
+    for name, value in part.items():
+        name = "labels" if name == "label" and "labels" not in part else str(name)
+        if known and name not in _PADDING:
+            continue
+        if value is None:
+            msg = f"{where}: {name} has no value"
+            raise InputError(msg)
+        try:
+            found[name] = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            msg = f"{where}: expected numbers of one length in {name} ({str(error).splitlines()[0]})"
+            raise InputError(msg) from error
+    if found["input_ids"].ndim == 1:  # an example
+        found = {name: value[None] for name, value in found.items()}
+        found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
+    ids = found["input_ids"]
+    if ids.ndim != 2 or not ids.numel():
+        msg = f"{where}: expected input_ids of shape (n, T), got {tuple(ids.shape)}"
+        raise InputError(msg)
+    for name, value in found.items():
+        if value.ndim == 0 or len(value) != len(ids):
+            msg = f"{where}: expected {len(ids)} examples in {name} as in input_ids, got shape {tuple(value.shape)}"
+            raise InputError(msg)
+    return found
+
+
+def _can_pad(batch: Mapping[str, Tensor], where: str) -> None:
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        msg = f"{where}: batches of different widths need an attention_mask that says what is padding"
+        raise InputError(msg)
+    if bool((mask[:, 1:] > mask[:, :-1]).any()):
+        msg = f"{where}: is padded on the left; batches of different widths are put together padded on the right"
+        raise InputError(msg)
+
+
+def _padded(batch: Mapping[str, Tensor], width: int, padding: Mapping[str, int]) -> dict[str, Tensor]:
+    more = width - batch["input_ids"].shape[1]
+    return {
+        name: nn.functional.pad(value, (0, more), value=padding[name]) if name in padding and value.ndim == 2 else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,129 @@
+"""`ntkengine spectrum | ridge | forecast | report`: what is read off a Gram file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ntkengine.choices import completing
+from ntkengine.console import answered, print_json, show
+from ntkengine.errors import InputError
+from ntkengine.filecommands import GramFile, Json
+
+RidgeChoice = Annotated[
+    str | None,
+    typer.Option(
+        help="loo, gcv, or a number in the unit of K.", show_default="loo", autocompletion=completing("--ridge")
+    ),
+]
+
+
+@answered
+def spectrum(
+    path: GramFile,
+    k: Annotated[int, typer.Option("-k", "--count", help="Eigenvalues to print.")] = 20,
+    which: Annotated[
+        str, typer.Option(help="LA largest, SA smallest, BE both ends.", autocompletion=completing("--which"))
+    ] = "LA",
+    as_json: Json = False,
+) -> None:
+    """Print extreme eigenvalues with their errors, and the condition number."""
+    from ntkengine.report.tables import sketch_note, spectrum_table
+    from ntkengine.spectrum import condition_number, effective_rank, eigsh
+    from ntkengine.store import open_gram
+
+    gram = open_gram(path)
+    ritz, condition = eigsh(gram, k=min(k, gram.shape[-1]), which=which), condition_number(gram)
+    if as_json:
+        found = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
+        told = {name: getattr(condition, name) for name in ("lambda_max", "lambda_min", "lower", "resolved")}
+        told |= {"noise": condition.noise, "upper": condition.upper if condition.resolved else None}
+        print_json(
+            {"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram), **_sketch(gram)}
+        )
+        return
+    show(spectrum_table(ritz, condition, sketch_note(gram)))
+
+
+@answered
+def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> None:
+    """Kernel ridge regression along the ridge path: train, leave-one-out, GCV and eval errors."""
+    from ntkengine.jobs import forecast_file
+    from ntkengine.report.tables import ridge_dimension, ridge_table, sketch_note
+    from ntkengine.store import open_gram
+
+    chosen = _ridge(ridge)
+    gram = open_gram(path)
+    found = forecast_file(gram, chosen)
+    if not as_json:
+        show(ridge_table(found, sketch_note(gram)))
+        return
+    names = ("ridge", "ridge_loo", "ridge_gcv", "ridges", "train_mse", "loo_mse", "loo_accuracy", "gcv", "eval_mse")
+    plain = found.to_dict()
+    dimensions = [ridge_dimension(found, i) for i in range(len(found.ridges))]
+    told = {name: plain[name] for name in (*names, "eval_accuracy")}
+    print_json({"path": str(path), **told, "effective_dimension": dimensions, **_sketch(gram)})
+
+
+@answered
+def forecast(
+    path: Annotated[Path, typer.Argument(help="Gram file, or the job file that wrote it.", metavar="K.H5|JOB.TOML")],
+    ridge: RidgeChoice = None,
+    as_json: Json = False,
+) -> None:
+    """Forecast what fine-tuning will reach; of a job file, also what its own training will."""
+    from ntkengine.jobfile import read_job
+    from ntkengine.jobs import forecast_file
+    from ntkengine.report.tables import forecast_table
+
+    chosen, recipe = _ridge(ridge), None
+    if path.suffix == ".toml":
+        job = read_job(path)
+        recipe = None if job.finetune is None else job.finetune.recipe()
+        if job.out is None:
+            raise InputError(f"{path}: out: is missing, so there is no Gram file to read")
+        path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
+    found = forecast_file(path, chosen, recipe)
+    if as_json:
+        print_json({"path": str(path), **found.to_dict()})
+        return
+    show(forecast_table(found))
+    for line in found.assumptions:
+        print(f"- {line}")
+
+
+@answered
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Gram files, and what `select --save` (.json) and `finetune --history` (.jsonl) wrote.",
+            metavar="K.H5|JSON|JSONL...",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    ridge: RidgeChoice = None,
+) -> None:
+    """Write one self-contained HTML page over Gram files, rankings and fine-tunings."""
+    from ntkengine.jobs import report_files
+    from ntkengine.report import write_report
+
+    if not out.parent.is_dir():
+        raise InputError(f"report: folder {out.parent} does not exist")
+    print(write_report(out, report_files(paths, _ridge(ridge))))
+
+
+def _ridge(given: str | None) -> str | float:
+    if given is None or given in ("loo", "gcv"):
+        return given or "loo"
+    try:
+        return float(given)
+    except ValueError:
+        raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {given!r}") from None
+
+
+def _sketch(gram: Any) -> dict[str, Any]:
+    return {"sketch": gram.meta["sketch"]} if gram.meta.get("sketch") else {}
