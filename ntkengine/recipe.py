@@ -131,8 +131,10 @@ class Recipe:
         """
         if isinstance(given, Recipe):
             return given
+        if not isinstance(given, Mapping):
+            raise InputError(f"recipe: expected a Recipe or a mapping of its fields, got {type(given).__name__}")
         known = cls.__dataclass_fields__
-        unknown = sorted(set(given) - set(known))
+        unknown = sorted(set(given) - set(known), key=str)
         if unknown or "learning_rate" not in given:
             what = f"no field {unknown[0]!r}" if unknown else "needs learning_rate"
             raise InputError(f"recipe: {what}; fields are {', '.join(known)}")
@@ -141,4 +143,6 @@ class Recipe:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**1023  # larger ones are no float
+    return isinstance(value, float)

@@ -83,6 +83,19 @@ def test_rankings(job, subsets):
         assert min(every.values()) <= max(c.outcome.eval_loss[0] for c in singles.choices)
 
 
+def test_classes_are_aligned_as_classes_not_as_numbers():
+    model, classes = tiny_model("bert", 3), np.array([0, 1, 2, 0, 1, 2])
+    inputs, held = tiny_inputs(model, [4, 9, 6, 3, 7, 5], 10), tiny_inputs(model, [5, 3, 6], 10, seed=1)
+    gram = ntk.compute_gram(model, inputs, eval_inputs=held, params=PARAMS[:1], per_module=True, check=False)
+    found = []
+    for named in (classes, (classes + 1) % 3, np.eye(3)[classes]):
+        ranked = rank_subsets(
+            gram, named, "types", recipe={"learning_rate": 1e-3, "loss": "cross-entropy"}, eval_targets=classes[:3]
+        )
+        found.append(ranked.choices[0].alignment)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-12)
+
+
 def test_the_best_is_a_lora_config(job):
     *_, y, y_held, _, factors = job
     found = rank_subsets(None, y, "layers", recipe=RECIPE, factors=factors, eval_targets=y_held, rank=2, repeats=1)
@@ -113,6 +126,15 @@ def test_what_cannot_be_ranked_is_refused(job):
         rank_subsets(gram, y, "best", recipe=RECIPE)
     with pytest.raises(InputError, match="matches no linear map"):
         rank_subsets(gram, y, {"x": ["*nothing*"]}, recipe=RECIPE)
+    for given in (3, [3]):
+        with pytest.raises(InputError, match="subsets 'x': expected names or globs"):
+            rank_subsets(gram, y, {"x": given}, recipe=RECIPE)
+    for size in (0, -1, "2"):
+        with pytest.raises(InputError, match="size: expected an integer >= 1"):
+            rank_subsets(gram, y, "greedy", recipe=RECIPE, eval_targets=y_held, size=size)
+    each = ntk.compute_gram(model, inputs, params=PARAMS, per_module=True, contraction="per-output", check=False)
+    with pytest.raises(InputError, match="contraction 'trace' or 'full', got 'per-output'"):
+        rank_subsets(each, y, recipe=RECIPE, factors=factors, eval_targets=y_held)
     alone = ntk.compute_gram(model, inputs, params=PARAMS, per_module=True, check=False)
     with pytest.raises(InputError, match="cross Grams by module"):
         rank_subsets(alone, y, recipe=RECIPE, eval_targets=y_held)
