@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ntkengine.errors import InputError
 
@@ -67,11 +67,11 @@ class Recipe:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
         for name in ("learning_rate", "momentum", "eps", "proximal"):
-            if not _number(getattr(self, name)):
+            if not is_number(getattr(self, name)):
                 raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
         if not isinstance(self.selective, bool):
             raise InputError(f"selective: expected true or false, got {self.selective!r}")
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(map(_number, self.betas)):
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(map(is_number, self.betas)):
             raise InputError(f"betas: expected two numbers, got {self.betas!r}")
         within = {
             "learning_rate": self.learning_rate > 0,
@@ -142,7 +142,8 @@ class Recipe:
         return cls(**fields)
 
 
-def _number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Say whether a value is a number that a float can hold, true and false being none."""
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**1023  # larger ones are no float
     return isinstance(value, float)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from ntkengine.console import answered, print_json, show
 from ntkengine.errors import InputError
 from ntkengine.jobflags import BatchSize, Epochs, LearningRate, Loss, Optimizer, collect, flag, job_of, takes_job
-from ntkengine.textfile import check_folder, write_text
+from ntkengine.textfile import check_apart, check_folder, write_text
 
 _PANEL = "Selection"
 
@@ -39,6 +39,7 @@ def select(
     path, given, as_json = collect(**flags)
     if given["out"] is not None:
         raise InputError("--out: is for a Gram; name the file of the best configuration with --emit")
+    check_apart(emit=emit, save=save)
     for target in (emit, save):
         if target is not None:
             check_folder(target)
