@@ -123,7 +123,7 @@ def tangent_factors(
         outputs = np.empty_like(sweep.outputs)
         outputs[order] = sweep.outputs
     if not maps:
-        raise InputError("params: expected weights of linear maps among them, got none")
+        raise InputError("params: expected weights of linear maps that the outputs depend on, got none")
     names = [module_of(name) for name in task.selected]
     return TangentFactors({n: maps[n] for n in names if n in maps}, outputs, samples.sizes[0])
 
