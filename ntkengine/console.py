@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import sys
@@ -15,6 +14,7 @@ import typer
 
 from ntkengine.cluster.launch import launcher_rank
 from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, RankFailed, Stopped
+from ntkengine.textfile import json_text
 
 
 def answered(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,16 +78,7 @@ def showing_progress(unit: str = "GFLOP") -> Iterator[Callable[[float, float, st
 def print_json(value: Any) -> None:
     """Print plain values as one line of JSON."""
     if speaks():
-        print(json.dumps(_finite(value), allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON lacks, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+        print(json_text(value))
 
 
 def say(error: object, code: int) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ntkengine.errors import InputError
 from ntkengine.recipe import Recipe
-from ntkengine.textfile import check_folder, write_text
+from ntkengine.textfile import check_apart, check_folder, json_text, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +65,7 @@ def run_finetune(
         raise InputError("finetune: is missing; give the job a [finetune] table, or --learning-rate")
     if save is not None and save.exists():
         raise InputError(f"{save}: is there already; name a new folder for the model")
+    check_apart(history=history, save=save)
     for path in (history, save):
         if path is not None:
             check_folder(path)
@@ -98,7 +99,7 @@ def run_finetune(
 def _write_history(run: FineTuning, path: Path) -> None:
     found = run.to_dict()
     first = {name: found[name] for name in ("recipe", "seconds", "measuring_seconds", "batch_losses")}
-    write_text(path, "".join(json.dumps(line) + "\n" for line in (first, *found["history"])))
+    write_text(path, "".join(json_text(line) + "\n" for line in (first, *found["history"])))
 
 
 def _save(model: nn.Module, folder: Path, fitted: bool) -> None:

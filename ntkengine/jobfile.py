@@ -22,6 +22,7 @@ from typing import Any
 
 from ntkengine.errors import InputError
 from ntkengine.finetunejob import FinetunePart
+from ntkengine.recipe import is_number
 
 _WORDS = {
     bool: "true or false",
@@ -278,7 +279,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             if isinstance(value, str | Path) and str(value):
                 return Path(value)
         elif kind is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if is_number(value):
                 return float(value)
         elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value

@@ -21,21 +21,32 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
         outputs: C.
 
     Raises:
-        InputError: another shape, numbers that are not finite, or classes out of range.
+        InputError: another shape, numbers that are not finite, classes out of range, or scores that name no one class.
     """
     try:
         y = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name}: expected numbers, got {type(targets).__name__}") from None
+    if y.is_complex():
+        raise InputError(f"{name}: expected real numbers, got {y.dtype}")
     classes = loss == "cross-entropy" and y.ndim == 1 and not y.is_floating_point()
+    given = tuple(y.shape)
     if not classes and y.ndim == 1:
         y = y[:, None]
-    if y.shape != ((rows,) if classes else (rows, outputs)) or not bool(torch.isfinite(y.double()).all()):
-        raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got shape {tuple(y.shape)}")
+    if y.shape != ((rows,) if classes else (rows, outputs)):
+        raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got shape {given}")
+    if not bool(torch.isfinite(y.double()).all()):
+        raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got NaN or infinity")
     if loss == "squared":
         return y.double()
+    if not classes and outputs > 1:
+        top = y.double().topk(2, dim=1).values
+        several = (top[:, 0] == top[:, 1]).nonzero()
+        if len(several):
+            raise InputError(f"{name}: expected one largest score a row, its class, row {int(several[0])} has several")
+        return y.argmax(1)
     if not classes:
-        return (y[:, 0] > 0).long() if outputs == 1 else y.argmax(1)
+        return (y[:, 0] > 0).long()
     if int(y.min()) < 0 or int(y.max()) >= max(2, outputs):
         raise InputError(f"{name}: expected classes in 0..{max(2, outputs) - 1}, got {int(y.min())}..{int(y.max())}")
     return y.long()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ntkengine.errors import InputError
 
@@ -67,22 +66,22 @@ class Recipe:
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
         for name in ("learning_rate", "momentum", "eps", "proximal"):
-            if not _number(getattr(self, name)):
+            if not is_number(getattr(self, name)):
                 raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
         if not isinstance(self.selective, bool):
             raise InputError(f"selective: expected true or false, got {self.selective!r}")
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(map(_number, self.betas)):
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(map(is_number, self.betas)):
             raise InputError(f"betas: expected two numbers, got {self.betas!r}")
         within = {
-            "learning_rate": self.learning_rate > 0,
-            "proximal": self.proximal >= 0,
-            "eps": self.eps >= 0,
+            "learning_rate": 0 < self.learning_rate <= 1e30,  # float32 holds it
+            "proximal": 0 <= self.proximal <= 1e30,
+            "eps": 0 <= self.eps <= 1e30,
             "momentum": 0 <= self.momentum < 1,
             "betas": all(0 <= b < 1 for b in self.betas),
         }
         for name, good in within.items():
             value = getattr(self, name)
-            if not good or (name != "betas" and not math.isfinite(value)):
+            if not good:
                 raise InputError(f"{name}: out of range, got {value!r}")
         if self.momentum and self.optimizer != "sgd":
             raise InputError(f"momentum: belongs to optimizer 'sgd', got optimizer {self.optimizer!r}")
@@ -131,8 +130,10 @@ class Recipe:
         """
         if isinstance(given, Recipe):
             return given
+        if not isinstance(given, Mapping):
+            raise InputError(f"recipe: expected a Recipe or a mapping of its fields, got {type(given).__name__}")
         known = cls.__dataclass_fields__
-        unknown = sorted(set(given) - set(known))
+        unknown = sorted(set(given) - set(known), key=str)
         if unknown or "learning_rate" not in given:
             what = f"no field {unknown[0]!r}" if unknown else "needs learning_rate"
             raise InputError(f"recipe: {what}; fields are {', '.join(known)}")
@@ -140,5 +141,8 @@ class Recipe:
         return cls(**fields)
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Say whether a value is a number that a float can hold, true and false being none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**1023  # larger ones are no float
+    return isinstance(value, float)

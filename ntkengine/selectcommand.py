@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from ntkengine.jobflags import (
     job_of,
     takes_job,
 )
-from ntkengine.textfile import check_folder, write_text
+from ntkengine.textfile import check_apart, check_folder, json_text, write_text
 
 _PANEL = "Selection"
 
@@ -51,6 +50,7 @@ def select(
     path, given, as_json = collect(**flags)
     if given["out"] is not None:
         raise InputError("--out: is for a Gram; name the file of the best configuration with --emit")
+    check_apart(emit=emit, save=save)
     for target in (emit, save):
         if target is not None:
             check_folder(target)
@@ -67,7 +67,7 @@ def select(
         found = run_select(job_of(path, given), progress, subsets=subsets, repeats=repeats, size=size, kernels=kernels)
     for target, content in ((emit, found.peft()), (save, found.to_dict())):
         if target is not None:
-            write_text(target, json.dumps(content, indent=2) + "\n")
+            write_text(target, json_text(content, indent=2) + "\n")
     if as_json:
         print_json(found.to_dict())
         return

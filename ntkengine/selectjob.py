@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ntkengine.errors import InputError
+from ntkengine.recipe import is_number
 
 if TYPE_CHECKING:
     from ntkengine.forecast.ranking import Ranking
     from ntkengine.jobfile import Job
 
 Progress = Callable[[float, float, str], None]
+_KNOWN = ("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "task_type", "fan_in_fan_out")
 
 
 def run_select(
@@ -27,10 +30,12 @@ def run_select(
     """Rank subsets of a job's linear maps for LoRA, by what training them by its [finetune] is forecast to reach.
 
     Held-out examples are those of `data.eval`; without them every training example is scored out of its fold, which
-    needs a head that was fitted (`head.folds`). Maps outside the numbered layers, such as the head, are left out.
+    needs a head that was fitted (`head.folds`). The maps are those of [gram] `params` (of the model without adapter),
+    without those outside the numbered layers, such as the head. [gram] `memory_gib` bounds factors and kernels.
 
     Args:
-        job: the job; rank and α are its [model.peft]'s r and lora_alpha (8 and 2r without).
+        job: the job; rank and α are its [model.peft]'s r and lora_alpha (8 and 2r without); its target_modules are
+            what is looked for, and not read.
         progress: called with (done, in all, stage).
         subsets: as for `rank_subsets`.
         repeats: likewise.
@@ -38,7 +43,7 @@ def run_select(
         kernels: also compute the per-module Gram, for condition numbers.
 
     Raises:
-        InputError: no recipe, no labels, nothing held out, or as `rank_subsets`.
+        InputError: no recipe, no labels, nothing held out, an adapter that is not rehearsed, or as `rank_subsets`.
 
     Cost: a sweep for the factors (one a fold without held-out examples), one for the kernels; a rehearsal a subset.
     """
@@ -46,15 +51,13 @@ def run_select(
     from ntkengine.forecast.subsets import rank_subsets
     from ntkengine.gram.engine import compute_gram
     from ntkengine.gram.linear import tangent_factors
+    from ntkengine.inputs.parameters import select_parameters
     from ntkengine.jobs import Prepared, check_early, quiet
 
     if job.finetune is None:
         raise InputError("finetune: is missing; give the job a [finetune] table, or --learning-rate")
     tell, adapter = progress or quiet, job.model.peft or {}
-    if str(adapter.get("peft_type", "LORA")).upper() != "LORA":
-        raise InputError(
-            f"model.peft.peft_type: expected LORA, the adapters that are rehearsed, got {adapter['peft_type']}"
-        )
+    _refuse(adapter)
     check_early(replace(job, out=None))
     prepared = Prepared(replace(job, model=replace(job.model, peft=None)), tell, None)
     targets, held = prepared.targets(prepared.train), prepared.targets(prepared.eval)
@@ -64,14 +67,18 @@ def run_select(
     if held is None and fit is None:
         raise InputError("data.eval: expected held-out examples, as the head is not fitted here and has no folds")
     model, readout = prepared.model, job.gram.readout
-    names = [n for n, p in model.named_parameters() if p.ndim == 2 and layer_of(n) != "outside"]
+    chosen = select_parameters(model, job.gram.params)
+    names = [n for n, p in chosen.items() if p.ndim == 2 and layer_of(n) != "outside"]
     if not names:
-        raise InputError("model: expected weights in numbered layers, found none")
-    call: dict[str, Any] = {"params": names, "readout": readout}
+        raise InputError("gram.params: expected weights in numbered layers of the model among them, found none")
+    room = job.gram.memory_gib
+    call: dict[str, Any] = {"params": names, "readout": readout, "memory_gib": room}
     factors: Any = []
     if held is None and fit is not None:
-        for k in range(len(fit.weights) - 1):
-            tell(0.0, 1.0, f"factors without fold {k + 1} of {len(fit.weights) - 1}")
+        folds = len(fit.weights) - 1
+        call["memory_gib"] = None if room is None else room / folds
+        for k in range(folds):
+            tell(0.0, 1.0, f"factors without fold {k + 1} of {folds}")
             fit.write(model, k)
             factors.append(tangent_factors(model, prepared.inputs, **call))
         fit.write(model, -1)
@@ -80,11 +87,9 @@ def run_select(
         factors = tangent_factors(model, prepared.inputs, prepared.eval_inputs, **call)
     gram = None
     if kernels:
-        gram = compute_gram(
-            model, prepared.inputs, **call, per_module=True, eval_inputs=prepared.eval_inputs, progress=progress
-        )
+        call |= {"memory_gib": room, "per_module": True, "progress": progress}
+        gram = compute_gram(model, prepared.inputs, **call, eval_inputs=prepared.eval_inputs)
     tell(0.0, 1.0, "rehearsing")
-    rank = int(adapter.get("r", 8))
     return rank_subsets(
         gram,
         targets,
@@ -92,9 +97,25 @@ def run_select(
         recipe=job.finetune.recipe(),
         factors=factors,
         fold=fit.fold if held is None and fit is not None else None,
-        rank=rank,
+        rank=adapter.get("r", 8),
         alpha=adapter.get("lora_alpha"),
         eval_targets=held,
         repeats=repeats,
         size=size,
     )
+
+
+def _refuse(adapter: Mapping[str, Any]) -> None:
+    """Refuse an adapter that is trained in another way than rehearsals are."""
+    if str(adapter.get("peft_type", "LORA")).upper() != "LORA":
+        raise InputError(
+            f"model.peft.peft_type: expected LORA, the adapters that are rehearsed, got {adapter['peft_type']}"
+        )
+    other = next((name for name in adapter if name not in _KNOWN), None)
+    if other is not None:
+        raise InputError(f"model.peft.{other}: expected none, what it changes is not rehearsed, got {adapter[other]!r}")
+    rank, alpha = adapter.get("r", 8), adapter.get("lora_alpha", 16)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise InputError(f"model.peft.r: expected an integer >= 1, got {rank!r}")
+    if not is_number(alpha) or not 0 < alpha < math.inf:
+        raise InputError(f"model.peft.lora_alpha: expected a number > 0, got {alpha!r}")

@@ -88,7 +88,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_is_the_loop_written_by_hand(name, kind):
     recipe = ntk.Recipe(**RECIPES[name], epochs=3, batch_size=4)
-    y = goals()
+    y = goals() if recipe.loss == "squared" else goals(1) * [1, -1]  # a class a row
     truth, inputs = lora(kind)
     losses, _ = by_hand(truth, inputs, y, recipe)
     model, inputs = lora(kind)
@@ -349,7 +349,14 @@ BAD = {
     "measure_every: expected": {"learning_rate": 1.0, "measure_every": 0},
     "matches no parameter": {"learning_rate": 1.0, "params": "nothing"},
     "targets: expected .6, 2. finite numbers, got shape .6, 3.": {"learning_rate": 1.0, "targets": np.ones((6, 3))},
-    "targets: expected .6, 2. finite": {"learning_rate": 1.0, "targets": np.full((6, 2), np.nan)},
+    "targets: expected .6, 2. finite numbers, got NaN": {"learning_rate": 1.0, "targets": np.full((6, 2), np.nan)},
+    "targets: expected .6, 2. finite numbers, got shape .6,.$": {"learning_rate": 1.0, "targets": np.ones(6)},
+    "targets: expected real numbers": {"learning_rate": 1.0, "targets": np.full((6, 2), 1j)},
+    "targets: expected one largest score a row, its class, row 0 has several": {
+        "learning_rate": 1.0,
+        "loss": "cross-entropy",
+        "targets": np.ones((6, 2)),
+    },
     "targets: expected numbers, got list": {"learning_rate": 1.0, "targets": ["a"] * 6},
     "targets: expected classes in 0..1": {"learning_rate": 1.0, "loss": "cross-entropy", "targets": [0, 1, 2, 0, 1, 1]},
 }

@@ -140,12 +140,27 @@ def test_diverging_training_writes_nothing(folder, run):
     assert not any(p.exists() for p in where)
 
 
+def test_results_that_cannot_be_written_are_refused_before_training(folder, run, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    for flags, message in (
+        (["--history", "model"], "model: is a folder, expected the name of a file"),
+        (["--history", "t", "--save", "t"], "save: expected another name than history's, got t for both"),
+        (["--history", "h.jsonl", "--save", "/proc/tuned"], "/proc/tuned: folder /proc takes no file"),
+    ):
+        code, out, err = run("finetune", "job.toml", *flags)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert sorted(folder.iterdir()) == before
+
+
 def test_bad_tables_are_named(folder):
     base = {"model": {"path": "m"}, "data": {"train": "t.tsv"}}
     for table, message in (
         ({"rate": 1.0}, "finetune: unknown key 'rate'"),
         ({}, "finetune: learning_rate: is missing"),
         ({"learning_rate": 1.0, "betas": [0.9]}, "finetune: betas"),
+        ({"learning_rate": 10**400}, "finetune: learning_rate: expected a number"),
         ({"learning_rate": 1.0, "epochs": 1.5}, "finetune: epochs: expected a whole number, got 1.5"),
         ({"learning_rate": 1.0, "optimizer": "lion"}, "finetune: optimizer: expected one of adam, sgd"),
         (3, "finetune: expected a table"),

@@ -15,7 +15,8 @@ from ntkengine.forecast.lora import _Run, rehearse
 from ntkengine.gram.linear import tangent_factors
 from ntkengine.losses import losses
 from ntkengine.recipe import Recipe
-from tests.brute import gradients, tiny_inputs, tiny_model
+from tests.brute import gradients, tiny_inputs, tiny_model, with_lora
+from tests.test_linearize import Tied
 
 LENGTHS, HELD = [4, 9, 6, 3, 7, 5], [5, 3, 6]
 MAPS = {
@@ -159,20 +160,51 @@ def test_folds_are_scored_by_runs_that_did_not_see_them():
         rehearse_folds(parts, fit.fold[:4], y, recipe)
 
 
+def test_a_weight_that_two_modules_share_is_left_out():
+    """An adapter put on one of them would not see what the other does."""
+    torch.manual_seed(0)
+    model, x = Tied().double(), {"x": torch.randn(6, 4).double()}
+    assert list(tangent_factors(model, x, params="all").maps) == ["out"]
+    with pytest.raises(InputError, match="params: expected weights of linear maps"):
+        tangent_factors(model, x, params="up.weight")
+    model, inputs, *_ = problem("bert", 1)
+    adapted = with_lora(model, ["query"], away_from_start=True)
+    with pytest.raises(InputError, match=r"before adapters are put on, .*lora_A.default.weight is an adapter's"):
+        tangent_factors(adapted, inputs, params="trainable")
+
+
 def test_what_cannot_be_rehearsed_is_refused():
     model, inputs, held, y, y_held = problem("bert", 1)
     factors = tangent_factors(model, inputs, held, params="all")
     assert not any("embeddings" in name or "LayerNorm" in name for name in factors.maps)
     with pytest.raises(InputError, match="modules: expected some of bert"):
         rehearse(factors, y, Recipe(1e-3), ["nothing"])
-    with pytest.raises(InputError, match="rank and repeats"):
-        rehearse(factors, y, Recipe(1e-3), rank=0)
-    with pytest.raises(InputError, match=r"offset: expected shape \(9, 1\)"):
-        rehearse(factors, y, Recipe(1e-3), offset=np.zeros(3))
+    other = np.full((9, 1), np.nan)
+    for given, match in (
+        ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
+        ({"rank": 2.5}, "rank: expected an integer >= 1, got 2.5"),
+        ({"repeats": "2"}, "repeats: expected an integer >= 1, got '2'"),
+        ({"alpha": "x"}, "alpha: expected a number > 0, got 'x'"),
+        ({"alpha": float("nan")}, "alpha: expected a number > 0, got nan"),
+        ({"modules": [next(iter(factors.maps))] * 2}, "modules: expected each once, got bert.* twice"),
+        ({"offset": np.zeros(3)}, r"offset: expected \(9, 1\) finite numbers, got shape \(3,\)"),
+        ({"offset": other}, r"offset: expected \(9, 1\) finite numbers"),
+        ({"rows": [-1, 0]}, r"rows: expected positions in 0\.\.8, got -1\.\.0"),  # not counted from the end
+        ({"rows": [0, 9]}, r"rows: expected positions in 0\.\.8, got 0\.\.9"),
+        ({"rows": []}, r"rows: expected a list of whole numbers, got shape \(0,\)"),
+        ({"eval_rows": np.arange(9) < 6}, "eval_rows: expected a list of whole numbers, got shape .9,. of bool"),
+        ({"recipe": None}, "recipe: expected a Recipe or a mapping of its fields, got NoneType"),
+    ):
+        with pytest.raises(InputError, match=match):
+            rehearse(factors, y, **{"recipe": Recipe(1e-3), **given})
+    with pytest.raises(InputError, match="eval_targets: expected factors with eval examples"):
+        rehearse(tangent_factors(model, inputs, params="*query.weight"), y, Recipe(1e-3), eval_targets=y_held[:0])
     with pytest.raises(InputError, match=r"eval_targets: expected \(3, 1\)"):
         rehearse(factors, y, Recipe(1e-3), eval_targets=np.zeros(4))
     with pytest.raises(NonFinite, match="not finite at step"):
         rehearse(factors, y, Recipe(1e30, epochs=9, optimizer="sgd"))
+    with pytest.raises(NonFinite, match="not finite after the last step"):  # A's gradient is 0 at the start: 0/0
+        rehearse(factors, y, Recipe(1e-3, eps=0.0, batch_size=0))
     with pytest.raises(InputError, match="memory_gib: expected room"):
         tangent_factors(model, inputs, held, params="all", memory_gib=1e-6)
     with pytest.raises(InputError, match="params: expected weights of linear maps"):

@@ -63,6 +63,12 @@ def test_without_held_out_text_folds_are_used(job):
         (["--out", "k.h5"], "name the file of the best configuration with --emit"),
         (["--emit", "nowhere/peft.json"], "folder nowhere does not exist"),
         (["--epochs", "0"], "epochs: expected an integer >= 1"),
+        (["--emit", "model"], "model: is a folder, expected the name of a file"),
+        (["--emit", "x.json", "--save", "x.json"], "save: expected another name than emit's, got x.json for both"),
+        (["--memory-gib", "0.00001"], "memory_gib: expected room for the factors"),
+        (["--params", "*LayerNorm*"], "gram.params: expected weights in numbered layers"),
+        (["--rank", "0"], "model.peft.r: expected an integer >= 1, got 0"),
+        (["--alpha", "-1"], "model.peft.lora_alpha: expected a number > 0, got -1"),
     ],
 )
 def test_bad_input_is_one_line(job, run, arguments, message):  # noqa: F811
@@ -70,6 +76,28 @@ def test_bad_input_is_one_line(job, run, arguments, message):  # noqa: F811
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("use_rslora = true", "model.peft.use_rslora: expected none"),
+        ("rank_pattern = {query = 4}", "model.peft.rank_pattern: expected none"),
+        ('r = "two"', "model.peft.r: expected an integer >= 1, got 'two'"),
+        ('lora_alpha = "x"', "model.peft.lora_alpha: expected a number > 0, got 'x'"),
+    ],
+)
+def test_adapters_that_are_not_rehearsed_are_refused(job, field, message):
+    text = job.read_text()
+    job.write_text(text.replace("r = 2", field if field.startswith("r =") else f"r = 2\n{field}"))
+    with pytest.raises(InputError, match=message):
+        run_select(read_job(job))
+
+
+def test_only_what_the_job_selects_is_ranked(job):
+    job.write_text(job.read_text().replace("[gram]", '[gram]\nparams = ["*query.weight", "classifier.weight"]'))
+    found = run_select(read_job(job), subsets="types", repeats=1, kernels=False)
+    assert [c.name for c in found.choices] == ["attention.self.query"]
 
 
 def test_a_job_without_training_is_refused(job):
@@ -87,9 +115,28 @@ def test_a_ranking_is_part_of_a_report(job, run, tmp_path):  # noqa: F811
     assert "Which modules to adapt" in text
     assert "attention.self.query" in text
     broken = tmp_path / "broken.json"
-    for content in ("[]", "{", '{"choices": []}', "null"):
+    good = json.loads(saved.read_text())
+    unnamed, crossed, endless = (json.loads(json.dumps(good)) for _ in range(3))
+    del unnamed["choices"][0]["modules"]
+    crossed["choices"][0]["eval_loss"] = [0.5, 0.9, 0.1]
+    endless["choices"][0]["parameters"] = float("inf")
+    for content in ("[]", "{", '{"choices": []}', "null", *map(json.dumps, (unnamed, crossed, endless))):
         broken.write_text(content)
         code, _, err = run("report", broken, "-o", page)
         assert code == 2
         assert "expected a ranking" in err
     assert run("report", tmp_path / "none.json", "-o", page)[0] == 2
+
+
+def test_one_held_out_example_has_no_interval_and_its_ranking_is_still_json_and_reported(job, run, tmp_path):  # noqa: F811
+    lines = (job.parent / "dev.tsv").read_text().splitlines()
+    (job.parent / "dev.tsv").write_text("\n".join(lines[:2]) + "\n")
+    saved, page = tmp_path / "ranking.json", tmp_path / "report.html"
+    assert run("select", job, "--save", saved, "--no-kernels", "--repeats", 1)[0] == 0
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    told = json.loads(saved.read_text(), parse_constant=refuse)
+    assert told["choices"][0]["eval_loss"][2] is None
+    assert run("report", saved, "-o", page)[0] == 0

@@ -107,12 +107,30 @@ def test_what_cannot_be_simulated_is_refused():
         simulate([K], np.ones(5), Recipe(1.0, optimizer="sgd"), offset=f0)
     with pytest.raises(NonFinite, match="not finite at step"):
         simulate([1e200 * K], y, Recipe(1.0, epochs=9, optimizer="sgd"), offset=f0)
+    sgd = Recipe(1.0, optimizer="sgd", batch_size=0)
+    held = {"crosses": [np.ones((3, 4))], "eval_offset": np.zeros((3, 1)), "eval_targets": np.ones(3)}
+    for grams, given, match in (
+        ([K], {"offset": np.zeros(4)}, r"offset: expected \(N, C\) numbers, got shape \(4,\)"),
+        ([K], held | {"eval_offset": np.zeros(3)}, r"eval_offset: expected \(M, 1\) numbers, got shape \(3,\)"),
+        ([K, K], held, "crosses: expected one for each of 2 grams, got 1"),
+        ([K], held | {"eval_offset": None}, "eval_offset: expected together with crosses"),
+        ([K], {"eval_targets": np.ones(3)}, "eval_offset: expected together with crosses"),
+    ):
+        with pytest.raises(InputError, match=match):
+            simulate(grams, y, sgd, **{"offset": f0, **given})
+    with pytest.raises(InputError, match="grams: expected matrices of one shape"):
+        simulate([np.eye(4), np.eye(8)], np.ones((4, 2)), sgd, offset=np.zeros((4, 2)))
+    for grams, given in (([np.nan * K], {}), ([K], held | {"crosses": [np.full((3, 4), np.nan)]})):
+        with pytest.raises(NonFinite, match="not finite after the last step"):
+            simulate(grams, y, sgd, **{"offset": f0, **given})
 
 
 def test_recipes_are_checked():
     for fields, match in (
         ({"learning_rate": 0.0}, "learning_rate: out of range"),
         ({"learning_rate": float("nan")}, "learning_rate: out of range"),
+        ({"learning_rate": 10**400}, "learning_rate: expected a number"),
+        (3, "recipe: expected a Recipe or a mapping of its fields, got int"),
         ({"learning_rate": 1.0, "epochs": 0}, "epochs: expected an integer >= 1"),
         ({"learning_rate": 1.0, "optimizer": "lion"}, "optimizer: expected one of adam, sgd"),
         ({"learning_rate": 1.0, "momentum": 0.9}, "momentum: belongs to optimizer 'sgd'"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ntkengine as ntk
-from ntkengine.errors import InputError
+from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.simulate import simulate
 from ntkengine.forecast.subsets import rank_subsets
 from ntkengine.gram.linear import tangent_factors
@@ -83,6 +83,39 @@ def test_rankings(job, subsets):
         assert min(every.values()) <= max(c.outcome.eval_loss[0] for c in singles.choices)
 
 
+def test_order_of_modules_and_a_gram_beside_the_factors_change_no_forecast(job):
+    *_, y, y_held, gram, factors = job
+    names = list(factors.maps)
+    told = [
+        rank_subsets(g, y, {"set": order}, recipe=RECIPE, factors=factors, eval_targets=y_held, rank=2)
+        .choices[0]
+        .outcome
+        for g, order in ((None, names), (None, names[::-1]), (gram, names))
+    ]
+    assert told[1:] == told[:1] * 2
+
+
+def test_a_subset_that_diverges_is_named(job):
+    *_, y, y_held, _, factors = job
+    with pytest.raises(NonFinite, match="subset '.+': rehearse: the loss is not finite"):
+        rank_subsets(
+            None, y, "types", recipe=Recipe(1e30, epochs=3, batch_size=4), factors=factors, eval_targets=y_held
+        )
+
+
+def test_classes_are_aligned_as_classes_not_as_numbers():
+    model, classes = tiny_model("bert", 3), np.array([0, 1, 2, 0, 1, 2])
+    inputs, held = tiny_inputs(model, [4, 9, 6, 3, 7, 5], 10), tiny_inputs(model, [5, 3, 6], 10, seed=1)
+    gram = ntk.compute_gram(model, inputs, eval_inputs=held, params=PARAMS[:1], per_module=True, check=False)
+    found = []
+    for named in (classes, (classes + 1) % 3, np.eye(3)[classes]):
+        ranked = rank_subsets(
+            gram, named, "types", recipe={"learning_rate": 1e-3, "loss": "cross-entropy"}, eval_targets=classes[:3]
+        )
+        found.append(ranked.choices[0].alignment)
+    assert found == pytest.approx([found[0]] * 3, rel=1e-12)
+
+
 def test_the_best_is_a_lora_config(job):
     *_, y, y_held, _, factors = job
     found = rank_subsets(None, y, "layers", recipe=RECIPE, factors=factors, eval_targets=y_held, rank=2, repeats=1)
@@ -113,6 +146,15 @@ def test_what_cannot_be_ranked_is_refused(job):
         rank_subsets(gram, y, "best", recipe=RECIPE)
     with pytest.raises(InputError, match="matches no linear map"):
         rank_subsets(gram, y, {"x": ["*nothing*"]}, recipe=RECIPE)
+    for given in (3, [3]):
+        with pytest.raises(InputError, match="subsets 'x': expected names or globs"):
+            rank_subsets(gram, y, {"x": given}, recipe=RECIPE)
+    for size in (0, -1, "2"):
+        with pytest.raises(InputError, match="size: expected an integer >= 1"):
+            rank_subsets(gram, y, "greedy", recipe=RECIPE, eval_targets=y_held, size=size)
+    each = ntk.compute_gram(model, inputs, params=PARAMS, per_module=True, contraction="per-output", check=False)
+    with pytest.raises(InputError, match="contraction 'trace' or 'full', got 'per-output'"):
+        rank_subsets(each, y, recipe=RECIPE, factors=factors, eval_targets=y_held)
     alone = ntk.compute_gram(model, inputs, params=PARAMS, per_module=True, check=False)
     with pytest.raises(InputError, match="cross Grams by module"):
         rank_subsets(alone, y, recipe=RECIPE, eval_targets=y_held)

@@ -70,9 +70,7 @@ def fine_tune(
     Source: the proximal and selective terms, Rahimi Afzal et al. 2025 (arXiv 2602.08239).
     """
     given = asdict(recipe) if isinstance(recipe, Recipe) else {} if recipe is None else recipe
-    if not isinstance(given, Mapping):
-        raise InputError(f"recipe: expected a Recipe or a mapping of its fields, got {type(given).__name__}")
-    chosen = Recipe.of({**given, **fields})
+    chosen = Recipe.of({**given, **fields} if isinstance(given, Mapping) else given)
     selected = select_parameters(model, params)
     for name, p in selected.items():
         if p.dtype not in (torch.float32, torch.float64):

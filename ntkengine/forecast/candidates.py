@@ -43,7 +43,9 @@ def named_subsets(subsets: str | Mapping[str, Iterable[str]], names: list[str]) 
     if isinstance(subsets, Mapping):
         found = {}
         for label, patterns in subsets.items():
-            globs = [patterns] if isinstance(patterns, str) else list(patterns)
+            globs = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
+            if not all(isinstance(g, str) for g in globs):
+                raise InputError(f"subsets {label!r}: expected names or globs, got {patterns!r}")
             chosen = tuple(n for n in names if any(fnmatchcase(n, g) for g in globs))
             lost = [g for g in globs if not any(fnmatchcase(n, g) for n in names)]
             if lost or not chosen:

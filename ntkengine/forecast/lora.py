@@ -100,24 +100,28 @@ def rehearse(
 
     Raises:
         InputError: unknown modules, or arguments that do not fit.
-        NonFinite: the run diverges.
+        NonFinite: the run diverges, in its last step too.
 
     Cost: steps × tokens of a batch × 6·r·(d_in + C·d_out) flops a map and repeat.
     """
     recipe = Recipe.of(recipe)
     begun = time.perf_counter()
-    names = list(factors.maps) if modules is None else list(modules)
+    names = list(factors.maps) if modules is None else [modules] if isinstance(modules, str) else list(modules)
     unknown = [n for n in names if n not in factors.maps]
     if unknown or not names:
         raise InputError(f"modules: expected some of {', '.join(list(factors.maps)[:3])}, …, got {unknown or names}")
-    if rank < 1 or repeats < 1:
-        raise InputError(f"rank and repeats: expected at least 1, got {rank} and {repeats}")
+    if len(set(names)) < len(names):
+        raise InputError(f"modules: expected each once, got {max(names, key=names.count)} twice")
+    names = [n for n in factors.maps if n in names]  # A is drawn map by map: their order must not matter
+    _check_sizes(rank, alpha, repeats)
     total, C = factors.outputs.shape
-    train = np.arange(factors.train) if rows is None else np.asarray(rows)
-    held = np.arange(factors.train, total) if eval_rows is None else np.asarray(eval_rows)
+    train = np.arange(factors.train) if rows is None else _positions("rows", rows, total)
+    held = np.arange(factors.train, total) if eval_rows is None else _positions("eval_rows", eval_rows, total)
+    if eval_targets is not None and not len(held):
+        raise InputError("eval_targets: expected factors with eval examples, or eval_rows, got none")
     f0 = torch.from_numpy(factors.outputs if offset is None else np.asarray(offset, dtype=np.float64))
-    if f0.shape != (total, C):
-        raise InputError(f"offset: expected shape {(total, C)}, got {tuple(f0.shape)}")
+    if f0.shape != (total, C) or not bool(torch.isfinite(f0).all()):
+        raise InputError(f"offset: expected {(total, C)} finite numbers, got shape {tuple(f0.shape)}")
     y = as_targets("targets", targets, recipe.loss, len(train), C)
     y_eval = None if eval_targets is None else as_targets("eval_targets", eval_targets, recipe.loss, len(held), C)
     scale = (2.0 * rank if alpha is None else float(alpha)) / rank
@@ -127,6 +131,8 @@ def rehearse(
     ]
     fitted = [run.outputs(train) for run in runs]
     scored = [] if y_eval is None else [run.outputs(held) for run in runs]
+    if not all(bool(torch.isfinite(f).all()) for f in (*fitted, *scored)):
+        raise NonFinite("rehearse: outputs are not finite after the last step; a lower learning rate may help")
     moved = [f - f0[torch.from_numpy(train if y_eval is None else held)] for f in scored or fitted]
     return Rehearsal(
         modules=tuple(names),
@@ -142,6 +148,23 @@ def rehearse(
         movement=float(torch.stack(moved).square().mean().sqrt()),
         seconds=time.perf_counter() - begun,
     )
+
+
+def _check_sizes(rank: object, alpha: object, repeats: object) -> None:
+    for name, value in (("rank", rank), ("repeats", repeats)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}: expected an integer >= 1, got {value!r}")
+    if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
+        raise InputError(f"alpha: expected a number > 0, got {alpha!r}")
+
+
+def _positions(name: str, given: object, total: int) -> np.ndarray:
+    rows = np.asarray(given)
+    if rows.ndim != 1 or not len(rows) or not np.issubdtype(rows.dtype, np.integer):
+        raise InputError(f"{name}: expected a list of whole numbers, got shape {rows.shape} of {rows.dtype}")
+    if rows.min() < 0 or rows.max() >= total:
+        raise InputError(f"{name}: expected positions in 0..{total - 1}, got {rows.min()}..{rows.max()}")
+    return rows
 
 
 def _width(factors: TangentFactors, name: str) -> int:

@@ -84,19 +84,24 @@ def simulate(
         eval_offset: (M, C), f0 there.
 
     Raises:
-        InputError: shapes that do not fit.
-        NonFinite: the run diverges.
+        InputError: shapes that do not fit, or some of what eval examples need without the rest.
+        NonFinite: the run diverges, in its last step too.
 
     Cost: 4·L·N²·C flops a step with Adam, 2·N²·C with SGD (times C for the larger matrices); 2·L·M·N·C at the end.
     """
     recipe = Recipe.of(recipe)
     f0 = np.asarray(offset, dtype=np.float64)
+    if f0.ndim != 2 or not f0.size:
+        raise InputError(f"offset: expected (N, C) numbers, got shape {f0.shape}")
     N, C = f0.shape
     K = [_checked("grams", G, N, N, C) for G in grams]
-    if recipe.optimizer == "adam" and (sizes is None or len(sizes) != len(K)):
+    if recipe.optimizer == "adam" and (sizes is None or len(sizes) != len(K) or not np.all(np.asarray(sizes) > 0)):
         raise InputError(f"sizes: expected the parameters of each of {len(K)} modules for Adam, got {sizes!r}")
     if not K:
         raise InputError("grams: expected at least one matrix, got none")
+    if len({G.shape for G in K}) > 1:
+        raise InputError(f"grams: expected matrices of one shape, got {K[0].shape} and others")
+    X, f0_eval = _held(crosses, eval_offset, eval_targets, len(K), N, C)
     P = np.asarray(sizes if recipe.optimizer == "adam" else np.ones(len(K)), dtype=np.float64)
     if recipe.optimizer == "sgd":
         K = [np.add.reduce(K)]
@@ -113,14 +118,15 @@ def simulate(
         u[rows] = slopes(f, yb, recipe.loss).numpy() / len(rows)
         run.step(u, step, recipe.rate(step, N))
     after = None
-    if crosses is not None and eval_offset is not None:
-        X = [_checked("crosses", G, len(eval_offset), N, C) for G in crosses]
-        after = np.asarray(eval_offset, dtype=np.float64) + run.image([np.add.reduce(X)] if len(K) == 1 else X)
+    if X and f0_eval is not None:
+        after = f0_eval + run.image([np.add.reduce(X)] if len(K) == 1 else X)
+    if not (np.isfinite(run.outputs).all() and (after is None or np.isfinite(after).all())):
+        raise NonFinite("simulate: outputs are not finite after the last step; a lower learning rate may help")
     y_eval = None
     if eval_targets is not None and after is not None:
         y_eval = as_targets("eval_targets", eval_targets, recipe.loss, len(after), C)
     scored = None if after is None or y_eval is None else torch.from_numpy(after)
-    start = f0 if after is None or eval_offset is None else np.asarray(eval_offset, dtype=np.float64)
+    start = f0 if after is None or f0_eval is None else f0_eval
     return Simulation(
         recipe=recipe,
         outputs=run.outputs,
@@ -176,6 +182,22 @@ def _times(K: np.ndarray, U: np.ndarray) -> np.ndarray:
     if K.shape[1] == len(U):
         return K @ U
     return (K @ U.reshape(-1)).reshape(-1, U.shape[1])
+
+
+def _held(
+    crosses: Sequence[Any] | None, offset: Any, targets: Any, modules: int, N: int, C: int
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Return the cross Grams and f0 of eval examples, or neither."""
+    if crosses is None or offset is None:
+        if crosses is not None or targets is not None:
+            raise InputError("eval_offset: expected together with crosses, got one or none of them")
+        return [], None
+    f0 = np.asarray(offset, dtype=np.float64)
+    if f0.ndim != 2 or f0.shape[1] != C or not len(f0):
+        raise InputError(f"eval_offset: expected (M, {C}) numbers, got shape {f0.shape}")
+    if len(crosses) != modules:
+        raise InputError(f"crosses: expected one for each of {modules} grams, got {len(crosses)}")
+    return [_checked("crosses", G, len(f0), N, C) for G in crosses], f0
 
 
 def _checked(name: str, K: Any, rows: int, columns: int, outputs: int) -> np.ndarray:

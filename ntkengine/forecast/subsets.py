@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkengine.errors import InputError
+from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.candidates import grouped, kind_of, layer_of, named_subsets
 from ntkengine.forecast.crossed import rehearse_folds
 from ntkengine.forecast.lora import rehearse
@@ -21,6 +21,7 @@ from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.ranking import Choice, Ranking
 from ntkengine.forecast.scores import centred_alignment
 from ntkengine.forecast.simulate import simulate
+from ntkengine.losses import as_targets
 from ntkengine.recipe import Recipe
 from ntkengine.spectrum import condition_from_eigenvalues
 
@@ -67,10 +68,12 @@ def rank_subsets(
         seed: of the rehearsals.
 
     Raises:
-        InputError: no eval examples, names that match nothing, too many subsets.
+        InputError: no eval examples, names that match nothing, too many subsets, or as `rehearse`.
 
     Cost: a rehearsal or simulation a subset; 9 N³ flops more for its eigenvalues with a Gram.
     """
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise InputError(f"size: expected an integer >= 1, got {size!r}")
     judge = _Judge(gram, targets, Recipe.of(recipe), factors, fold, rank, alpha, eval_targets, repeats, seed)
     if subsets == "greedy":
         found = _greedy(judge, size)
@@ -101,6 +104,8 @@ class _Judge:
             raise InputError("gram: expected a Gram with per_module, or factors, got neither")
         if gram is not None and not modules:
             raise InputError("gram: expected one computed with per_module=True, got one without modules")
+        if gram is not None and gram.contraction not in ("trace", "full"):
+            raise InputError(f"gram: expected one of contraction 'trace' or 'full', got {gram.contraction!r}")
         by_fold = isinstance(factors, Sequence)
         if by_fold and fold is None:
             raise InputError("fold: expected the fold of each example, as factors are given by fold, got none")
@@ -138,7 +143,10 @@ class _Judge:
     def choice(self, name: str, modules: tuple[str, ...]) -> Choice:
         """Return a subset's forecast."""
         if modules not in self._done:
-            outcome = self._rehearsed(modules) if self.factors is not None else self._simulated(modules)
+            try:
+                outcome = self._rehearsed(modules) if self.factors is not None else self._simulated(modules)
+            except NonFinite as error:
+                raise NonFinite(f"subset {name!r}: {error}") from None
             count = self.rank * sum(sum(self.shapes[m]) for m in modules)
             self._done[modules] = Choice(name, modules, count, outcome, **self._described(modules))
         return replace(self._done[modules], name=name)
@@ -185,14 +193,19 @@ class _Judge:
             if m not in self._ends:
                 own = np.linalg.eigvalsh(self._kernel(m))
                 self._ends[m] = float(own[0]), float(own[-1])
-        y = np.asarray(self.targets, dtype=np.float64)
-        y = y[:, None] if y.ndim == 1 else y
+        y = self._named()
         return {
             "condition": condition_from_eigenvalues(values, noise),
             "trace": float(values.sum()),
             "alignment": centred_alignment(K, y) if len(K) == len(y) else None,
             "weyl": (sum(self._ends[m][0] for m in modules), sum(self._ends[m][1] for m in modules)),
         }
+
+    def _named(self) -> np.ndarray:
+        """Return the targets as numbers a kernel can be aligned with, (N, C); classes as a column each."""
+        N, C = self.gram.outputs.shape
+        y = as_targets("targets", self.targets, self.recipe.loss, N, C).numpy()
+        return y if y.ndim == 2 else np.eye(max(2, C))[y]
 
 
 def _loss(choice: Choice) -> float:

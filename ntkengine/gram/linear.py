@@ -22,6 +22,7 @@ from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.factors import Outer, ParameterFactors
+from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import Sweep
 
 
@@ -79,32 +80,36 @@ def tangent_factors(
         model: as for `compute_gram`; before any adapter is put on.
         inputs: N train examples.
         eval_inputs: M further ones.
-        params: which weights; those that are no plain linear map's (norms, biases, embeddings, shared weights) are
-            left out.
+        params: which weights; those that are no plain linear map's (norms, biases, embeddings, weights that several
+            modules share) are left out.
         readout: as for `compute_gram`.
         memory_gib: bound on what is returned.
         seed: of the probe.
 
     Raises:
-        InputError: nothing selected is a linear map, or the factors would not fit `memory_gib`.
+        InputError: nothing selected is a linear map, an adapter's is, or the factors would not fit `memory_gib`.
         CheckFailed: a gradient that plain autograd does not reproduce.
 
     Cost: one sweep: two forward passes, C backward passes; tokens·(d_in + C·d_out) numbers a map.
     """
     task = Task.prepare(model, inputs, None, eval_inputs, readout, params, "full", "sgd", "high")
+    adapter = next((n for n in task.selected if module_of(n) != n.rpartition(".")[0]), None)
+    if adapter is not None:
+        raise InputError(f"params: expected a model before adapters are put on, {adapter} is an adapter's")
     limit = None if memory_gib is None else memory_gib * 2**30
     maps: dict[str, LinearFactors] = {}
     held = 0
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, _, layout, samples, _ = planned(task, "high", False, None, seed)
+        alone = _alone(structure)
         sweep = Sweep(task.model, task.selected, structure, samples, task.readout, hidden=layout.hidden)
         order = np.concatenate([c.rows + samples.span(c.group)[0] for c in samples.chunks])
         for _, found in sweep.segments():
             beside: list[LinearFactors] = []  # maps of one segment, some of which read the same inputs
             while found:
                 factors = found.pop()
-                if factors.kind != "outer":
+                if factors.kind != "outer" or factors.name not in alone:
                     continue
                 kept, read = _sharing(_flat(factors, order), beside)
                 held += read + kept.gradients.nbytes
@@ -118,9 +123,18 @@ def tangent_factors(
         outputs = np.empty_like(sweep.outputs)
         outputs[order] = sweep.outputs
     if not maps:
-        raise InputError("params: expected weights of linear maps among them, got none")
+        raise InputError("params: expected weights of linear maps that the outputs depend on, got none")
     names = [module_of(name) for name in task.selected]
     return TangentFactors({n: maps[n] for n in names if n in maps}, outputs, samples.sizes[0])
+
+
+def _alone(structure: Structure) -> set[str]:
+    """Return the parameters that one module alone uses: an adapter put on it then sees all their uses."""
+    owners: dict[str, set[str]] = {}
+    for paths in structure.paths.values():
+        for path in paths:
+            owners.setdefault(path.parameter, set()).update(module for module, _, _ in path.owners)
+    return {name for name, modules in owners.items() if len(modules) == 1}
 
 
 def _sharing(found: LinearFactors, beside: list[LinearFactors]) -> tuple[LinearFactors, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,15 @@ def selection_section(path: Path) -> Section:
         note = f"LoRA of rank {found['peft']['r']}, {how}; best first"
         notes = [str(line) for line in found["assumptions"]]
         names = [str(c["name"]) for c in choices[:_SHOWN]]
+        best = [str(m) for c in choices[:1] for m in c["modules"]]
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{path}: expected a ranking written by `ntkengine select --save`") from None
     if not rows:
         raise InputError(f"{path}: holds no ranked subsets")
     columns = ("modules", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "condition number")
-    best = choices[0]["modules"]
-    adapted = Table("The best choice adapts", (), [(f"{i + 1}", str(m)) for i, m in enumerate(best)])
+    adapted = Table("The best choice adapts", (), [(f"{i + 1}", m) for i, m in enumerate(best)])
     figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses)}
     return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes)
 
@@ -54,6 +55,8 @@ def _row(choice: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _three(value: list[float]) -> tuple[float, float, float]:
-    middle, low, high = (float(v) for v in value)
+def _three(value: list[float | None]) -> tuple[float, float, float]:
+    middle, low, high = (math.inf if v is None else float(v) for v in value)  # one example has no standard error
+    if low > middle or middle > high:
+        raise ValueError(value)
     return middle, low, high
