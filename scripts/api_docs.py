@@ -28,7 +28,7 @@ TOPICS = {
 HEAD = """# API reference
 
 Written by `scripts/api_docs.py` from the docstrings; a test keeps it so. All names are `ntkengine.<name>`, but for what
-is marked *returned*, which need not be imported.
+is marked *returned*, which need not be imported. Units and normalisations: [faq.md](faq.md).
 """
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 import ntkengine as ntk
 from ntkengine import store
+from ntkengine.jobfile import make_job
 from tests.test_shards import CUTS, make, sharded
 from tests.tiny import save_tiny, tiny_sentences
 
@@ -36,7 +38,7 @@ def anchors(text):
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -145,13 +147,48 @@ def test_file_format_names_the_keys_of_its_texts(format_page, job_folder, shards
 # Examples ------------------------------------------------------------------------------------------------------------
 
 
+BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]*?) -->\n)?```(?P<kind>python|bash|toml)\n(?P<code>.*?)```", re.DOTALL)
+# The README has no room for marks: its blocks that cannot run here, by how they begin.
+UNMARKED = {"from ntkengine import assets": "needs a network"}
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (mark, kind, code) of a page's examples."""
+    for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        begins = found["code"].splitlines()[0]
+        mark = f"not run: {UNMARKED[begins]}" if begins in UNMARKED else found["mark"] or ""
+        yield mark, found["kind"], found["code"]
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """Yield the arguments of each call of `ntkengine` in a block for the shell."""
+    lines = code.replace("\\\n", " ").replace(";", "\n").splitlines()
+    for words in (shlex.split(line, comments=True) for line in lines):
+        if "ntkengine" in words:
+            yield words[words.index("ntkengine") + 1 :]
+
+
+def parse(arguments: list[str]) -> None:
+    """Have the command line read flags and arguments, and do nothing."""
+    import typer
+
+    from ntkengine import cli
+
+    group = typer.main.get_command(cli.app)
+    command = group.commands[arguments[0]]
+    command.make_context(arguments[0], list(arguments[1:]))
+
+
 def write_data(folder: Path) -> None:
-    """Write what the pages call MODEL_DIR, train.tsv, dev.tsv and job.toml."""
+    """Write what the pages call MODEL_DIR, train.tsv, dev.tsv, test.tsv and job.toml."""
     save_tiny(folder / "MODEL_DIR", head=False)
-    for name, count, seed in (("train", 24, 0), ("dev", 16, 1)):
+    for name, count, seed in (("train", 24, 0), ("dev", 16, 1), ("test", 10, 2)):
         texts = tiny_sentences(count, seed)
         rows = [f"{text}\t{('negative', 'positive')[i % 2]}" for i, text in enumerate(texts)]
         (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    for mark, _, code in blocks(ROOT / "docs" / "tutorial.md"):
+        if mark.startswith("file: "):
+            (folder / mark.removeprefix("file: ")).write_text(code)
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +204,51 @@ def job_folder(tmp_path_factory) -> Path:
         cli.main(shlex.split(words))
     assert stop.value.code == 0
     return folder
+
+
+def readme_names() -> dict[str, object]:
+    """Return what the README's second example takes as given."""
+    model = ntk.load_model("MODEL_DIR")
+    dev = ntk.read_examples("dev.tsv", text="sentence", label="label")
+    targets = ntk.encode_targets(dev.labels, "margin", 2)
+    return {"bare_model": model, "dev_inputs": ntk.tokenize(dev, model), "dev_targets": targets}
+
+
+@pytest.mark.parametrize("kind", ["python", "bash", "toml"])
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_examples_run_as_printed(page, kind, job_folder, tmp_path, monkeypatch, run):
+    found = [(mark, code) for mark, other, code in blocks(page) if other == kind]
+    for item in job_folder.iterdir() if found else ():
+        name = "k.h5" if page.name == "file-format.md" and item.name == "all.h5" else item.name
+        (tmp_path / name).symlink_to(item)
+    monkeypatch.chdir(tmp_path)
+    names = readme_names() if page.parent == ROOT and kind == "python" else {}
+    for mark, code in found:
+        assert not mark or re.match("file: .|not run: .", mark), mark
+        waits = mark.startswith("not run")
+        if kind == "python":
+            compiled = compile(code, page.name, "exec")
+            if not waits:
+                exec(compiled, names)
+        elif kind == "toml":
+            make_job(tomllib.loads(code))
+        for arguments in commands(code) if kind == "bash" else ():
+            if waits:
+                parse(arguments)
+                continue
+            done, _, errors = run(*arguments)
+            assert done == 0, (arguments, errors)
+
+
+def test_marked_commands_are_parsed():
+    parse(["gram", "job.toml", "--readout", "margin"])
+    with pytest.raises(Exception, match="No such option"):
+        parse(["gram", "job.toml", "--no-such-flag"])
+
+
+def test_errors_of_the_faq_are_said_somewhere():
+    text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").split("## Errors")[1]
+    said = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "ntkengine").rglob("*.py"))
+    quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
+    assert len(quoted) > 10
+    assert [words for words in quoted if words not in said] == []
