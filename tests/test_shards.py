@@ -24,6 +24,7 @@ def make(seed: int = 0, layers: tuple[int, ...] = ()) -> Gram:
     gram = Gram(K, rng.normal(size=(700, 2)), "per-output" if layers else "trace", "sgd", 0.25)
     gram.modules = {"a.b": K / 4, "c": K * 0.75}
     gram.cross = rng.normal(size=(*layers, 40, 700))
+    gram.cross_modules = dict.fromkeys(gram.modules, gram.cross / 2)
     gram.eval_outputs = rng.normal(size=(40, 2))
     gram.meta = {"precision": "high"}
     return gram
@@ -48,7 +49,10 @@ def sharded(path, gram):
         tiled = {"gram": (a, gram.values[..., a:b, :])}
         tiled |= {f"modules/{i}": (a, matrix[..., a:b, :]) for i, matrix in enumerate(gram.modules.values())}
         if rank < 2:  # the last rank has no eval rows
-            tiled["cross"] = (20 * rank, gram.cross[..., 20 * rank : 20 * rank + 20, :])
+            part = slice(20 * rank, 20 * rank + 20)
+            tiled["cross"] = (20 * rank, gram.cross[..., part, :])
+            crosses = enumerate(gram.cross_modules.values())
+            tiled |= {f"crosses/{i}": (20 * rank, matrix[..., part, :]) for i, matrix in crosses}
         write_shard(path, rank, 3, tiled, JOB)
     store.link_shards(path, 3, gram, JOB, {"example_id": [f"é{i}" for i in range(700)]})
     place(path)
@@ -72,6 +76,7 @@ def same(got, gram):
     assert list(got.modules) == list(gram.modules)
     for name, matrix in gram.modules.items():
         np.testing.assert_array_equal(got.modules[name][...], matrix)
+        np.testing.assert_array_equal(got.cross_modules[name][...], gram.cross_modules[name])
     assert got.noise == gram.noise
     assert got.meta["example_id"][3] == "é3"
 
