@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,9 @@ def collect(
     num_labels: Annotated[int | None, flag(_MODEL, "Logits of the head (default: as many as classes).")] = None,
     dtype: Annotated[str | None, choice(_MODEL, "Dtype of the weights (default: float32).", "--dtype")] = None,
     device: Annotated[str | None, choice(_MODEL, "auto, cpu, cuda (default: auto).", "--device")] = None,
-    peft: Annotated[str | None, choice(_MODEL, "Adapter type, e.g. lora.", "--peft")] = None,
+    peft: Annotated[
+        str | None, choice(_MODEL, "Adapter type, e.g. lora, or the JSON file of `select --emit`.", "--peft")
+    ] = None,
     target: Annotated[str | None, flag(_MODEL, "Modules it adapts, e.g. query,value.")] = None,
     rank: Annotated[int | None, flag(_MODEL, "Its rank.")] = None,
     alpha: Annotated[int | None, flag(_MODEL, "Its scale, lora_alpha.")] = None,
@@ -93,11 +96,10 @@ def collect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
 ) -> tuple[Path | None, dict[str, Any], bool]:
     """Return the job file, what the flags lay over it (nested like the file, None where not given), and `--json`."""
-    adapter = {
-        "peft_type": None if peft is None else peft.upper(),
-        "target_modules": _names(target),
-        "r": rank,
-        "lora_alpha": alpha,
+    adapter = _adapter(peft) | {
+        name: value
+        for name, value in (("target_modules", _names(target)), ("r", rank), ("lora_alpha", alpha))
+        if value is not None
     }
     flags: dict[str, Any] = {
         "out": out,
@@ -110,7 +112,7 @@ def collect(
             "allow_pickle": allow_pickle,
             "trust_remote_code": trust_remote_code,
             "seed": seed,
-            "peft": {name: value for name, value in adapter.items() if value is not None},
+            "peft": adapter,
         },
         "data": {
             "train": data,
@@ -192,6 +194,21 @@ def bandwidth(given: str) -> float:
         raise InputError(f"--network: expected a rate such as 50GB/s or 400Gbit/s, got {given!r}")
     scale = 1000.0 ** " KMGT".index(found[2] or " ")
     return float(found[1]) * scale / (1 if found[3] == "B" else 8)
+
+
+def _adapter(given: str | None) -> dict[str, Any]:
+    """Return an adapter's fields: its type alone, or all that a JSON file holds."""
+    if given is None:
+        return {}
+    if not given.endswith(".json"):
+        return {"peft_type": given.upper()}
+    try:
+        found = json.loads(Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--peft: {given}: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"--peft: {given}: expected an adapter's fields by name, got {type(found).__name__}")
+    return {"peft_type": "LORA", **found}
 
 
 def _names(given: str | None) -> list[str] | None:

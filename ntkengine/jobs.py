@@ -98,7 +98,9 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
 
     check_early(replace(job, out=None))
     prepared = Prepared(job, progress or quiet, None)
-    return plan_gram(prepared.model, prepared.inputs, **prepared.arguments(), memory_gib=job.gram.memory_gib, **ranks)
+    call = prepared.arguments()
+    plan = plan_gram(prepared.model, prepared.inputs, **call, memory_gib=job.gram.memory_gib, **ranks)
+    return replace(plan, held_out_grams=prepared.folds)
 
 
 class Prepared:
@@ -168,6 +170,11 @@ class Prepared:
             return None
         return encode_targets(examples.labels, self.job.gram.readout, self.num_labels)
 
+    @property
+    def folds(self) -> int:
+        """How many held-out heads the job fits, and so how many more Grams of the train examples it computes."""
+        return min(self.job.head.folds, len(self.train)) if self.fits and self.train.labels is not None else 0
+
     def fit_head(self, tell: Progress) -> HeadFit | None:
         """Fit the head where the job wants it."""
         from ntkengine.inputs.heads import fit_head
@@ -204,7 +211,7 @@ class Prepared:
         try:
             for k in range(folds):
                 fit.write(self.model, k)
-                stage = None if progress is None else _staged(progress, f"held-out head {k + 1} of {folds}")
+                stage = None if progress is None else _staged(progress, k, folds)
                 checked = call["sketch"] is not None  # the only way to a sketch
                 found = compute_gram(
                     self.model,
@@ -227,8 +234,10 @@ class Prepared:
         return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack(outputs)}
 
 
-def _staged(progress: Progress, stage: str) -> Progress:
-    return lambda done, total, _: progress(done, total, stage)
+def _staged(progress: Progress, k: int, folds: int) -> Progress:
+    """Return what tells of fold k as a part of all of them, so that rate and time left are those of the whole."""
+    stage = f"held-out head {k + 1} of {folds}"
+    return lambda done, total, _: progress(k * total + done, folds * total, stage)
 
 
 def forecast_file(

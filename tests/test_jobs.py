@@ -12,6 +12,7 @@ from ntkengine.errors import InputError
 from ntkengine.forecast import CrossFit, forecast
 from ntkengine.gram.engine import compute_gram
 from ntkengine.jobfile import make_job, merged, read_job
+from ntkengine.report.tables import plan_table
 from ntkengine.store import open_gram
 from tests.brute import tiny_inputs, tiny_model
 from tests.tiny import save_tiny, tiny_sentences
@@ -200,7 +201,8 @@ def test_a_job_that_ended_among_its_held_out_heads_goes_on_there(folder, monkeyp
 def test_plan_is_of_the_same_job_and_writes_nothing(folder):
     plan = jobs.run_plan(read_job(folder / "job.toml"))
     assert plan.samples == 20
-    assert plan.outputs == 1
+    assert (plan.outputs, plan.held_out_grams) == (1, 5)
+    assert "not counted: 5 more Grams of the train examples" in plan_table(plan).note
     assert all("lora_" in row.parameter for row in plan.parameters)
     assert not (folder / "k.h5").exists()
 

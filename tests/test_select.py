@@ -9,6 +9,7 @@ import pytest
 
 from ntkengine.errors import InputError
 from ntkengine.jobfile import read_job
+from ntkengine.jobflags import collect
 from ntkengine.selectjob import run_select
 from tests.test_finetunejob import JOB, folder, run  # noqa: F401  (fixtures)
 
@@ -34,6 +35,19 @@ def test_types_are_ranked_and_the_best_is_written(job, run):  # noqa: F811
     config = peft.LoraConfig(**{k: v for k, v in written.items() if k != "peft_type"})
     assert config.r == 2
     assert set(config.target_modules) == set(told["choices"][0]["modules"])
+
+
+def test_what_was_emitted_is_an_adapter_for_other_commands(job, run):  # noqa: F811
+    emitted = job.parent / "peft.json"
+    assert run("select", job, "--emit", emitted, "--repeats", 1, "--no-kernels")[0] == 0
+    wanted = json.loads(emitted.read_text())
+    assert collect(peft=str(emitted))[1]["model"]["peft"] == {"peft_type": "LORA", **wanted}
+    assert run("finetune", job, "--peft", emitted, "--epochs", 1)[0] == 0
+    for text, message in (("[1]", "expected an adapter's fields by name, got list"), ("{", "--peft: ")):
+        emitted.write_text(text)
+        code, _, err = run("finetune", job, "--peft", emitted)
+        assert (code, message in err) == (2, True)
+    assert run("plan", job, "--peft", "none.json")[0] == 2
 
 
 def test_the_table_says_what_it_assumes(job, run):  # noqa: F811

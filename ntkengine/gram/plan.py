@@ -99,6 +99,8 @@ class Plan:
         projection_flops: of a sketch's projections.
         ranks: processes that share the job; memory is then that of each.
         scaling: what it takes on as many ranks as were asked for (`gram.scaling.Scaling`).
+        held_out_grams: Grams of the train examples, under heads fitted without a fold of them, that a job computes
+            besides; no other figure counts them.
     """
 
     parameters: list[PlanRow]
@@ -123,6 +125,7 @@ class Plan:
     projection_flops: float = 0.0
     ranks: int = 1
     scaling: dict[str, Any] = field(default_factory=dict)
+    held_out_grams: int = 0
 
     @property
     def flops(self) -> float:

@@ -154,6 +154,8 @@ def plan_table(plan: Any) -> Table:
         f"MiB above the model; about {plan.seconds:.1f} s: passes {plan.pass_seconds:.1f}, contractions at "
         f"{plan.rate / 1e9:,.0f} GFLOP/s"
     )
+    if plan.held_out_grams:
+        note += f"; not counted: {plan.held_out_grams} more Grams of the train examples, under held-out heads"
     if plan.scaling:
         note += f"; {scaling_note(plan.scaling)}"
     layout = plan.layout
