@@ -23,7 +23,9 @@ class Descent:
         r = recipe
         self._optimizer: torch.optim.Optimizer
         if r.optimizer == "adam":
-            self._optimizer = torch.optim.Adam(self._parameters, lr=r.learning_rate, betas=r.betas, eps=r.eps)
+            self._optimizer = torch.optim.Adam(
+                self._parameters, lr=r.learning_rate, betas=r.betas, eps=r.eps, fused=True
+            )
         else:
             self._optimizer = torch.optim.SGD(self._parameters, lr=r.learning_rate, momentum=r.momentum)
 

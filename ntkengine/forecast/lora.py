@@ -196,17 +196,24 @@ class _Run:
             return self._f(rows)
 
     def _f(self, rows: np.ndarray) -> Tensor:
-        f = self.f0[torch.from_numpy(rows)]
         taken: dict[bytes, tuple[Tensor, Tensor]] = {}
+        seen: dict[int, Tensor] = {}
+        moved: dict[bytes, Tensor] = {}
         for held, A, B in zip(self.maps, self.A, self.B, strict=True):
-            key = held.starts.tobytes()  # maps that see the same tokens share the lookup
-            if key not in taken:
-                taken[key] = _tokens(held.starts, rows)
-            tokens, owner = (t.to(held.inputs.device) for t in taken[key])
-            h = held.inputs[tokens] @ A.T
+            key, shared = held.starts.tobytes(), held.inputs.data_ptr()
+            if key not in taken:  # maps that see the same tokens share the lookup
+                tokens, owner = _tokens(held.starts, rows)
+                taken[key] = tokens.to(held.inputs.device), owner
+            tokens, _ = taken[key]
+            if shared not in seen:  # maps that read the same inputs share them
+                seen[shared] = held.inputs[tokens]
+            h = seen[shared] @ A.T
             p = held.gradients[tokens] @ B  # (z, C, r)
-            moved = (p * h[:, None]).sum(2).double().cpu()
-            f = f.index_add(0, owner.cpu(), moved, alpha=self.scale)
+            part = (p * h[:, None]).sum(2).double().cpu()
+            moved[key] = moved[key] + part if key in moved else part
+        f = self.f0[torch.from_numpy(rows)]
+        for key, part in moved.items():
+            f = f.index_add(0, taken[key][1], part, alpha=self.scale)
         return f
 
     def trained(self, rows: np.ndarray, y: Tensor, seed: int) -> _Run:
