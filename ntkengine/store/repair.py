@@ -13,7 +13,8 @@ from ntkengine.errors import InputError
 from ntkengine.store.checking import Damage, find_damage
 from ntkengine.store.folder import Folder
 from ntkengine.store.merging import copy_gram
-from ntkengine.store.schema import GROUPS, is_cross, matrices, opened, read_json
+from ntkengine.store.opening import opened
+from ntkengine.store.schema import GROUPS, is_cross, matrices, read_json
 from ntkengine.store.shards import shards_of
 from ntkengine.store.tiles import Where, tile_places, tiles_name
 
