@@ -11,6 +11,7 @@ out = "k.h5"
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 import types
@@ -288,7 +289,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 def _resolved(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Take relative paths from the job file's folder; a model path only when such a folder is there."""
-    result = merged({}, found)
+    result = copy.deepcopy(found)
     if isinstance(result.get("out"), str):
         result["out"] = folder / Path(result["out"]).expanduser()
     data, model = result.get("data"), result.get("model")

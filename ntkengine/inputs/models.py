@@ -137,12 +137,12 @@ def _load(
     if not allow_pickle:
         options["use_safetensors"] = True
     auto = getattr(transformers, _TASKS[task])
-    if stream:
-        if not any(Path(source).glob("*.safetensors")):
-            msg = f"{source}: stream=True needs a model directory with safetensors files"
-            raise InputError(msg)
-        return load_streamed(Path(source), auto, _DTYPES[dtype], trust_remote_code, options)
+    if stream and not any(Path(source).glob("*.safetensors")):
+        msg = f"{source}: stream=True needs a model directory with safetensors files"
+        raise InputError(msg)
     try:
+        if stream:
+            return load_streamed(Path(source), auto, _DTYPES[dtype], trust_remote_code, options)
         model, info = auto.from_pretrained(
             source,
             dtype=_DTYPES[dtype],
@@ -151,6 +151,8 @@ def _load(
             ignore_mismatched_sizes=True,  # told below, by name
             **options,
         )
+    except InputError:
+        raise
     except Exception as error:  # many kinds; each means the model cannot be used
         reason = " ".join(str(error).split())[:300]
         if "trust_remote_code" in reason:

@@ -16,11 +16,12 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.gram.tiles import CONTRACTIONS
-from ntkengine.store.schema import is_cross, matrices, read_json
+from ntkengine.store.schema import GROUPS, is_cross, matrices, read_json
 
 # Filters of HDF5 itself; any other one is code loaded from a plug-in.
 _FILTERS = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle", h5py.h5z.FILTER_FLETCHER32: "sums"}
 _MATRICES = ("gram", "cross", "modules/", "crosses/")
+_GROUPS = (*GROUPS, "extras", "json", "tiles")
 _IDS = ("example_id", "eval_id")
 _PACKED = 1100  # deflate cannot pack a byte into less than a 1032nd
 _CHUNK = 1 << 24  # bytes; tiles are far smaller
@@ -58,6 +59,11 @@ def vet_shapes(file: h5py.File, path: Path) -> None:
         raise InputError(f"{path}: contraction: expected one of {', '.join(CONTRACTIONS)}, got {contraction!r}")
     if len(outputs) != 2:
         raise InputError(f"{path}: /outputs: expected (N, C), got shape {outputs}")
+    for group in GROUPS:
+        numbers = set(file.get(group, ()))
+        tiled = set(file.get(f"tiles/{group}", ()))
+        if numbers != {str(i) for i in range(len(numbers))} or not tiled <= numbers:
+            raise InputError(f"{path}: /{group}: expected matrices 0, 1, … as in /tiles/{group}, one is missing")
     width = outputs[1] if contraction == "full" else 1
     layers = outputs[1:] if contraction == "per-output" else ()
     columns = file["gram"].shape[-1:]
@@ -87,12 +93,19 @@ def _vet_names(group: h5py.Group, path: Path, seen: set[Any], datasets: list[h5p
         if item in seen:  # a few dozen groups that hold each other twice are 2^dozens of paths
             raise InputError(f"{path}: {place} has another name too; only plain datasets are read")
         seen.add(item)
+        if isinstance(item, h5py.Group) is not _is_group(place):
+            raise InputError(f"{path}: {place} is not the kind of thing that a Gram file has there")
         if isinstance(item, h5py.Group):
             _vet_names(item, path, seen, datasets)
         elif not isinstance(item, h5py.Dataset):
             raise InputError(f"{path}: {place} is a {type(item).__name__}; only plain datasets are read")
         else:
             datasets.append(item)
+
+
+def _is_group(place: str) -> bool:
+    """Say whether what has this name is a group in a Gram file."""
+    return place.lstrip("/") in _GROUPS or (place.startswith("/tiles/") and not place.endswith(("/crc32", "/done")))
 
 
 def _vet_dataset(item: h5py.Dataset, path: Path) -> None:
