@@ -22,15 +22,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input of every reader")
     parser.add_argument("--reader", action="append", choices=list(READERS), help="only this one (again: this one too)")
-    parser.add_argument("--keep", type=Path, help="new folder for the inputs that met a fault")
+    parser.add_argument("--keep", type=Path, help="new folder for the sound inputs, and those that met a fault")
     given = parser.parse_args(sys.argv[2:])
     chosen = given.reader or list(READERS)
     shares = {name: READERS[name].share for name in chosen}
     counts = {name: round(given.inputs * share / sum(shares.values())) for name, share in shares.items()}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        seeds = make_seeds(Path(scratch) / "seeds")
         folder = given.keep or Path(scratch) / "run"
+        seeds = make_seeds(folder / "seeds")
         tallies = run_campaign(counts, seeds, folder, given.seed, LIMIT_S, given.first)
     print(table(tallies))
     for name, tally in tallies.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tracemalloc
 
@@ -13,6 +14,7 @@ import pytest
 from ntkengine import store
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
+from ntkengine.store import heaps
 
 TEXT = h5py.string_dtype()
 
@@ -32,7 +34,8 @@ def sound(tmp_path_factory):
 
 
 def again(file, name, **given):
-    del file[name]
+    if name in file:
+        del file[name]
     file.create_dataset(name, **given)
 
 
@@ -46,7 +49,7 @@ def grown(file):
 
 
 def many_paths(file):
-    group = file.create_group("extras/deep")
+    group = file.create_group("tiles/deep")
     for _ in range(40):
         inner = group.create_group("a")
         group["b"] = inner
@@ -85,7 +88,10 @@ HUGE = {"shape": (10**9, 10**9), "dtype": "f8", "chunks": (256, 256), "fillvalue
         (lambda f: f.attrs.__setitem__("contraction", "sum"), "contraction: expected one of trace, full"),
         (lambda f: f.attrs.__setitem__("schema", [1.0, 2.0]), "expected schema 'ntkengine-gram/1', got"),
         (lambda f: f.attrs.__setitem__("noise", 0.0), "attributes do not match their checksum"),
-        (lambda f: f["modules/1"].attrs.__setitem__("name", "a"), "expected a module's name, each once, got 'a'"),
+        (lambda f: f["modules/1"].attrs.__setitem__("name", "a"), "/modules/1: its module's name 'a' is damaged"),
+        (lambda f: f["modules/1"].attrs.update(f["modules/0"].attrs), "/modules/1: module 'a' is there twice"),
+        (lambda f: f.__delitem__("modules/0"), "/modules: expected matrices 0, 1, … as in /tiles/modules, one is miss"),
+        (lambda f: again(f, "cross/deep", data=1.0), "/cross is not the kind of thing"),
         (lambda f: f["outputs"].write_direct(np.ones((5, 2))), "/outputs does not match its checksum"),
         (lambda f: f["json/job"].__setitem__((), "{}"), "/json/job does not match its checksum"),
         (lambda f: again(f, "tiles/done", data=np.ones(2, bool)), r"/tiles/done: expected 1 flags, got shape \(2,\)"),
@@ -121,6 +127,27 @@ def test_texts_named_many_times_are_not_multiplied(sound, tmp_path):
     assert len(raw) < 5 * 5000
     with pytest.raises(InputError, match="/example_id: its texts are longer than the file"):
         store.open_gram(path)
+
+
+def test_a_text_whose_length_would_hang_the_library(sound, tmp_path):
+    raw = sound.read_bytes()
+    for at in [m.start() for m in re.finditer(b"GCOL", raw)]:
+        for size in (0, 2**63, 2**64 - 32):  # of the first object
+            path = tmp_path / "k.h5"
+            path.write_bytes(raw[: at + 24] + size.to_bytes(8, "little") + raw[at + 32 :])
+            with pytest.raises(InputError, match="is incomplete or damaged .its texts at byte"):
+                store.open_gram(path)
+
+
+def test_a_large_file_is_looked_at_between_its_numbers(sound, tmp_path, monkeypatch):
+    monkeypatch.setattr(heaps, "_SMALL", 0)
+    assert store.verify_gram(sound) == []
+    raw = bytearray(sound.read_bytes())
+    at = raw.index(b"GCOL")
+    raw[at + 24 : at + 32] = bytes(8)
+    (tmp_path / "k.h5").write_bytes(raw)
+    with pytest.raises(InputError, match="its texts at byte"):
+        store.open_gram(tmp_path / "k.h5")
 
 
 def test_a_virtual_matrix_is_no_larger_than_its_shards(tmp_path):

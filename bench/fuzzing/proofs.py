@@ -136,9 +136,8 @@ def prove_peft(work: Path, seeds: Path) -> None:
     model = load_model(seeds / "model", peft=fields)
     for name, value in fields.items():
         got = getattr(model.peft_config["default"], name)
-        if name != "peft_type" and value not in (got, sorted(got) if isinstance(got, set) else None):
-            if isinstance(got, set) and set(map(str, value)) == set(map(str, got)):
-                continue
+        same = sorted(map(str, got)) == sorted(map(str, value)) if isinstance(got, set) and value else got == value
+        if name != "peft_type" and not same and bool(got) != bool(value):
             raise ProofError(f"{name}: {value!r} read as {got!r}")
 
 
@@ -174,7 +173,7 @@ def prove_examples(name: str) -> Callable[[Path, Path], None]:
 
 
 def _same(shown: str, given: Any) -> bool:
-    return shown == str(given).strip() or (isinstance(given, float) and shown == f"{given:.0f}")
+    return shown == str(given).strip() or (isinstance(given, float) and given.is_integer() and shown == str(int(given)))
 
 
 _TOKENIZERS: dict[Path, Any] = {}

@@ -71,7 +71,7 @@ def _header(path: Path, rng: np.random.Generator) -> None:
     raw = path.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     header = broken_json(raw[8 : 8 + size].decode(), rng).encode()
-    length = len(header) if rng.random() < 0.9 else int(rng.choice([0, 1, 2**31, 2**63, 2**64 - 1]))
+    length = len(header) if rng.random() < 0.9 else (0, 1, 2**31, 2**63, 2**64 - 1)[int(rng.integers(5))]
     path.write_bytes(length.to_bytes(8, "little") + header + raw[8 + size :])
 
 

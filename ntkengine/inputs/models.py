@@ -203,9 +203,13 @@ def _adapt(model: nn.Module, peft: Any) -> nn.Module:
         msg = f"peft: expected a peft config or a mapping of its fields, got {peft!r}"
         raise InputError(msg)
     config = peft if isinstance(peft, PeftConfig) else _peft_config(dict(peft))
+    rank, widest = getattr(config, "r", None), max(max(p.shape, default=1) for p in model.parameters())
+    if isinstance(rank, int) and rank > widest:  # before it is allocated
+        msg = f"peft.r: expected at most {widest}, the model's widest layer, got {rank}"
+        raise InputError(msg)
     try:
         adapted: nn.Module = get_peft_model(model, config)
-    except (TypeError, ValueError) as error:  # a field of another type shows up only here
+    except Exception as error:  # a field of another type shows up only here, as many kinds
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight") and "." in n})
         reason = " ".join(str(error).split())[:200]
         msg = f"peft: {reason}; modules of this model are called {', '.join(linear[:20])}"
@@ -233,7 +237,7 @@ def _peft_config(fields: dict[str, Any]) -> Any:
             fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
     try:
         return chosen(**fields)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # the library's own checks raise many kinds
         msg = f"peft: {' '.join(str(error).split())[:200]}"
         raise InputError(msg) from error
 

@@ -29,15 +29,15 @@ def selection_section(path: Path) -> Section:
         note = f"LoRA of rank {found['peft']['r']}, {how}; best first"
         notes = [str(line) for line in found["assumptions"]]
         names = [str(c["name"]) for c in choices[:_SHOWN]]
+        best = [str(module) for module in choices[0]["modules"]] if choices else []
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError):
         raise InputError(f"{path}: expected a ranking written by `ntkengine select --save`") from None
     if not rows:
         raise InputError(f"{path}: holds no ranked subsets")
     columns = ("modules", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "condition number")
-    best = choices[0]["modules"]
-    adapted = Table("The best choice adapts", (), [(f"{i + 1}", str(m)) for i, m in enumerate(best)])
+    adapted = Table("The best choice adapts", (), [(f"{i + 1}", m) for i, m in enumerate(best)])
     figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses)}
     return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.store.opening import opened
-from ntkengine.store.schema import SHARD_SCHEMA, matches, matrices, root
+from ntkengine.store.schema import SHARD_SCHEMA, matches, matrices, module_of, root
 from ntkengine.store.shards import check_shards, shards_of
 from ntkengine.store.tiles import Where, checksum, checksum_of, slabs, tile_places, tiles_name
 
@@ -118,6 +118,11 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
             yield Damage(f"/{name} does not match its checksum")
         elif dataset.dtype.kind == "f" and not all(np.isfinite(dataset[at]).all() for at in slabs(dataset.shape)):
             yield Damage(f"/{name} has values that are not finite")
+    for name in (name for name in matrices(file) if "/" in name):
+        try:
+            module_of(file[name])
+        except ValueError as error:
+            yield Damage(str(error))
     for name in ("job", "meta", "plan"):
         if f"json/{name}" not in file:
             yield Damage(f"a dataset is missing or unreadable: /json/{name}")

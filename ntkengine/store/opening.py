@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 
 from ntkengine.errors import InputError
+from ntkengine.store.heaps import vet_heaps
 from ntkengine.store.schema import SCHEMA
 from ntkengine.store.vetting import vet, vet_shapes
 
@@ -20,6 +21,7 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
     if not path.is_file():
         msg = f"{path}: no such file"
         raise InputError(msg)
+    vet_heaps(path)
     try:
         try:
             file = h5py.File(path, "r")
@@ -29,11 +31,11 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
         msg = f"{path}: not an HDF5 file, or damaged ({first_line(error)})"
         raise InputError(msg) from error
     try:
+        vet(file, path)  # first: texts, attributes too, may be where reading them never ends
         found = file.attrs.get("schema")
         if not isinstance(found, str) or found != schema:
             msg = f"{path}: expected schema {schema!r}, got {found!r}"
             raise InputError(msg)
-        vet(file, path)
         if schema == SCHEMA:
             vet_shapes(file, path)
     except InputError:

@@ -12,7 +12,7 @@ from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.store.metadata import read_meta, read_plan
 from ntkengine.store.opening import first_line, opened
-from ntkengine.store.schema import ARRAYS, matches, matrices, read_json, root
+from ntkengine.store.schema import ARRAYS, matches, matrices, module_of, read_json, root
 from ntkengine.store.shards import check_shards
 from ntkengine.store.tiles import checksum, checksum_of, tile_places, tiles_name
 
@@ -24,9 +24,9 @@ class Modules(Mapping[str, Any]):
         self._group = group
         self._index: dict[str, str] = {}
         for i in sorted(group, key=int):
-            name = group[i].attrs["name"]
-            if not isinstance(name, str) or name in self._index:
-                msg = f"{group.name}/{i}: expected a module's name, each once, got {name!r}"
+            name = module_of(group[i])
+            if name in self._index:
+                msg = f"{group.file.filename}: {group.name}/{i}: module {name!r} is there twice"
                 raise InputError(msg)
             self._index[name] = i
 

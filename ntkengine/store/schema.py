@@ -9,7 +9,7 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.store.tiles import checksum_of
-from ntkengine.textfile import parse_json
+from ntkengine.textfile import check_plain, parse_json
 
 SCHEMA = "ntkengine-gram/1"
 SHARD_SCHEMA = "ntkengine-shard/1"
@@ -47,6 +47,19 @@ def matches(item: h5py.Dataset | h5py.File, found: int) -> bool:
 def root(file: h5py.File) -> dict[str, Any]:
     """Return the root's attributes but their checksum, as plain types: what the checksum is of."""
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items() if k != "crc32"}
+
+
+def module_of(matrix: h5py.Dataset) -> str:
+    """Return the name of the module that a matrix is of.
+
+    Raises:
+        InputError: there is none, or it does not match its checksum.
+    """
+    name = matrix.attrs.get("name")
+    if not isinstance(name, str) or not matches(matrix, checksum_of(name)):
+        raise InputError(f"{matrix.file.filename}: {matrix.name}: its module's name {name!r} is damaged")
+    check_plain(name)
+    return name
 
 
 def matrices(file: h5py.File) -> list[str]:

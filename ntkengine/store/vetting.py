@@ -16,6 +16,7 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.gram.tiles import CONTRACTIONS
+from ntkengine.store.heaps import vet_heaps
 from ntkengine.store.schema import GROUPS, is_cross, matrices, read_json
 
 # Filters of HDF5 itself; any other one is code loaded from a plug-in.
@@ -38,6 +39,7 @@ def vet(file: h5py.File, path: Path) -> None:
     """
     datasets: list[h5py.Dataset] = []
     _vet_names(file, path, set(), datasets)
+    vet_heaps(path, datasets)
     for item in datasets:
         _vet_dataset(item, path)
     for item in datasets:  # after the text that says which shards there are
