@@ -17,6 +17,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
                 return Path(value)
         elif kind is float:
             if isinstance(value, int | float) and not isinstance(value, bool):
-                return float(value)
+                with suppress(OverflowError):
+                    return float(value)
         elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
     expected = " or ".join(_WORDS[kind] for kind in allowed if kind is not type(None))

@@ -62,7 +62,7 @@ def check_plain(value: object, depth: int = 0) -> None:
     """Refuse nested values that could not be shown or written later.
 
     Raises:
-        ValueError: nested too deeply, or half of a surrogate pair in a text.
+        ValueError: nested too deeply, half of a surrogate pair in a text, or a date.
     """
     if depth > _DEEPEST:
         raise ValueError(f"nested deeper than {_DEEPEST} levels")
@@ -75,3 +75,5 @@ def check_plain(value: object, depth: int = 0) -> None:
     elif isinstance(value, list):
         for item in value:
             check_plain(item, depth + 1)
+    elif not isinstance(value, int | float | None):
+        raise ValueError(f"expected texts, numbers, lists and tables, got {value}")

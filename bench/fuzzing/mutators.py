@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -99,4 +100,4 @@ def _walk(value: Any, tell: Callable[[tuple[Any, Any]], None]) -> None:
 
 
 def _value(rng: np.random.Generator) -> Any:
-    return VALUES[int(rng.integers(len(VALUES)))]
+    return copy.deepcopy(VALUES[int(rng.integers(len(VALUES)))])

@@ -154,11 +154,11 @@ def _load(
     except InputError:
         raise
     except Exception as error:  # many kinds; each means the model cannot be used
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it needs code of its own: pass trust_remote_code if you trust it"
         kind = "cannot be loaded" if Path(source).is_dir() else "is no local directory and the hub gave no such model"
-        msg = f"{source}: {kind} ({reason})"
+        msg = f"{source}: {kind} ({reason[:300]})"
         raise InputError(msg) from error
     prefix = getattr(model, "base_model_prefix", "") + "."
     # A pooler is part of the head when the weights come from a model trained without one.

@@ -56,4 +56,6 @@ def _row(choice: dict[str, Any]) -> tuple[str, ...]:
 
 def _three(value: list[float]) -> tuple[float, float, float]:
     middle, low, high = (float(v) for v in value)
+    if low > middle or middle > high:
+        raise ValueError("not an interval")
     return middle, low, high
