@@ -161,3 +161,8 @@ def test_a_models_own_code_is_not_run_unless_asked(tmp_path, stream):
     (path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(path, stream=stream)
+
+
+def test_a_refusal_is_one_line_that_a_terminal_can_show():
+    shown = str(InputError("x.csv:\n3: \x1b[31m\u2028red\ud800 é"))
+    assert shown == r"x.csv: 3: \x1b[31m\u2028red\ud800 é"
