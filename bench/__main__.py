@@ -19,6 +19,7 @@ CASES = {
     "kernels": "kernels",
     "gpu-jobs": "gpu_jobs",
     "faults": "faults",
+    "fuzz": "fuzz",
     "ranks": "ranks",
     "spectrum": "spectrum",
 }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+_SHOWN = dict.fromkeys("\n\r\t", " ")
+
 
 class InputError(ValueError):
     """What the user gave cannot be used: the message says what, where, and what was expected.
 
-    The command line prints it as one line and exits with 2.
+    The command line prints it and exits with 2. It is one line that a terminal can show, whatever names a file gave it.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__("".join(c if c.isprintable() else _SHOWN.get(c) or ascii(c)[1:-1] for c in str(message)))
 
 
 class CheckFailed(RuntimeError):  # noqa: N818  (reads as what happened)

@@ -11,6 +11,7 @@ out = "k.h5"
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 import types
@@ -23,6 +24,7 @@ from typing import Any
 from ntkengine.errors import InputError
 from ntkengine.finetunejob import FinetunePart
 from ntkengine.recipe import is_number
+from ntkengine.textfile import check_plain
 
 _WORDS = {
     bool: "true or false",
@@ -191,13 +193,18 @@ def read_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Jo
     path = Path(path)
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
+        check_plain(found)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
         raise InputError(f"{path}: not a readable TOML file: {error}") from error
     # Every key is checked as it stands in the file, before anything is laid over it.
     _check_names(found, Job, str(path))
-    return make_job(merged(_resolved(found, path.parent), overrides or {}), str(path))
+    try:
+        found = _resolved(found, path.parent)
+    except (OSError, RuntimeError) as error:  # a name that is too long, ~ of an unknown user
+        raise InputError(f"{path}: a path in it cannot be used: {error}") from error
+    return make_job(merged(found, overrides or {}), str(path))
 
 
 def make_job(found: Mapping[str, Any], where: str = "job") -> Job:
@@ -289,7 +296,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 def _resolved(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Take relative paths from the job file's folder; a model path only when such a folder is there."""
-    result = merged({}, found)
+    result = copy.deepcopy(found)
     if isinstance(result.get("out"), str):
         result["out"] = folder / Path(result["out"]).expanduser()
     data, model = result.get("data"), result.get("model")

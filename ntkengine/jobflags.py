@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 from ntkengine.choices import completing
 from ntkengine.errors import InputError
 from ntkengine.jobfile import Job, make_job, merged, read_job
+from ntkengine.textfile import parse_json
 
 _MODEL, _DATA, _HEAD, _GRAM, TRAINING = "Model", "Data", "Head", "Gram", "Training"
 
@@ -203,11 +203,10 @@ def _adapter(given: str | None) -> dict[str, Any]:
     if not given.endswith(".json"):
         return {"peft_type": given.upper()}
     try:
-        found = json.loads(Path(given).read_text(encoding="utf-8"))
+        text = Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"--peft: {given}: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"--peft: {given}: expected an adapter's fields by name, got {type(found).__name__}")
+    found = parse_json(text, f"--peft: {given}", dict, "an adapter's fields by name")
     return {"peft_type": "LORA", **found}
 
 

@@ -137,12 +137,12 @@ def _load(
     if not allow_pickle:
         options["use_safetensors"] = True
     auto = getattr(transformers, _TASKS[task])
-    if stream:
-        if not any(Path(source).glob("*.safetensors")):
-            msg = f"{source}: stream=True needs a model directory with safetensors files"
-            raise InputError(msg)
-        return load_streamed(Path(source), auto, _DTYPES[dtype], trust_remote_code, options)
+    if stream and not any(Path(source).glob("*.safetensors")):
+        msg = f"{source}: stream=True needs a model directory with safetensors files"
+        raise InputError(msg)
     try:
+        if stream:
+            return load_streamed(Path(source), auto, _DTYPES[dtype], trust_remote_code, options)
         model, info = auto.from_pretrained(
             source,
             dtype=_DTYPES[dtype],
@@ -151,12 +151,14 @@ def _load(
             ignore_mismatched_sizes=True,  # told below, by name
             **options,
         )
+    except InputError:
+        raise
     except Exception as error:  # many kinds; each means the model cannot be used
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it needs code of its own: pass trust_remote_code if you trust it"
         kind = "cannot be loaded" if Path(source).is_dir() else "is no local directory and the hub gave no such model"
-        msg = f"{source}: {kind} ({reason})"
+        msg = f"{source}: {kind} ({reason[:300]})"
         raise InputError(msg) from error
     prefix = getattr(model, "base_model_prefix", "") + "."
     # A pooler is part of the head when the weights come from a model trained without one.
@@ -201,9 +203,13 @@ def _adapt(model: nn.Module, peft: Any) -> nn.Module:
         msg = f"peft: expected a peft config or a mapping of its fields, got {peft!r}"
         raise InputError(msg)
     config = peft if isinstance(peft, PeftConfig) else _peft_config(dict(peft))
+    rank, widest = getattr(config, "r", None), max(max(p.shape, default=1) for p in model.parameters())
+    if isinstance(rank, int) and rank > widest:  # before it is allocated
+        msg = f"peft.r: expected at most {widest}, the model's widest layer, got {rank}"
+        raise InputError(msg)
     try:
         adapted: nn.Module = get_peft_model(model, config)
-    except (TypeError, ValueError) as error:  # a field of another type shows up only here
+    except Exception as error:  # a field of another type shows up only here, as many kinds
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight") and "." in n})
         reason = " ".join(str(error).split())[:200]
         msg = f"peft: {reason}; modules of this model are called {', '.join(linear[:20])}"
@@ -231,7 +237,7 @@ def _peft_config(fields: dict[str, Any]) -> Any:
             fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
     try:
         return chosen(**fields)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # the library's own checks raise many kinds
         msg = f"peft: {' '.join(str(error).split())[:200]}"
         raise InputError(msg) from error
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ntkengine.errors import InputError
+from ntkengine.textfile import parse_json
 
 _LONGEST_FIELD = 1 << 24
 
@@ -105,23 +105,11 @@ def _jsonl(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
         if not line.strip():
             continue
         where = f"{path.name}:{number}"
-        yield Row(where, _parsed(line, where, dict, "a JSON object"))
+        yield Row(where, parse_json(line, where, dict, "a JSON object"))
 
 
 def _json(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
-    yield from _records(path.name, _parsed("".join(_lines(path)), path.name, list, "a list of JSON objects"))
-
-
-def _parsed(text: str, where: str, kind: type, expected: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        msg = f"{where}: malformed JSON ({str(error).splitlines()[0]})"
-        raise InputError(msg) from error
-    if not isinstance(value, kind):
-        msg = f"{where}: expected {expected}, got {type(value).__name__}"
-        raise InputError(msg)
-    return value
+    yield from _records(path.name, parse_json("".join(_lines(path)), path.name, list, "a list of JSON objects"))
 
 
 def _parquet(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import selection_figure
 from ntkengine.report.tables import Table, span
+from ntkengine.textfile import parse_json
 
 _SHOWN = 20  # subsets in the figure
 
@@ -22,7 +22,7 @@ def selection_section(path: Path) -> Section:
         InputError: no such file, or one that is no ranking.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"), path, dict, "an object")
         choices, recipe = found["choices"], found["recipe"]
         rows = [_row(c) for c in choices]
         losses = [_three(c["eval_loss"]) for c in choices[:_SHOWN]]

@@ -51,7 +51,7 @@ def progress_table(progress: Mapping[str, Any]) -> Table:
         state = "damaged tiles are open: the same command computes them again"
     rows = [("state", state)]
     if "pid" in progress:
-        rows += [("by", f"process {progress['pid']} on {progress['host']}"), ("stage", str(progress["stage"]))]
+        rows += [("by", f"process {progress['pid']} on {progress['host']}"), ("stage", str(progress.get("stage", "")))]
     done, total = progress.get("done", 0.0), progress.get("total", 0.0)
     if total > 1:
         rows.append(("done", f"{done / total:.0%}"))

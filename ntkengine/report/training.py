@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import training_figure
 from ntkengine.report.tables import Table
+from ntkengine.textfile import parse_json
 
 _COLUMNS = {
     "step": "step",
@@ -32,7 +32,7 @@ def training_section(path: Path) -> Section:
         InputError: no such file, or one that holds no such measurements.
     """
     try:
-        first, *history = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        first, *history = (parse_json(line, path, dict) for line in path.read_text(encoding="utf-8").splitlines())
         recipe, seconds, measuring = first["recipe"], float(first["seconds"]), float(first["measuring_seconds"])
         shown = {name: head for name, head in _COLUMNS.items() if any(m[name] is not None for m in history)}
         rows = [tuple(_cell(m[name]) for name in shown) for m in history]
@@ -40,7 +40,7 @@ def training_section(path: Path) -> Section:
         figure = training_figure(_curves(history))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{path}: expected measurements written by `ntkengine finetune --history`") from None
     note = f"{how}; {seconds:.3g} s of training and {measuring:.3g} s of measuring"
     notes = ["Measured, not forecast. Losses are means over examples, without a proximal term."]

@@ -4,7 +4,7 @@ A Gram file, readable with plain h5py, HDFView or MATLAB (HDF5 1.10 format, whos
 
 /gram                 float64, (N, M), (N·C, M·C) or (C, N, M); chunks are tiles
 /cross                eval × train in the same layout, when there is an eval set
-/modules/<i>          per-module Grams, attribute `name`
+/modules/<i>          per-module Grams, attribute `name`, with a checksum of that
 /crosses/<i>          their eval × train counterparts, with /cross
 /outputs /targets     (N, C) float64;   /eval_outputs /eval_targets  (M, C)
 /example_id           N strings;        /eval_id  M strings

@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 
 from ntkengine.errors import InputError
-from ntkengine.store.schema import SHARD_SCHEMA, matrices, opened, read_json
+from ntkengine.store.opening import opened
+from ntkengine.store.schema import SHARD_SCHEMA, matches, matrices, module_of, root
 from ntkengine.store.shards import check_shards, shards_of
 from ntkengine.store.tiles import Where, checksum, checksum_of, slabs, tile_places, tiles_name
 
@@ -113,19 +114,23 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
         name = str(dataset.name).lstrip("/")
         if name in tiled or name.startswith("tiles/"):
             continue
-        if "crc32" in dataset.attrs and dataset.attrs["crc32"] != _checksum(dataset):
+        if not matches(dataset, _checksum(dataset)):
             yield Damage(f"/{name} does not match its checksum")
         elif dataset.dtype.kind == "f" and not all(np.isfinite(dataset[at]).all() for at in slabs(dataset.shape)):
             yield Damage(f"/{name} has values that are not finite")
+    for name in (name for name in matrices(file) if "/" in name):
+        try:
+            module_of(file[name])
+        except ValueError as error:
+            yield Damage(str(error))
     for name in ("job", "meta", "plan"):
-        read_json(file, name)
+        if f"json/{name}" not in file:
+            yield Damage(f"a dataset is missing or unreadable: /json/{name}")
     noise = float(file.attrs.get("noise", np.nan))
     if not np.isfinite(noise):
         yield Damage("the noise is not a finite number")
-    if "crc32" in file.attrs:
-        given = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items() if k != "crc32"}
-        if checksum_of(given) != file.attrs["crc32"]:
-            yield Damage("the root's attributes do not match their checksum")
+    if not matches(file, checksum_of(root(file))):
+        yield Damage("the root's attributes do not match their checksum")
 
 
 def _checksum(dataset: h5py.Dataset) -> int:

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from ntkengine.errors import InputError
+from ntkengine.textfile import parse_json
 
 log = logging.getLogger(__name__)
 
+_MOST = 1e30  # no number of seconds or of flops is larger
 _SEEN_S = 30.0  # file systems on a network show a new folder late
 
 
@@ -182,12 +184,11 @@ def read_progress(out: str | Path) -> dict[str, Any] | None:
     the newest checkpoint, or None; and `damaged`: whether it is a complete file whose damaged tiles are open.
     """
     parts = parts_of(Path(out))
-    try:
-        found = json.loads((parts / "progress.json").read_text())
-    except (OSError, ValueError):
-        found = {} if parts.is_dir() else None
+    found = _told(parts / "progress.json")
     if found is None:
-        return None
+        if not parts.is_dir():
+            return None
+        found = {}
     here = found.get("host", socket.gethostname()) == socket.gethostname()
     found["running"] = isinstance(found.get("pid"), int) and _alive(found["pid"]) if here else None
     times = []
@@ -208,8 +209,18 @@ def _alive(pid: int) -> bool:
 
 
 def _owner(parts: Path) -> str:
+    found = _told(parts / "lock")
+    return "another process" if not found else f"process {found['pid']} on {found['host']}"
+
+
+def _told(path: Path) -> dict[str, Any] | None:
+    """Return what a process wrote of itself; None where that cannot be read."""
     try:
-        found = json.loads((parts / "lock").read_text())
+        found = parse_json(path.read_text(encoding="utf-8"), path, dict, "an object")
     except (OSError, ValueError):
-        return "another process"
-    return f"process {found['pid']} on {found['host']}"
+        return None
+    fine = all(isinstance(found.get(name, ""), str) for name in ("host", "stage"))
+    for name in ("pid", "done", "total", "started", "at", "since"):
+        fine &= type(found.get(name, 0)) in (int, float) and abs(found.get(name, 0)) < _MOST
+    whole = type(found.get("pid")) is int and 0 < found["pid"] < 1 << 31 and "host" in found
+    return found if fine and whole else None

@@ -11,7 +11,8 @@ import numpy as np
 from ntkengine.errors import InputError
 from ntkengine.store.checking import find_damage
 from ntkengine.store.disk import Latched, appearing
-from ntkengine.store.schema import GROUPS, matrices, opened
+from ntkengine.store.opening import opened
+from ntkengine.store.schema import GROUPS, matrices
 from ntkengine.store.shards import check_shards
 from ntkengine.store.tiles import checksum, tile_places, tiles_name
 from ntkengine.store.writing import create_tiled

@@ -12,7 +12,7 @@ from pathlib import Path
 from ntkengine.errors import InputError
 from ntkengine.store.disk import sync_folder
 from ntkengine.store.folder import Folder, parts_of, staged
-from ntkengine.store.schema import opened
+from ntkengine.store.opening import opened
 from ntkengine.store.shards import shard_path, shards_of
 
 

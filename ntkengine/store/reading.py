@@ -9,11 +9,12 @@ from typing import Any
 import h5py
 
 from ntkengine.errors import InputError
-from ntkengine.gram.plan import Plan
 from ntkengine.gram.result import Gram
-from ntkengine.store.schema import ARRAYS, matrices, opened, read_json
+from ntkengine.store.metadata import read_meta, read_plan
+from ntkengine.store.opening import first_line, opened
+from ntkengine.store.schema import ARRAYS, matches, matrices, module_of, read_json, root
 from ntkengine.store.shards import check_shards
-from ntkengine.store.tiles import tiles_name
+from ntkengine.store.tiles import checksum, checksum_of, tile_places, tiles_name
 
 
 class Modules(Mapping[str, Any]):
@@ -21,7 +22,13 @@ class Modules(Mapping[str, Any]):
 
     def __init__(self, group: h5py.Group) -> None:
         self._group = group
-        self._index = {str(group[i].attrs["name"]): i for i in sorted(group, key=int)}
+        self._index: dict[str, str] = {}
+        for i in sorted(group, key=int):
+            name = module_of(group[i])
+            if name in self._index:
+                msg = f"{group.file.filename}: {group.name}/{i}: module {name!r} is there twice"
+                raise InputError(msg)
+            self._index[name] = i
 
     def __getitem__(self, name: str) -> Any:
         return self._group[self._index[name]]
@@ -45,8 +52,10 @@ def open_gram(path: str | Path) -> Gram:
     try:
         check_shards(file, path)
         _all_done(file, path)
-        arrays: dict[str, Any] = {name: file[name][...] if name in file else None for name in ARRAYS if name != "cross"}
-        plan = read_json(file, "plan")
+        _check_root(file, path)
+        arrays: dict[str, Any] = {
+            name: _whole(file[name], path) if name in file else None for name in ARRAYS if name != "cross"
+        }
         return Gram(
             values=file["gram"],
             cross=file.get("cross"),
@@ -55,18 +64,18 @@ def open_gram(path: str | Path) -> Gram:
             noise=float(file.attrs["noise"]),
             modules=Modules(file["modules"]) if "modules" in file else {},
             cross_modules=Modules(file["crosses"]) if "crosses" in file else {},
-            plan=Plan.from_dict(plan) if plan else None,
-            meta=read_json(file, "meta") | {"job": read_json(file, "job")} | _ids(file),
-            extras={name: _extra(file, name) for name in file.get("extras", ())},
+            plan=read_plan(file),
+            meta=read_meta(file) | {"job": read_json(file, "job")} | _ids(file, path),
+            extras={name: _extra(file, name, path) for name in file.get("extras", ())},
             path=path,
             **arrays,
         )
     except InputError:
         file.close()
         raise
-    except (KeyError, ValueError, TypeError, OSError) as error:
+    except (KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
         file.close()
-        msg = f"{path}: is incomplete or damaged ({error})"
+        msg = f"{path}: is incomplete or damaged ({first_line(error)})"
         raise InputError(msg) from error
 
 
@@ -79,8 +88,10 @@ def read_job(path: str | Path) -> dict[str, Any]:
     with opened(Path(path)) as file:
         try:
             return read_json(file, "job")
-        except (KeyError, ValueError, OSError) as error:
-            msg = f"{path}: is incomplete or damaged ({error})"
+        except InputError:
+            raise
+        except (KeyError, ValueError, OSError, RuntimeError) as error:
+            msg = f"{path}: is incomplete or damaged ({first_line(error)})"
             raise InputError(msg) from error
 
 
@@ -92,19 +103,47 @@ def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str
     return None
 
 
+def _check_root(file: h5py.File, path: Path) -> None:
+    if not matches(file, checksum_of(root(file))):
+        msg = f"{path}: the root's attributes do not match their checksum"
+        raise InputError(msg)
+    noise, transform = file.attrs["noise"], file.attrs["transform"]
+    if not isinstance(noise, float) or not isinstance(transform, str):
+        msg = f"{path}: expected a number as noise and a text as transform, got {noise!r} and {transform!r}"
+        raise InputError(msg)
+
+
 def _all_done(file: h5py.File, path: Path) -> None:
     for name in matrices(file):
-        flags = f"{tiles_name(name)}/done"
+        flags, count = f"{tiles_name(name)}/done", len(tile_places(file[name].shape))
+        if flags in file and not file[name].is_virtual and file[flags].shape != (count,):
+            msg = f"{path}: /{flags}: expected {count} flags, got shape {file[flags].shape}"
+            raise InputError(msg)
         if flags in file and not file[flags][...].all():
             msg = f"{path}: has tiles of /{name} that are not done; run the job again"
             raise InputError(msg)
 
 
-def _extra(file: h5py.File, name: str) -> Any:
+def _whole(dataset: h5py.Dataset, path: Path) -> Any:
+    """Return an array that is small enough to be read, and therefore checked, at once."""
+    found = dataset[...]
+    if not matches(dataset, checksum(found)):
+        msg = f"{path}: {dataset.name} does not match its checksum"
+        raise InputError(msg)
+    return found
+
+
+def _extra(file: h5py.File, name: str, path: Path) -> Any:
     """Return a further array; Grams among them stay on disk."""
     dataset = file[f"extras/{name}"]
-    return dataset if dataset.ndim > 1 and dataset.shape[-2:] == file["gram"].shape[-2:] else dataset[...]
+    large = dataset.ndim > 1 and dataset.shape[-2:] == file["gram"].shape[-2:]
+    return dataset if large else _whole(dataset, path)
 
 
-def _ids(file: h5py.File) -> dict[str, list[str]]:
-    return {name: file[name].asstr()[...].tolist() for name in ("example_id", "eval_id") if name in file}
+def _ids(file: h5py.File, path: Path) -> dict[str, list[str]]:
+    found = {name: file[name].asstr()[...].tolist() for name in ("example_id", "eval_id") if name in file}
+    for name, texts in found.items():
+        if not matches(file[name], checksum_of(texts)):
+            msg = f"{path}: /{name} does not match its checksum"
+            raise InputError(msg)
+    return found

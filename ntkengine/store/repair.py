@@ -13,7 +13,8 @@ from ntkengine.errors import InputError
 from ntkengine.store.checking import Damage, find_damage
 from ntkengine.store.folder import Folder
 from ntkengine.store.merging import copy_gram
-from ntkengine.store.schema import GROUPS, is_cross, matrices, opened, read_json
+from ntkengine.store.opening import opened
+from ntkengine.store.schema import GROUPS, is_cross, matrices, module_of, read_json
 from ntkengine.store.shards import shards_of
 from ntkengine.store.tiles import Where, tile_places, tiles_name
 
@@ -69,7 +70,7 @@ def open_damaged(path: Path) -> tuple[dict[str, Any], dict[str, list[Where]], di
         width = file["outputs"].shape[1] if file.attrs["contraction"] == "full" else 1
         open_tiles = {name: where for name, where in found.items() if where}
         named = {g: [n for n in matrices(file) if n.startswith(f"{g}/")] for g in GROUPS}
-        names = {g: {str(file[n].attrs["name"]): n for n in group} for g, group in named.items()}
+        names = {g: {module_of(file[n]): n for n in group} for g, group in named.items()}
         return read_json(file, "job"), open_tiles, read_json(file, "meta") | {"width": width} | names
 
 

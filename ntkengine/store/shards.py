@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.store.disk import Latched, appearing
 from ntkengine.store.folder import parts_of, staged
-from ntkengine.store.schema import SHARD_SCHEMA, matrices, opened, read_json
+from ntkengine.store.opening import opened
+from ntkengine.store.schema import SHARD_SCHEMA, matrices, read_json
 from ntkengine.store.tiles import tiles_name
 from ntkengine.store.writing import create_tiled, fill, write_facts, write_json, write_names
 
@@ -127,6 +129,7 @@ def check_shards(file: h5py.File, path: Path) -> None:
     Raises:
         InputError: naming the shard.
     """
+    rows: Counter[str] = Counter()
     for shard, fact in shards_of(file, path):
         if not shard.is_file():
             msg = f"{path}: its shard {shard.name} is missing"
@@ -138,12 +141,21 @@ def check_shards(file: h5py.File, path: Path) -> None:
             if part.attrs.get("digest") != fact["digest"]:
                 msg = f"{path}: its shard {shard.name} is of another run"
                 raise InputError(msg)
+            rows.update({name: part[name].shape[-2] for name in matrices(part)})
+    for name in matrices(file):
+        if file[name].is_virtual and file[name].shape[-2] != rows[name]:
+            msg = f"{path}: /{name} has {file[name].shape[-2]} rows, its shards {rows[name]}"
+            raise InputError(msg)
 
 
 def shards_of(file: h5py.File, path: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return a sharded file's shards and what it knows of them; none of a file without shards."""
-    facts = read_json(file, "shards") if "json/shards" in file else []
+    facts = read_json(file, "shards", list) if "json/shards" in file else []
     for fact in facts:
+        kinds = {"file": str, "bytes": int, "digest": str}
+        if not isinstance(fact, dict) or any(type(fact.get(name)) is not kind for name, kind in kinds.items()):
+            msg = f"{path}: /json/shards: expected file, bytes and digest of each shard, got {fact!r}"
+            raise InputError(msg)
         if Path(fact["file"]).name != fact["file"]:
             msg = f"{path}: its shard {fact['file']!r} is not in its folder"
             raise InputError(msg)

@@ -45,7 +45,7 @@ def write_names(file: h5py.File, gram: Gram) -> None:
     """Write which module each matrix of a module is of."""
     for group, parts in zip(GROUPS, (gram.modules, gram.cross_modules), strict=True):
         for i, name in enumerate(parts):
-            file[f"{group}/{i}"].attrs["name"] = name
+            file[f"{group}/{i}"].attrs.update({"name": name, "crc32": checksum_of(name)})
 
 
 def write_facts(

@@ -1,0 +1,53 @@
+"""A Gram file opened: read-only, of our schema, and with nothing in it that a Gram file never has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+from ntkengine.errors import InputError
+from ntkengine.store.heaps import vet_heaps
+from ntkengine.store.schema import SCHEMA
+from ntkengine.store.vetting import vet, vet_shapes
+
+
+def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
+    """Return the file, open for reading, after looking at everything in it but its numbers (`store.vetting`).
+
+    Raises:
+        InputError: no such file, not HDF5, truncated, another schema, or something in it that does not belong there.
+    """
+    if not path.is_file():
+        msg = f"{path}: no such file"
+        raise InputError(msg)
+    vet_heaps(path)
+    try:
+        try:
+            file = h5py.File(path, "r")
+        except BlockingIOError:  # somebody has it open for writing; ours never change once they have their name
+            file = h5py.File(path, "r", locking=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        msg = f"{path}: not an HDF5 file, or damaged ({first_line(error)})"
+        raise InputError(msg) from error
+    try:
+        vet(file, path)  # first: texts, attributes too, may be where reading them never ends
+        found = file.attrs.get("schema")
+        if not isinstance(found, str) or found != schema:
+            msg = f"{path}: expected schema {schema!r}, got {found!r}"
+            raise InputError(msg)
+        if schema == SCHEMA:
+            vet_shapes(file, path)
+    except InputError:
+        file.close()
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        file.close()
+        msg = f"{path}: is incomplete or damaged ({first_line(error)})"
+        raise InputError(msg) from error
+    return file
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an exception says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
