@@ -283,7 +283,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
             if isinstance(value, Mapping):
                 return dict(value)
         elif kind is Path:
-            if isinstance(value, str | Path) and str(value):
+            if isinstance(value, str | Path) and str(value) and "\0" not in str(value):
                 return Path(value)
         elif kind is float:
             if is_number(value):

@@ -58,6 +58,7 @@ def test_a_slice_of_the_campaign(seeds, tmp_path):
         ("folds = 3", "folds = " + "[" * 3000),
         ("folds = 3", "folds = " + "[" * 70 + "]" * 70),
         ("fit = true", "fit = {}"),
+        ('train = "x.tsv"', r'train = "\u0000"'),
         ("ridge = 0.5", "ridge = " + "9" * 400),
         ("r = 2", "r = 1979-05-27"),
         ('path = "model"', 'path = "~nobody-here/x"'),

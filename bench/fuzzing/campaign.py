@@ -69,6 +69,7 @@ def run_campaign(
     tallies = {name: Tally() for name in counts}
     left = [(name, k) for name, count in counts.items() for k in range(first, first + count)]
     context = multiprocessing.get_context("spawn")
+    slow: tuple[str, int] | None = None
     while left:
         here, there = context.Pipe()
         worker = context.Process(target=_work, args=(there, left, seeds, folder, seed), daemon=True)
@@ -80,6 +81,9 @@ def run_campaign(
                 name, k = left[0]
                 if not here.poll(limit_s):
                     worker.kill()
+                    if slow != left[0]:  # a busy machine stalls too: what hangs hangs again
+                        slow = left[0]
+                        break
                     _note(tallies[name], k, "hung", f"no answer in {limit_s} s")
                     _keep(folder, *left.pop(0))
                     break
