@@ -42,11 +42,13 @@ def _here(need: str) -> bool:
     return find_spec({"mpi": "mpi4py"}.get(need, need)) is not None
 
 
+_PEERS = ("engine_seconds", "engine_unchecked_seconds", "engine_gib")
 _KERNELS = ("syrk_s", "ghost_s", "pack_s", "lookup_s", "gram_s", "materialise_s")
 _JOBS = ("seconds", "peak_gib")
 CASES = {
     case.name: case
     for case in (
+        Case("peers", "the engine and six other ways to the same Gram", "peers.run", 12, (), "[PEER…]", _PEERS),
         Case(
             "gram-vs-torch-func",
             "all parameters, C = 2, against vmap(jacrev): ratios of time",
