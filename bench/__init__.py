@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench NAME`. Results are JSON lines under bench/results."""
+"""Benchmarks: `python -m bench list | run | compare | plot`. Results are JSON lines under bench/results."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,13 +17,13 @@ from tests.faulty import ROWS, TILE
 LIMIT_S = 60.0  # nothing may hang longer
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench faults", description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench run faults --", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs at random moments")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launcher", default="", help='before the interpreter, e.g. "mpirun -n 3"')
     parser.add_argument("--ranks", type=int, default=1, help="how many the launcher starts")
-    given = parser.parse_args(sys.argv[2:])
+    given = parser.parse_args(arguments)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         common = {"launcher": shlex.split(given.launcher), "ranks": given.ranks, "seed": given.seed}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.fuzzing.campaign import OUTCOMES, run_campaign, table
@@ -16,14 +16,14 @@ from bench.record import record
 LIMIT_S = 20.0  # for one input
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench fuzz", description=__doc__)
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench run fuzz --", description=__doc__)
     parser.add_argument("--inputs", type=int, default=12_000, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input of every reader")
     parser.add_argument("--reader", action="append", choices=list(READERS), help="only this one (again: this one too)")
     parser.add_argument("--keep", type=Path, help="new folder for the sound inputs, and those that met a fault")
-    given = parser.parse_args(sys.argv[2:])
+    given = parser.parse_args(arguments)
     chosen = given.reader or list(READERS)
     shares = {name: READERS[name].share for name in chosen}
     counts = {name: round(given.inputs * share / sum(shares.values())) for name, share in shares.items()}

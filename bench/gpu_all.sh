@@ -26,10 +26,10 @@ parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 6")
 # shellcheck disable=SC2086
 step tests 100 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $parallel tests/test_gpu.py tests/kernels \
   tests/test_backend.py
-step kernels 110 "$python" -m bench kernels
-step roberta-base 70 "$python" -m bench gpu-jobs roberta
-step llama-7b 85 "$python" -m bench gpu-jobs llama-7b
-step llama-45b 100 "$python" -m bench gpu-jobs llama-45b
+step kernels 110 "$python" -m bench run kernels
+step roberta-base 70 "$python" -m bench run gpu-jobs -- roberta
+step llama-7b 85 "$python" -m bench run gpu-jobs -- llama-7b
+step llama-45b 100 "$python" -m bench run gpu-jobs -- llama-45b
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
   exit 1

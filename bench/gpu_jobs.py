@@ -40,10 +40,12 @@ LLAMA_45B = {
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 
 
-def main() -> int:
-    """Run the jobs named on the command line, by default all."""
-    named = sys.argv[2:] or list(JOBS)
-    for name in named:
+def main(names: list[str]) -> int:
+    """Run the jobs named, by default all."""
+    if unknown := [name for name in names if name not in JOBS]:
+        print(f"gpu-jobs: no job {unknown[0]!r}: one of {', '.join(JOBS)}", file=sys.stderr)
+        return 2
+    for name in names or JOBS:
         JOBS[name]()
     return 0
 
@@ -173,7 +175,7 @@ def measure(
     N, T = inputs["input_ids"].shape
     config = {"job": name, "N": N, "T": T, "parameters": gram.meta["parameters"], **options}
     if GPU:
-        record("gpu-jobs", config, values)
+        record("gpu-jobs", config, values, gpu=True)
     print(json.dumps(config | values), flush=True)
 
 

@@ -7,14 +7,12 @@ lowest adapter, by plain autograd, at the engine's own rate of products.
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
 from bench.planned import build
 from bench.record import record
+from bench.timing import in_turn
 from ntkengine.inputs.batches import Samples
 from ntkengine.products import full_rate
 
@@ -50,22 +48,13 @@ def main() -> int:
         ntk.compute_gram(model, inputs, params=trainable, check=check)
 
     jobs = {"passes": passes, "gram": lambda: gram(False), "gram_checked": lambda: gram(True)}
-    found: dict[str, list[float]] = {name: [] for name in jobs}
-    for k in range(4):
-        for name, job in jobs.items():
-            seconds = _timed(job)
-            if k:  # the first is a warm-up
-                found[name].append(seconds)
-    values = {f"{name}_seconds": statistics.median(times) for name, times in found.items()}
+    gram(True)  # judged by plain autograd before anything is timed
+    values: dict[str, float] = {}
+    for name, found in in_turn(jobs, 5).items():
+        values |= found.values(f"{name}_seconds")
     values |= {
         "ratio": values["gram_seconds"] / values["passes_seconds"],
         "ratio_checked": values["gram_checked_seconds"] / values["passes_seconds"],
     }
     print(json.dumps(record("lora-passes", JOB, values), indent=1))
     return 0
-
-
-def _timed(job: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start

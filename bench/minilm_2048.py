@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from pathlib import Path
 
-from bench.planned import status
+from bench.fresh import Memory
 from bench.record import record
+from bench.timing import timed
 
 JOB = {"model": "MiniLM-L6", "N": 2048, "lora": "query,value r=8", "memory_gib": 1.0}
 
@@ -22,16 +21,15 @@ def main() -> int:
     model = ntk.load_model(found.model_dir, peft=peft)
     examples, _ = assets.movie_snippets(found.snippets, JOB["N"], 10, seed=0)
     inputs = ntk.tokenize(examples, model)
-    ntk.compute_gram(model, {k: v[:8] for k, v in inputs.items()}, check=False)  # warm-up
+    ntk.compute_gram(model, {k: v[:8] for k, v in inputs.items()}, check=True)  # warm-up, and judged
     plan = ntk.plan_gram(model, inputs, memory_gib=1.0)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    start = time.perf_counter()
-    gram = ntk.compute_gram(model, inputs, memory_gib=1.0)
+    with Memory() as memory:
+        found = timed(lambda: ntk.compute_gram(model, inputs, memory_gib=1.0), warm=False, repeats=1)
+    gram = found.result
     values = {
-        "seconds": time.perf_counter() - start,
+        **found.values(),
         "planned_seconds": plan.seconds,
-        "gib": status("VmHWM") - before,
+        "gib": memory.gib,
         "planned_gib": plan.peak_bytes / 2**30,
         "noise_relative": gram.meta["noise_relative"],
         "hidden": plan.layout["hidden"],

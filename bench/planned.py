@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+
+from bench.fresh import Memory, fresh
+from bench.timing import timed
 
 BERT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 LLAMA = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}
@@ -22,14 +21,9 @@ def measured(job: dict[str, Any]) -> dict[str, Any]:
     """Return planned and measured seconds and GiB of a job, and their ratios.
 
     Raises:
-        RuntimeError: the job failed; holds what it printed.
+        FailedError: the job failed.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.planned", json.dumps(job)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = fresh("bench.planned", json.dumps(job))
     ratios = {f"{unit}_ratio": found[f"planned_{unit}"] / found[unit] for unit in ("seconds", "gib")}
     return found | ratios
 
@@ -57,30 +51,24 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     model, inputs = build(job)
     arguments = {k: job[k] for k in ARGUMENTS if k in job}
-    ntk.compute_gram(model, {k: v[:8] for k, v in inputs.items()}, **arguments, check=False)  # warm-up
+    ntk.compute_gram(model, {k: v[:8] for k, v in inputs.items()}, **arguments)  # warm-up, and judged: checked
     plan = ntk.plan_gram(model, inputs, **arguments)
-    ctypes.CDLL(None).malloc_trim(0)  # what planning took goes back: the job starts afresh
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak counts from here
-    start = time.perf_counter()
-    gram = ntk.compute_gram(model, inputs, **arguments, check=False)
+    with Memory() as memory:
+        found = timed(
+            lambda: ntk.compute_gram(model, inputs, **arguments, check=False), warm=False, repeats=3, most_s=10
+        )
+    gram = found.result
     return {
         "planned_seconds": plan.seconds,
-        "seconds": time.perf_counter() - start,
+        **found.values(),
         "planned_gib": plan.peak_bytes / 2**30,
-        "gib": status("VmHWM") - before,
+        "gib": memory.gib,
         "parameters": gram.meta["parameters"],
         "flops": plan.flops,
         "pass_seconds": gram.meta["pass_seconds"],
         "planned_pass_seconds": plan.pass_seconds,
         "contract_seconds": gram.meta["contract_seconds"],
     }
-
-
-def status(key: str) -> float:
-    """Return a figure of this process's memory (VmRSS, VmHWM) in GiB."""
-    line = next(x for x in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if x.startswith(key))
-    return int(line.split()[1]) / 2**20
 
 
 if __name__ == "__main__":

@@ -15,22 +15,28 @@ from typing import Any
 import torch
 import transformers
 
-RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+from ntkengine.cluster.launch import launcher_rank
+
+_HERE = Path(__file__).parent
+RESULTS = Path(os.environ.get("OUT") or _HERE / "results")
 
 
-def record(name: str, config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def record(name: str, config: dict[str, Any], values: dict[str, Any], *, gpu: bool = False) -> dict[str, Any]:
     """Append one line to NAME.jsonl in bench/results, or in the folder $OUT names, and return it.
+
+    Under an MPI launcher only rank 0 writes.
 
     Args:
         name: the benchmark.
         config: shapes, dtypes, settings: what the numbers are of.
         values: figures; units in their names.
+        gpu: they were measured on the GPU.
     """
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"], cwd=_HERE, capture_output=True, text=True, check=False
     ).stdout.strip()
     dirty = subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
+        ["git", "status", "--porcelain", "-uno"], cwd=_HERE, capture_output=True, text=True, check=False
     ).stdout.strip()
     line = {
         "name": name,
@@ -38,9 +44,7 @@ def record(name: str, config: dict[str, Any], values: dict[str, Any]) -> dict[st
         "commit": commit + ("+" if dirty else ""),
         "config": config,
         "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12],
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{_processor()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if gpu else f"{_processor()}, {torch.get_num_threads()} threads",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -50,10 +54,23 @@ def record(name: str, config: dict[str, Any], values: dict[str, Any]) -> dict[st
         },
         **values,
     }
+    if launcher_rank():
+        return line
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     return line
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """Return the lines on record of a benchmark, oldest first."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def latest(name: str) -> list[dict[str, Any]]:
+    """Return the latest line of every configuration on record, in the order of their first."""
+    return list({line["config_hash"]: line for line in lines(name)}.values())
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,7 @@
   submatrices of them: Ritz values and their bounds against LAPACK and against the Gram in float64, sampled traces
   against exact ones.
 
-`python -m bench spectrum [NAMES]`.
+`python -m bench run spectrum [-- SECTION…]`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ from ntkengine.spectrum import DenseOperator, PanelOperator, log_determinant
 SEED = 0
 
 
-def main() -> int:
-    """Run the cases named on the command line, by default all."""
-    for name in sys.argv[2:] or list(CASES):
+def main(names: list[str]) -> int:
+    """Run the sections named, by default all."""
+    if unknown := [name for name in names if name not in CASES]:
+        print(f"spectrum: no section {unknown[0]!r}: one of {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    for name in names or CASES:
         config, values = CASES[name]()
         print(json.dumps(record("spectrum", {"case": name, **config}, values)), flush=True)
     return 0

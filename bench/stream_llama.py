@@ -7,7 +7,6 @@ that has imported nothing.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.planned import status
+from bench.fresh import fresh, status
 from bench.record import record
 
 JOB = {"model": "Llama 16L/2048d, bfloat16", "N": 16, "T": 32, "C": 2, "params": "model.layers.*", "memory_gib": 1.0}
@@ -38,15 +37,7 @@ def main() -> int:
         parameters = make(folder / "model")
         runs = {}
         for way in ("empty", "imports", "streamed", "loaded"):
-            command = [sys.executable, "-m", "bench.stream_llama", way, str(folder)]
-            if way == "empty":
-                command[1:] = ["-c", "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(done.stderr, file=sys.stderr)
-                return 1
-            last = done.stdout.splitlines()[-1]
-            runs[way] = {"peak_gib": int(last) / 2**20} if way == "empty" else json.loads(last)
+            runs[way] = fresh("bench.fresh") if way == "empty" else fresh("bench.stream_llama", way, str(folder))
         streamed, loaded = (np.load(folder / f"{way}.npy") for way in ("streamed", "loaded"))
     difference = float(np.linalg.norm(streamed - loaded) / np.linalg.norm(loaded))
     peak = runs["streamed"]["peak_gib"]

@@ -1,4 +1,4 @@
-"""A shortened fault campaign (`python -m bench faults` is the long one): nothing lost, nothing wrong, nothing hangs."""
+"""A shortened fault campaign (the long one: `bench run faults`): nothing lost, nothing wrong, nothing hangs."""
 
 from __future__ import annotations
 

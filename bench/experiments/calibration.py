@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.experiments import parallel, runs, setups, tasks
+from bench.experiments import runs, setups, tasks
 from bench.experiments.agreement import compare
+from bench.record import lines as recorded
 from bench.record import record
 from ntkengine.forecast.candidates import layer_of
 from ntkengine.forecast.lora import rehearse
@@ -63,7 +64,7 @@ def main() -> int:
 
 def lines() -> list[dict[str, Any]]:
     """Return the forecasts on record."""
-    return parallel.lines("calibration-forecasts")
+    return recorded("calibration-forecasts")
 
 
 def forecasts(data: Path, task: str, seed: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -21,7 +21,8 @@ from scipy.stats import spearmanr
 from bench.experiments.parallel import Config, run_missing
 from bench.experiments.runs import RECIPE, start
 from bench.experiments.setups import SETS, TYPES, Setup
-from bench.record import RESULTS, record
+from bench.experiments.tasks import TASKS
+from bench.record import RESULTS, latest, record
 
 EVERY = Setup((0, 1, 2, 3, 4, 5), "all", 8)
 KINDS = ("k", "q", "v", "mid")
@@ -50,18 +51,22 @@ def main() -> int:
         for task in given.tasks
     ]
     lines = run_missing("condition", given.data, configs, run, given.processes)
-    points = {
-        task: [
+    for task, own in joined(grams, lines).items():
+        tell(task, own, {**shared, "epochs": given.epochs})
+    draw()
+    return 0
+
+
+def joined(grams: list[dict[str, Any]], lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return by task every run's line with its set-up's condition number, and its type."""
+    return {
+        gram["config"]["task"]: [
             {**gram["setups"][x["config"]["setup"]], **x, "kind": x["config"]["setup"].split("-")[1]}
             for x in lines
-            if x["config"]["task"] == task
+            if x["config"]["task"] == gram["config"]["task"]
         ]
-        for task, gram in zip(given.tasks, grams, strict=True)
+        for gram in grams
     }
-    for task, own in points.items():
-        tell(task, own, {**shared, "epochs": given.epochs})
-    draw(points)
-    return 0
 
 
 def spectra(job: tuple[Path, Config]) -> dict[str, Any]:
@@ -163,13 +168,22 @@ def tell(task: str, points: list[dict[str, Any]], config: dict[str, Any]) -> Non
         )
 
 
-def draw(points: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw training loss after 1, 3 and the last epoch, and accuracy after the last, against κ; a row a task."""
+def draw() -> bool:
+    """Draw training loss after 1, 3 and the last epoch, and accuracy after the last, against κ; a row a task.
+
+    Returns:
+        False: there are no lines.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    order = list(TASKS)
+    grams = sorted(latest("condition-grams"), key=lambda line: order.index(line["config"]["task"]))
+    points = joined(grams, latest("condition"))
+    if not any(points.values()):
+        return False
     figure, grid = plt.subplots(len(points), 4, figsize=(14, 3.4 * len(points)), constrained_layout=True, squeeze=False)
     for axes, (task, own) in zip(grid, points.items(), strict=True):
         last = len(own[0]["epoch_train_loss"])
@@ -185,6 +199,7 @@ def draw(points: dict[str, list[dict[str, Any]]]) -> None:
             axis.grid(visible=True, alpha=0.3)
     grid[0][0].legend(fontsize=7)
     figure.savefig(RESULTS / "condition.png", dpi=110)
+    return True
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 from bench.experiments.parallel import Config, run_missing
 from bench.experiments.runs import RECIPE, start
 from bench.experiments.setups import Setup
-from bench.record import RESULTS, record
+from bench.record import RESULTS, latest, record
 
 LAMBDAS = (50.0, 10.0, 5.0, 2.0, 1.0, 0.5, 0.1, 0.0)
 PENALTIES = ("plain", "selective")
@@ -61,7 +61,7 @@ def main() -> int:
         for penalty in given.penalties:
             own = [x for x in lines if (x["config"]["task"], x["config"]["penalty"]) == (task, penalty)]
             tell(task, penalty, own)
-    draw(lines)
+    draw()
     return 0
 
 
@@ -121,13 +121,16 @@ def tell(task: str, penalty: str, lines: list[dict[str, Any]]) -> None:
     print("  ".join([" " * 13, *(f"{found[f'{name}_falls']:13.2f}" for name in SHOWN)]))
 
 
-def draw(lines: list[dict[str, Any]]) -> None:
-    """Draw deviation, gap and accuracy against λ, a line a task and penalty."""
+def draw() -> bool:
+    """Draw deviation, gap and accuracy against λ, a line a task and penalty; False: there are no lines."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    lines = latest("deviation")
+    if not lines:
+        return False
     labels = {
         "displacement": "‖θ − θ₀‖",
         "gap": "‖f − f̄‖, training examples",
@@ -150,6 +153,7 @@ def draw(lines: list[dict[str, Any]]) -> None:
         axis.grid(visible=True, alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(RESULTS / "deviation.png", dpi=110)
+    return True
 
 
 if __name__ == "__main__":

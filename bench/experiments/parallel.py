@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.record import RESULTS, record
+from bench.record import lines, record
 
 Config = dict[str, Any]
 Run = Callable[[tuple[Path, Config]], dict[str, Any]]
@@ -32,12 +31,6 @@ def run_missing(name: str, data: Path, configs: Sequence[Config], run: Run, proc
             known.append(record(name, config, values))
             print(f"{i}/{len(wanted)} {' '.join(str(v) for v in list(config.values())[:5])}", flush=True)
     return [next(line for line in reversed(known) if line["config"] == config) for config in configs]
-
-
-def lines(name: str) -> list[dict[str, Any]]:
-    """Return the lines on record."""
-    path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _called(job: tuple[Run, Path, Config]) -> tuple[Config, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The calibration's picture, from its lines alone: `python -m bench.experiments.picture`."""
+"""The calibration's picture, from its lines alone: `python -m bench plot`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from bench.record import RESULTS
 KINDS = {"qv": "o", "k": "s", "mid": "^", "all": "D"}
 
 
-def main() -> int:
-    """Draw forecast against measured, the means over seeds, and write calibration.png beside the lines."""
+def draw() -> bool:
+    """Draw forecast against measured, the means over seeds, to calibration.png; False: there are no lines."""
     real, told = runs.lines(), calibration.lines()
+    if not (real and told):
+        return False
     present = [t for t in tasks.TASKS if any(f["config"]["task"] == t for f in told)]
     figure = Figure(figsize=(4.2 * len(present), 7.6), layout="constrained")
     axes = figure.subplots(2, len(present), squeeze=False)
@@ -34,7 +36,7 @@ def main() -> int:
             ax.set_ylabel("measured")
             ax.legend(fontsize=7.5, frameon=False)
     figure.savefig(RESULTS / "calibration.png", dpi=110)
-    return 0
+    return True
 
 
 def _means(task: str, real: list[dict[str, Any]], told: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -48,7 +50,3 @@ def _means(task: str, real: list[dict[str, Any]], told: list[dict[str, Any]]) ->
             values = [line["train_loss"], run["train_loss"][-1], line["rehearsal"], run["test_loss"]]
             found.setdefault(key[1], []).append(values)
     return {name: np.mean(values, axis=0).tolist() for name, values in found.items()}
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.experiments import parallel, setups, tasks
+from bench.record import lines as recorded
 from bench.record import record
 
 RECIPE = {"learning_rate": 1e-3, "epochs": 4, "batch_size": 32, "optimizer": "adam", "loss": "squared"}
@@ -45,7 +46,7 @@ def main() -> int:
 
 def lines() -> list[dict[str, Any]]:
     """Return the runs on record."""
-    return parallel.lines("calibration-runs")
+    return recorded("calibration-runs")
 
 
 def start(data: Path, task: str, seed: int, peft: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Other ways to the same Gram, as data: what each computes, on which work, and what it needs.
+
+A peer's module holds `prepare(model, config)`: what it needs once, not timed; it returns the call that is timed,
+(inputs) -> (N, N) array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contender.
+
+    Attributes:
+        name: in tables and lines.
+        how: it gets there, in a few words.
+        work: key of `work.WORKS`.
+        module: under bench.peers.
+        package: it needs, beyond the engine's own; "": none.
+        requirements: file of them, beside this one.
+        compiles: the first call with inputs of a shape is slow: it is warmed up on the whole work.
+        options: passed on to `prepare` in its config.
+    """
+
+    name: str
+    how: str
+    work: str
+    module: str
+    package: str = ""
+    requirements: str = ""
+    compiles: bool = False
+    options: tuple[tuple[str, str], ...] = ()
+
+
+_KRONFLUENCE = {"package": "kronfluence", "requirements": "requirements-kronfluence.txt"}
+_OPACUS = {"package": "opacus", "requirements": "requirements-opacus.txt"}
+_JAX = {"package": "neural_tangents", "requirements": "requirements-neural-tangents.txt", "compiles": True}
+_EAGER = (("attention", "eager"),)
+_STRUCTURED = (("implementation", "STRUCTURED_DERIVATIVES"),)
+
+ENGINES = ("engine", "engine-unchecked", "engine-fast")
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("torch-func", "vmap(jacrev), as PyTorch's tutorial", "bert", "torch_func", options=_EAGER),
+        Peer("torch-func-once", "vmap(jacrev), one Jacobian", "bert", "torch_func", options=(*_EAGER, ("sides", "1"))),
+        Peer("autograd", "one backward a sample and output", "bert", "autograd"),
+        Peer("opacus", "per-sample gradients, matrix products", "bert", "opacus", **_OPACUS),
+        Peer("kronfluence", "pairwise scores, identity; linear layers", "bert-linear", "kronfluence", **_KRONFLUENCE),
+        Peer("neural-tangents-mlp", "Jacobian contraction, the default", "mlp", "neural_tangents", **_JAX),
+        Peer(
+            "neural-tangents-mlp-structured",
+            "structured derivatives",
+            "mlp",
+            "neural_tangents",
+            **_JAX,
+            options=_STRUCTURED,
+        ),
+        Peer("neural-tangents-cnn", "Jacobian contraction, the default", "cnn", "neural_tangents", **_JAX),
+        Peer(
+            "neural-tangents-cnn-structured",
+            "structured derivatives",
+            "cnn",
+            "neural_tangents",
+            **_JAX,
+            options=_STRUCTURED,
+        ),
+        Peer(
+            "jacrev-lora",
+            "arXiv 2602.08239: jacrev over all, LoRA part kept",
+            "bert-lora",
+            "jacrev_lora",
+            options=_EAGER,
+        ),
+    )
+}

@@ -1,0 +1,57 @@
+"""kronfluence: pairwise scores with the identity for a curvature: inner products of linear layers' gradients."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from kronfluence.analyzer import Analyzer, prepare_model
+from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.task import Task
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from bench.peers.work import Config
+
+
+class Output(Task):
+    """f itself, as loss and as measurement."""
+
+    def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:  # noqa: ARG002
+        """Return Σ_n f(x_n)."""
+        return model(input_ids=batch[0]).logits.sum()
+
+    def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
+        """Return Σ_n f(x_n)."""
+        return model(input_ids=batch[0]).logits.sum()
+
+
+def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], np.ndarray]:
+    """Return the call, for C = 1."""
+    if config["C"] != 1:
+        msg = f"C: expected 1, got {config['C']}"
+        raise ValueError(msg)
+    task = Output()
+    tracked = prepare_model(model, task)
+
+    def gram(inputs: dict[str, Tensor]) -> np.ndarray:
+        data = TensorDataset(inputs["input_ids"])
+        with tempfile.TemporaryDirectory() as folder:
+            analyzer = Analyzer(
+                "gram", tracked, task, cpu=True, output_dir=folder, disable_tqdm=True, disable_model_save=True
+            )
+            analyzer.fit_all_factors("identity", data, factor_args=FactorArguments(strategy="identity"))
+            analyzer.compute_pairwise_scores(
+                "scores",
+                "identity",
+                query_dataset=data,
+                train_dataset=data,
+                per_device_query_batch_size=len(data),
+                per_device_train_batch_size=len(data),
+                score_args=ScoreArguments(),
+            )
+            return analyzer.load_pairwise_scores("scores")["all_modules"].numpy()
+
+    return gram

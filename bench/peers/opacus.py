@@ -1,0 +1,40 @@
+"""Opacus: per-sample gradients of all parameters by its GradSampleModule, then matrix products.
+
+It records only in train mode (dropout is set to 0), and takes the leading axis for the sample's: positions and token
+types, which BERT shares between samples, are given for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from opacus import GradSampleModule
+from torch import Tensor, nn
+
+from bench.peers.work import Config
+
+
+def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], np.ndarray]:
+    """Return the call, for C = 1."""
+    if config["C"] != 1:
+        msg = f"C: expected 1, got {config['C']}"
+        raise ValueError(msg)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    wrapped = GradSampleModule(model.train(), loss_reduction="sum")
+
+    def gram(inputs: dict[str, Tensor]) -> np.ndarray:
+        ids = inputs["input_ids"]
+        shared = {"position_ids": torch.arange(ids.shape[1]).expand(ids.shape), "token_type_ids": torch.zeros_like(ids)}
+        wrapped(input_ids=ids, **shared).logits.sum().backward()
+        K = torch.zeros(len(ids), len(ids))
+        for p in wrapped.parameters():
+            flat = p.grad_sample.flatten(1)
+            K += flat @ flat.T
+        wrapped.zero_grad(set_to_none=True)
+        return K.numpy()
+
+    return gram
