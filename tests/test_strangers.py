@@ -14,7 +14,8 @@ import pytest
 from ntkengine import store
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
-from ntkengine.store import heaps
+from ntkengine.store import heaps, opening
+from ntkengine.store.schema import SHARD_SCHEMA
 
 TEXT = h5py.string_dtype()
 
@@ -161,3 +162,20 @@ def test_a_virtual_matrix_is_no_larger_than_its_shards(tmp_path):
         file.create_virtual_dataset("gram", layout)
     with pytest.raises(InputError, match="has 1000000000000000000 entries, its shards 9"):
         store.open_gram(path)
+
+
+@pytest.mark.parametrize(("source", "message"), [("k.h5", "not one of its shards"), ("s.h5", "expected 0")])
+def test_a_virtual_matrix_over_itself_is_not_followed(tmp_path, source, message):
+    for name, schema in (("k.h5", store.SCHEMA), ("s.h5", SHARD_SCHEMA)):
+        with h5py.File(tmp_path / name, "w") as file:
+            file.attrs.update({"schema": schema, "contraction": "trace", "digest": "d"})
+            text = json.dumps([{"file": source, "bytes": 0, "digest": "d"}])
+            file.create_dataset("json/shards", data=text, dtype=TEXT)
+            file["outputs"] = np.ones((3, 1))
+            layout = h5py.VirtualLayout((3, 3), float)
+            layout[:] = h5py.VirtualSource(source, "gram", (3, 3))
+            file.create_virtual_dataset("gram", layout)
+    with pytest.raises(InputError, match=message):
+        store.open_gram(tmp_path / "k.h5")
+    with pytest.raises(InputError, match="which a shard never has"):
+        opening.opened(tmp_path / "s.h5", SHARD_SCHEMA)

@@ -31,7 +31,7 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
         msg = f"{path}: not an HDF5 file, or damaged ({first_line(error)})"
         raise InputError(msg) from error
     try:
-        vet(file, path)  # first: texts, attributes too, may be where reading them never ends
+        vet(file, path, whole=schema == SCHEMA)  # first: texts, attributes too, may be where reading them never ends
         found = file.attrs.get("schema")
         if not isinstance(found, str) or found != schema:
             msg = f"{path}: expected schema {schema!r}, got {found!r}"

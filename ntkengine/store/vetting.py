@@ -28,8 +28,13 @@ _PACKED = 1100  # deflate cannot pack a byte into less than a 1032nd
 _CHUNK = 1 << 24  # bytes; tiles are far smaller
 
 
-def vet(file: h5py.File, path: Path) -> None:
+def vet(file: h5py.File, path: Path, *, whole: bool = True) -> None:
     """Refuse a file with something in it that a Gram file never has.
+
+    Args:
+        file: open for reading.
+        path: of it.
+        whole: not a shard. A shard has no virtual datasets: one over itself would end HDF5 in a crash.
 
     Cost: looks at every object's header; reads no numbers.
 
@@ -43,6 +48,8 @@ def vet(file: h5py.File, path: Path) -> None:
     for item in datasets:
         _vet_dataset(item, path)
     for item in datasets:  # after the text that says which shards there are
+        if item.is_virtual and not whole:
+            raise InputError(f"{path}: {item.name} has its numbers in other files, which a shard never has")
         if item.is_virtual:
             _vet_virtual(file, item, path)
 
@@ -170,8 +177,9 @@ def _vet_virtual(file: h5py.File, item: h5py.Dataset, path: Path) -> None:
     allowed = [shard["file"] for shard in shards]
     covered = 0
     for source in item.virtual_sources():
-        if source.file_name not in allowed or Path(source.file_name).name != source.file_name:
-            msg = f"{path}: {item.name} reads {source.file_name!r}, which is not one of its shards"
+        name = source.file_name
+        if name not in allowed or Path(name).name != name or name == path.name:
+            msg = f"{path}: {item.name} reads {name!r}, which is not one of its shards"
             raise InputError(msg)
         covered += source.vspace.get_select_npoints()
     if covered != item.size:
