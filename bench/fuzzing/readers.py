@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.fuzzing import proofs
+from bench.fuzzing import proofs, store_proofs
 from bench.fuzzing.hdf5 import mutate_structure
 from bench.fuzzing.mutators import broken, broken_json, broken_line
 
@@ -76,15 +76,16 @@ def _header(path: Path, rng: np.random.Generator) -> None:
 
 
 _SAVED = "rank-0000-of-0001.a"
-_SHARDS = ("k.h5", "k.rank-0000-of-0002.h5", "k.rank-0001-of-0002.h5")
+_SHARD = "k.rank-0000-of-0002.h5"
+_SHARDS = ("k.h5", _SHARD, "k.rank-0001-of-0002.h5")
 READERS = {
     reader.name: reader
     for reader in (
-        Reader("Gram file", 0.26, ("k.h5",), "k.h5", proofs.prove_gram, mutate_structure),
-        Reader("Gram file, packed", 0.04, ("k.h5",), "k.h5", proofs.prove_gram, mutate_structure, (), "packed"),
-        Reader("sharded Gram, whole", 0.04, _SHARDS, "k.h5", proofs.prove_gram, mutate_structure, (), "sharded"),
-        Reader("sharded Gram, shard", 0.06, _SHARDS, _SHARDS[1], proofs.prove_gram, mutate_structure, (), "sharded"),
-        Reader("reading commands", 0.02, ("k.h5",), "k.h5", proofs.prove_commands, mutate_structure),
+        Reader("Gram file", 0.26, ("k.h5",), "k.h5", store_proofs.prove_gram, mutate_structure),
+        Reader("Gram file, packed", 0.04, ("k.h5",), "k.h5", store_proofs.prove_gram, mutate_structure, (), "packed"),
+        Reader("sharded Gram, whole", 0.04, _SHARDS, "k.h5", store_proofs.prove_gram, mutate_structure, (), "sharded"),
+        Reader("sharded Gram, shard", 0.06, _SHARDS, _SHARD, store_proofs.prove_gram, mutate_structure, (), "sharded"),
+        Reader("reading commands", 0.02, ("k.h5",), "k.h5", store_proofs.prove_commands, mutate_structure),
         Reader("job TOML", 0.14, ("job.toml",), "job.toml", proofs.prove_job, _lines),
         Reader("examples TSV", 0.06, ("x.tsv",), "x.tsv", proofs.prove_examples("x.tsv")),
         Reader("examples CSV", 0.06, ("x.csv",), "x.csv", proofs.prove_examples("x.csv")),
@@ -100,10 +101,10 @@ READERS = {
             0.04,
             ("rank-0000-of-0001.a",),
             "rank-0000-of-0001.a",
-            proofs.prove_checkpoint,
+            store_proofs.prove_checkpoint,
             None,
             (OSError,),
         ),
-        Reader("progress JSON", 0.02, ("progress.json",), "progress.json", proofs.prove_progress),
+        Reader("progress JSON", 0.02, ("progress.json",), "progress.json", store_proofs.prove_progress),
     )
 }

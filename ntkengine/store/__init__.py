@@ -15,6 +15,10 @@ A Gram file, readable with plain h5py, HDFView or MATLAB (HDF5 1.10 format, whos
 Root attributes: schema, contraction, transform, precision, noise; sketch, its features, when there is one. Datasets
 without tiles, and the root, carry a checksum of their own in the attribute `crc32`.
 
+Before a number is read, a file is found to hold nothing that a Gram file never has (`store.vetting`): no links, other
+files, plug-ins, or shapes that are not stored; what is read whole is compared with its checksum, and
+tiles by `verify_gram`.
+
 A job over several ranks writes a sharded file: each has its rows in a file of its own, `<name>.rank-0000-of-0004.h5`
 beside the whole, which has virtual datasets over them. A file appears under its name only when it is complete. Until
 then `.<name>.parts/` holds what there is (`store.folder`): checkpoints, finished tiles, who is at work and how far.
