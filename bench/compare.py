@@ -83,7 +83,7 @@ def gather(where: str) -> list[Line]:
             x for x in every if commit.startswith(x["commit"].removesuffix("+")) and x["commit"].endswith("+") == dirty
         ]
     if not found:
-        msg = f"{where}: no lines"
+        msg = f"{where}: no lines; those of a working tree with changes have a + after the commit"
         raise ValueError(msg)
     return found
 

@@ -36,7 +36,11 @@ def record(name: str, config: dict[str, Any], values: dict[str, Any], *, gpu: bo
         ["git", "rev-parse", "--short", "HEAD"], cwd=_HERE, capture_output=True, text=True, check=False
     ).stdout.strip()
     dirty = subprocess.run(
-        ["git", "status", "--porcelain", "-uno"], cwd=_HERE, capture_output=True, text=True, check=False
+        ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results"],
+        cwd=_HERE,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     line = {
         "name": name,
