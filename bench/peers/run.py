@@ -5,7 +5,7 @@ and loses nobody else. Nothing is timed that is not right on the first samples. 
 those samples against autograd in float64. Differences from the engine are over all samples: the Frobenius norm, and the
 largest of an entry, |ΔK[n, m]| / √(K[n, n] K[m, m]). Memory is the peak above the loaded model. All on the CPU.
 
-`python -m bench run peers [-- PEER… --tiny --limit SECONDS]`; `--tiny` records nothing.
+`python -m bench run peers [-- PEER… --samples N --tiny --limit SECONDS]`; `--tiny` records nothing.
 """
 
 from __future__ import annotations
@@ -106,23 +106,27 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench run peers --", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="PEER", help=", ".join(PEERS))
     parser.add_argument("--tiny", action="store_true", help="tiny work, nothing recorded")
+    parser.add_argument("--samples", type=int, help="N (default 64)")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a contender may take (default 600)")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.names if name not in PEERS]:
         parser.error(f"no peer {unknown[0]!r}: one of {', '.join(PEERS)}")
+    if given.samples is not None and given.samples < FEW:
+        parser.error(f"--samples: expected at least {FEW}, got {given.samples}")
+    size = {} if given.samples is None else {"N": given.samples}
     contests: dict[str, Contest] = {}
     rows, bad = [], False
     with tempfile.TemporaryDirectory() as folder:
         for name in given.names or PEERS:
             work = PEERS[name].work
             if work not in contests:
-                config = tiny(WORKS[work]) if given.tiny else WORKS[work]
+                config = (tiny(WORKS[work]) if given.tiny else WORKS[work]) | size
                 where = Path(folder) / work
                 where.mkdir()
                 contests[work] = Contest(config, where, given.limit)
             values = versus(contests[work], name)
             if not given.tiny:
-                record("peers", {"peer": name, "work": work, **WORKS[work]}, values)
+                record("peers", {"peer": name, "work": work, **contests[work].config}, values)
             rows.append(row(name, values))
             print(f"{len(rows)}/{len(given.names or PEERS)} {name}", file=sys.stderr, flush=True)
             bad |= "ratio" not in values
