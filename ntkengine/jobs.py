@@ -173,7 +173,7 @@ class Prepared:
     @property
     def folds(self) -> int:
         """How many held-out heads the job fits, and so how many more Grams of the train examples it computes."""
-        return min(self.job.head.folds, len(self.train)) if self.fits and self.train.labels is not None else 0
+        return min(self.job.head.folds, len(self.train)) if self.fits else 0
 
     def fit_head(self, tell: Progress) -> HeadFit | None:
         """Fit the head where the job wants it."""

@@ -72,8 +72,6 @@ def select(
         print_json(found.to_dict())
         return
     rows = found.table()
-    r = found.recipe
-    note = f"LoRA of rank {found.rank}, {r.optimizer}, learning rate {r.learning_rate:g}, epochs {r.epochs}"
-    show(Table("Modules by forecast eval loss", rows[0], rows[1:], note))
+    show(Table("Modules by forecast eval loss", rows[0], rows[1:], found.note))
     for line in found.assumptions:
         print(f"- {line}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ntkengine.errors import InputError
-from ntkengine.recipe import is_number
+from ntkengine.recipe import check_count, check_scale
 
 if TYPE_CHECKING:
     from ntkengine.forecast.ranking import Ranking
@@ -114,8 +113,5 @@ def _refuse(adapter: Mapping[str, Any]) -> None:
     other = next((name for name in adapter if name not in _KNOWN), None)
     if other is not None:
         raise InputError(f"model.peft.{other}: expected none, what it changes is not rehearsed, got {adapter[other]!r}")
-    rank, alpha = adapter.get("r", 8), adapter.get("lora_alpha", 16)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise InputError(f"model.peft.r: expected an integer >= 1, got {rank!r}")
-    if not is_number(alpha) or not 0 < alpha < math.inf:
-        raise InputError(f"model.peft.lora_alpha: expected a number > 0, got {alpha!r}")
+    check_count("model.peft.r", adapter.get("r", 8))
+    check_scale("model.peft.lora_alpha", adapter.get("lora_alpha", 16))

@@ -32,7 +32,7 @@ from bench.experiments.agreement import compare
 from bench.record import lines as recorded
 from bench.record import record
 from ntkengine.forecast.candidates import layer_of
-from ntkengine.forecast.lora import rehearse
+from ntkengine.forecast.lora import Rehearsal, rehearse
 from ntkengine.forecast.outcome import outcome
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.simulate import simulate
@@ -72,7 +72,7 @@ def forecasts(data: Path, task: str, seed: int) -> list[tuple[dict[str, Any], di
     import ntkengine as ntk
 
     at = runs.start(data, task, seed, None)
-    inputs, held = ({k: v for k, v in at[p][0].items() if v.ndim == 2} for p in ("train", "validation"))
+    inputs, held = (runs.joined_inputs([at[p][0]]) for p in ("train", "validation"))
     y, y_held = at["train"][1], at["validation"][1]
     measured = [p for p in ("test", "shifted") if p in at]
     parts = ["validation", *measured]
@@ -90,7 +90,7 @@ def forecasts(data: Path, task: str, seed: int) -> list[tuple[dict[str, Any], di
     for setup in setups.calibration():
         modules = members(factors, setup)
         values = {"factors_seconds": shared, "gram_seconds": of_gram}
-        values |= _rehearsed(factors, y, every, setup, modules, seed)
+        values |= _of_rehearsal(factors, y, every, setup, seed)
         values |= _of_kernels(gram, y, y_held, setup, modules, seed)
         found.append(({"task": task, "seed": seed, "setup": setup.name, "repeats": REPEATS}, values))
     # One time for all: where the flows' mean training loss meets the rehearsals'.
@@ -114,19 +114,24 @@ def members(factors: TangentFactors, setup: setups.Setup) -> list[str]:
     return [n for n in factors.maps if int(layer_of(n)) in setup.layers and n.endswith(ends)]
 
 
-def _rehearsed(
+def rehearsed(factors: TangentFactors, y: np.ndarray, y_held: np.ndarray, setup: setups.Setup, seed: int) -> Rehearsal:
+    """Return the forecast of a set-up on a training subset, with seeds that no real run has."""
+    seed = 1000 * (seed + 1)
+    return rehearse(
+        factors, y, runs.RECIPE | {"seed": seed}, members(factors, setup), rank=setup.rank, eval_targets=y_held,
+        repeats=REPEATS, seed=seed,
+    )  # fmt: skip
+
+
+def _of_rehearsal(
     factors: TangentFactors,
     y: np.ndarray,
     every: tuple[dict[str, int], np.ndarray],
     setup: setups.Setup,
-    modules: list[str],
     seed: int,
 ) -> dict[str, Any]:
     sizes, targets = every
-    recipe = runs.RECIPE | {"seed": 1000 * (seed + 1)}  # not the real runs' order
-    run = rehearse(
-        factors, y, recipe, modules, rank=setup.rank, eval_targets=targets, repeats=REPEATS, seed=1000 * (seed + 1)
-    )
+    run = rehearsed(factors, y, targets, setup, seed)
     assert run.eval_losses is not None
     assert run.eval_correct is not None
     seen, first, drawn = sizes["validation"], 0, {}

@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 from bench.experiments import runs, setups, tasks
-from bench.experiments.calibration import PARAMS, REPEATS, members
+from bench.experiments.calibration import PARAMS, REPEATS, rehearsed
 from bench.record import record
 from ntkengine.finetune import fine_tune
-from ntkengine.forecast.lora import rehearse
 from ntkengine.gram.linear import tangent_factors
 
 EVERY = 5
@@ -29,7 +28,7 @@ def main() -> int:
     given = parser.parse_args()
     for task in given.tasks:
         at = runs.start(given.data, task, 0, None)
-        inputs, held = ({k: v for k, v in at[p][0].items() if v.ndim == 2} for p in ("train", "validation"))
+        inputs, held = (runs.joined_inputs([at[p][0]]) for p in ("train", "validation"))
         y, y_held = at["train"][1], at["validation"][1]
         clock = time.perf_counter()
         factors = tangent_factors(at["model"], inputs, held, params=PARAMS)
@@ -37,9 +36,7 @@ def main() -> int:
         every = setups.calibration()
         forecasting = training = 0.0
         for setup in every[::EVERY]:
-            forecast = rehearse(
-                factors, y, runs.RECIPE, members(factors, setup), rank=setup.rank, eval_targets=y_held, repeats=REPEATS
-            )
+            forecast = rehearsed(factors, y, y_held, setup, 0)
             real = runs.start(given.data, task, 0, setup.peft())
             run = fine_tune(real["model"], *real["train"], runs.RECIPE, measure_every=48)
             forecasting, training = forecasting + forecast.seconds, training + run.seconds

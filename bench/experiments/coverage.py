@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from bench.experiments import parallel, runs, setups, tasks
-from bench.experiments.calibration import PARAMS, REPEATS, members
+from bench.experiments.calibration import PARAMS, rehearsed
 from bench.record import record
 from ntkengine.finetune import fine_tune
-from ntkengine.forecast.lora import rehearse
 from ntkengine.forecast.outcome import outcome
 from ntkengine.gram.linear import tangent_factors
 
@@ -53,17 +52,13 @@ def covered(job: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     data, config = job
     seed = config["seed"]
     at = runs.start(data, config["task"], seed, None)
-    inputs = {k: v for k, v in at["train"][0].items() if v.ndim == 2}
+    inputs = runs.joined_inputs([at["train"][0]])
     held = runs.joined_inputs([at[part][0] for part in ("validation", "test")])
     y, y_held = at["train"][1], np.concatenate([at[part][1] for part in ("validation", "test")])
     factors = tangent_factors(at["model"], inputs, held, params=PARAMS)
     found: dict[str, Any] = {"loss": {}, "accuracy": {}, "half_width": {}, "deviation": {}}
     for setup in setups.calibration()[::EVERY]:
-        recipe = runs.RECIPE | {"seed": 1000 * (seed + 1)}  # not the real run's order
-        run = rehearse(
-            factors, y, recipe, members(factors, setup), rank=setup.rank, eval_targets=y_held, repeats=REPEATS,
-            seed=1000 * (seed + 1),
-        )  # fmt: skip
+        run = rehearsed(factors, y, y_held, setup, seed)
         real = runs.start(data, config["task"], seed, setup.peft())
         tuned = fine_tune(
             real["model"], *real["train"], runs.RECIPE | {"seed": seed}, eval_inputs=held, eval_targets=y_held,

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.fresh import status
 from bench.fuzzing.proofs import ProofError
 from bench.fuzzing.readers import READERS, Reader
 from ntkengine.errors import InputError
@@ -135,15 +136,15 @@ def _work(link: Connection, plan: list[tuple[str, int]], seeds: Path, folder: Pa
     link.send("ready")
     for name, number in plan:
         if name != before:
-            before, room = name, _status("VmSize") + ROOM
+            before, room = name, _bytes("VmSize") + ROOM
             resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         make_input(READERS[name], number, seeds, folder / "work", seed)
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        held, start = _status("VmRSS"), time.perf_counter()
+        held, start = _bytes("VmRSS"), time.perf_counter()
         outcome, said = _outcome(READERS[name], folder / "work", seeds)
         if outcome not in _FINE:
             _keep(folder, name, number)
-        link.send((outcome, said, time.perf_counter() - start, max(0, _status("VmHWM") - held)))
+        link.send((outcome, said, time.perf_counter() - start, max(0, _bytes("VmHWM") - held)))
 
 
 def _outcome(reader: Reader, work: Path, seeds: Path) -> tuple[str, str]:
@@ -162,9 +163,8 @@ def _outcome(reader: Reader, work: Path, seeds: Path) -> tuple[str, str]:
     return "read", ""
 
 
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+def _bytes(key: str) -> int:
+    return int(status(key) * 2**30)  # exact: kernels count in KiB
 
 
 def table(tallies: Mapping[str, Tally]) -> str:

@@ -120,11 +120,6 @@ class _Tags(HTMLParser):
         self.seen.add(tag)
 
 
-_EXPECTED = set(
-    re.findall(r"\w+", "html head meta title style body h1 h2 h3 p section div table tr th td ul li figure img")
-)
-
-
 def prove_ranking(work: Path, seeds: Path) -> None:
     from ntkengine.report.html import render_report
     from ntkengine.report.selection import selection_section

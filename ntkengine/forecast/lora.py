@@ -23,7 +23,7 @@ from ntkengine.descent import Descent, norm
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.losses import as_targets, correct, losses
-from ntkengine.recipe import Recipe
+from ntkengine.recipe import Recipe, check_count, check_scale
 
 if TYPE_CHECKING:
     from ntkengine.gram.linear import TangentFactors
@@ -113,7 +113,10 @@ def rehearse(
     if len(set(names)) < len(names):
         raise InputError(f"modules: expected each once, got {max(names, key=names.count)} twice")
     names = [n for n in factors.maps if n in names]  # A is drawn map by map: their order must not matter
-    _check_sizes(rank, alpha, repeats)
+    check_count("rank", rank)
+    check_count("repeats", repeats)
+    if alpha is not None:
+        check_scale("alpha", alpha)
     total, C = factors.outputs.shape
     train = np.arange(factors.train) if rows is None else _positions("rows", rows, total)
     held = np.arange(factors.train, total) if eval_rows is None else _positions("eval_rows", eval_rows, total)
@@ -148,14 +151,6 @@ def rehearse(
         movement=float(torch.stack(moved).square().mean().sqrt()),
         seconds=time.perf_counter() - begun,
     )
-
-
-def _check_sizes(rank: object, alpha: object, repeats: object) -> None:
-    for name, value in (("rank", rank), ("repeats", repeats)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name}: expected an integer >= 1, got {value!r}")
-    if alpha is not None and not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
-        raise InputError(f"alpha: expected a number > 0, got {alpha!r}")
 
 
 def _positions(name: str, given: object, total: int) -> np.ndarray:

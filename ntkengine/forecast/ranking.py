@@ -71,7 +71,7 @@ class Ranking:
         }
 
     def __repr__(self) -> str:
-        head = f"Ranking of {len(self.choices)} subsets, LoRA of rank {self.rank}, {self._trained()}"
+        head = f"Ranking of {len(self.choices)} subsets, {self.note}"
         told = [
             f"  {i + 1}. {c.name}: eval loss {span(c.outcome.eval_loss) or 'unknown'}, {c.parameters:,} parameters"
             for i, c in enumerate(self.choices[:_SHOWN])
@@ -81,13 +81,15 @@ class Ranking:
 
     def _repr_html_(self) -> str:
         columns, *rows = self.table()
-        note = f"LoRA of rank {self.rank}, {self._trained()}"
+        note = self.note
         note += f"; the best {_SHOWN} of {len(rows)}" if len(rows) > _SHOWN else ""
         return html_facts("Modules by forecast eval loss", rows[:_SHOWN], columns, note)
 
-    def _trained(self) -> str:
+    @property
+    def note(self) -> str:
+        """What is trained, and how, in a line."""
         r = self.recipe
-        return f"{r.optimizer}, learning rate {r.learning_rate:g}, epochs {r.epochs}"
+        return f"LoRA of rank {self.rank}, {r.optimizer}, learning rate {r.learning_rate:g}, epochs {r.epochs}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-able values."""

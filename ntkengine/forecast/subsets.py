@@ -22,7 +22,7 @@ from ntkengine.forecast.ranking import Choice, Ranking
 from ntkengine.forecast.scores import centred_alignment
 from ntkengine.forecast.simulate import simulate
 from ntkengine.losses import as_targets
-from ntkengine.recipe import Recipe
+from ntkengine.recipe import Recipe, check_count
 from ntkengine.spectrum import condition_from_eigenvalues
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def rank_subsets(
 
     Cost: a rehearsal or simulation a subset; 9 N³ flops more for its eigenvalues with a Gram.
     """
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise InputError(f"size: expected an integer >= 1, got {size!r}")
+    if size is not None:
+        check_count("size", size)
     judge = _Judge(gram, targets, Recipe.of(recipe), factors, fold, rank, alpha, eval_targets, repeats, seed)
     if subsets == "greedy":
         found = _greedy(judge, size)

@@ -9,7 +9,7 @@ from typing import Any
 from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import selection_figure
-from ntkengine.report.tables import Table, span
+from ntkengine.report.tables import Table, span, trained
 from ntkengine.textfile import parse_json
 
 _SHOWN = 20  # subsets in the figure
@@ -26,8 +26,7 @@ def selection_section(path: Path) -> Section:
         choices, recipe = found["choices"], found["recipe"]
         rows = [_row(c) for c in choices]
         losses = [_three(c["eval_loss"]) for c in choices[:_SHOWN]]
-        how = f"{recipe['optimizer']}, learning rate {recipe['learning_rate']:g}, {recipe['epochs']} epochs"
-        note = f"LoRA of rank {found['peft']['r']}, {how}; best first"
+        note = f"LoRA of rank {found['peft']['r']}, {trained(recipe)}; best first"
         notes = [str(line) for line in found["assumptions"]]
         names = [str(c["name"]) for c in choices[:_SHOWN]]
         best = [str(m) for c in choices[:1] for m in c["modules"]]

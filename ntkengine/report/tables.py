@@ -43,6 +43,11 @@ def invariance_table(rows: Sequence[Any], advice: Sequence[str]) -> Table:
     return Table("Relative change of f and its gradient, against the text alone", columns, cells, "; ".join(advice))
 
 
+def trained(recipe: Mapping[str, Any]) -> str:
+    """Return a saved recipe in a few words."""
+    return f"{recipe['optimizer']}, learning rate {recipe['learning_rate']:g}, {recipe['epochs']} epochs"
+
+
 def progress_table(progress: Mapping[str, Any]) -> Table:
     """Return how far an unfinished job is (`store.read_progress`)."""
     now, running = time.time(), progress.get("running")

@@ -39,13 +39,17 @@ def timing_table(gram: Any) -> Table | None:
     total = max(meta.get("wall_seconds", 0.0), prepare + meta["seconds"] + write, known)
     parts.append(("other", total - known, "", ""))
     rows = [
-        (name, f"{seconds:.3g}" if seconds < 100 else f"{seconds:,.0f}", f"{seconds / total:.1%}", done, rate)
+        (name, _seconds(seconds), f"{seconds / total:.1%}", done, rate)
         for name, seconds, done, rate in parts
         if seconds >= _LEAST_S
     ]
-    rows.append(("all", f"{total:.3g}" if total < 100 else f"{total:,.0f}", "100.0%", "", ""))
+    rows.append(("all", _seconds(total), "100.0%", "", ""))
     note = "times of the earlier runs are in it" if meta.get("resumed") else ""
     return Table("Time", ("part", "time (s)", "share", "work", "rate"), rows, note)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _work(flops: float, seconds: float) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import training_figure
-from ntkengine.report.tables import Table
+from ntkengine.report.tables import Table, trained
 from ntkengine.textfile import parse_json
 
 _COLUMNS = {
@@ -36,7 +36,7 @@ def training_section(path: Path) -> Section:
         recipe, seconds, measuring = first["recipe"], float(first["seconds"]), float(first["measuring_seconds"])
         shown = {name: head for name, head in _COLUMNS.items() if any(m[name] is not None for m in history)}
         rows = [tuple(_cell(m[name]) for name in shown) for m in history]
-        how = f"{recipe['optimizer']}, learning rate {recipe['learning_rate']:g}, {recipe['epochs']} epochs"
+        how = trained(recipe)
         figure = training_figure(_curves(history))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

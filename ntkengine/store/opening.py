@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -28,9 +30,9 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
         except BlockingIOError:  # somebody has it open for writing; ours never change once they have their name
             file = h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError, ValueError) as error:
-        msg = f"{path}: not an HDF5 file, or damaged ({first_line(error)})"
+        msg = f"{path}: not an HDF5 file, or damaged ({_first_line(error)})"
         raise InputError(msg) from error
-    try:
+    with understood(file, path):
         vet(file, path, whole=schema == SCHEMA)  # first: texts, attributes too, may be where reading them never ends
         found = file.attrs.get("schema")
         if not isinstance(found, str) or found != schema:
@@ -38,16 +40,27 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
             raise InputError(msg)
         if schema == SCHEMA:
             vet_shapes(file, path)
+    return file
+
+
+@contextmanager
+def understood(file: h5py.File, path: Path) -> Iterator[None]:
+    """Close a file that the block cannot make sense of.
+
+    Raises:
+        InputError: the block's own, or that the file is damaged.
+    """
+    try:
+        yield
     except InputError:
         file.close()
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         file.close()
-        msg = f"{path}: is incomplete or damaged ({first_line(error)})"
+        msg = f"{path}: is incomplete or damaged ({_first_line(error)})"
         raise InputError(msg) from error
-    return file
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """Return what an exception says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ import h5py
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.store.metadata import read_meta, read_plan
-from ntkengine.store.opening import first_line, opened
+from ntkengine.store.opening import opened, understood
 from ntkengine.store.schema import ARRAYS, matches, matrices, module_of, read_json, root
 from ntkengine.store.shards import check_shards
 from ntkengine.store.tiles import checksum, checksum_of, tile_places, tiles_name
@@ -49,7 +49,7 @@ def open_gram(path: str | Path) -> Gram:
     """
     path = Path(path)
     file = opened(path)
-    try:
+    with understood(file, path):
         check_shards(file, path)
         _all_done(file, path)
         _check_root(file, path)
@@ -70,13 +70,6 @@ def open_gram(path: str | Path) -> Gram:
             path=path,
             **arrays,
         )
-    except InputError:
-        file.close()
-        raise
-    except (KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
-        file.close()
-        msg = f"{path}: is incomplete or damaged ({first_line(error)})"
-        raise InputError(msg) from error
 
 
 def read_job(path: str | Path) -> dict[str, Any]:
@@ -85,14 +78,8 @@ def read_job(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: as `open_gram`.
     """
-    with opened(Path(path)) as file:
-        try:
-            return read_json(file, "job")
-        except InputError:
-            raise
-        except (KeyError, ValueError, OSError, RuntimeError) as error:
-            msg = f"{path}: is incomplete or damaged ({first_line(error)})"
-            raise InputError(msg) from error
+    with opened(Path(path)) as file, understood(file, Path(path)):
+        return read_json(file, "job")
 
 
 def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:

@@ -144,7 +144,7 @@ def _vet_dataset(item: h5py.Dataset, path: Path) -> None:
 def _vet_text(item: h5py.Dataset, where: str, path: Path) -> None:
     """Refuse what is no text, and texts that would together be longer than the file: each may be named many times."""
     kind = h5py.check_string_dtype(item.dtype)
-    rank = 0 if where.split(": ")[-1].startswith("/json/") else 1
+    rank = 0 if str(item.name).startswith("/json/") else 1
     if kind is None or kind.length is not None or item.ndim != rank or item.chunks is not None:
         raise InputError(f"{where}: expected {'texts' if rank else 'one text'}, got {item.dtype} of shape {item.shape}")
     if item.size * item.id.get_type().get_size() > path.stat().st_size:
