@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
-from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.batches import MICROBATCH_TOKENS, Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.running import call_model, sparse_tables, tables, wanting_gradients
+from ntkengine.products import unrouted
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.settle import GRADIENTS
 from ntkengine.tangents.sketch import Sketch
@@ -42,6 +43,7 @@ class Check:
         structure: from the probe.
         seed: of the draw.
         gradients: gradient entries to hold at once.
+        microbatch_tokens: of the sweep of the drawn samples.
 
     Attributes:
         compared: names of the parameters compared; all of them unless that would take too many passes.
@@ -57,10 +59,12 @@ class Check:
         structure: Structure,
         seed: int,
         gradients: int = GRADIENTS,
+        microbatch_tokens: int = MICROBATCH_TOKENS,
     ) -> None:
         rng = np.random.default_rng(seed)
         self.frame, self.structure, self.roots = frame, structure, task.roots
         self.model, self.selected, self.readout = task.model, task.selected, task.readout
+        self.microbatch_tokens = microbatch_tokens
         self.drawn = [
             (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 2), replace=False)
         ]
@@ -78,35 +82,34 @@ class Check:
         if len(parts) > _PASSES:
             parts = [parts[i] for i in sorted(rng.choice(len(parts), size=_PASSES, replace=False))]
         self.compared = [name for names in parts for name in names]
-        for name, G, touched in self._gradients(parts):
-            self.parts[name] = self._products(G, G)
-            if self.frame.transform in SIGNS or self.roots is not None:
-                self._transform(name, G, touched)
-            else:
-                for sum_of_products in (self.total, self.left, self.right):
-                    sum_of_products += self.parts[name]
-
-    def _gradients(self, parts: list[list[str]]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """Yield (parameter, gradients (m, C, p), rows) by plain autograd, a few parameters at a time.
-
-        Of an embedding only the rows that some sample touches; rows then says which.
-        """
-        C, m = self.frame.outputs, len(self.inputs)
         for names in parts:
-            wanted = [self.selected[name] for name in names]
-            found: list[dict[tuple[int, int], Tensor]] = [{} for _ in wanted]
-            for i, one in enumerate(self.inputs):
-                given = Samples([one], microbatch=1, trim=False)
-                batch = given.inputs(given.chunks[0], self.device, self.dtype)
-                with wanting_gradients(wanted), sparse_tables(self.model):
-                    f = self.readout(call_model(self.model, batch), batch)
-                    for c in range(C):
-                        for kept, g in zip(found, _grad(f[0, c], wanted), strict=True):
-                            if g is not None:
-                                kept[i, c] = g.detach().coalesce() if g.is_sparse else g.detach()
-                    del f
-            for name, p in zip(names, wanted, strict=True):
-                yield name, *_stacked(found.pop(0), m, C, p)
+            found = self._gradients(names)
+            with unrouted():  # many small operations, no large product
+                while found:
+                    name = next(iter(found))
+                    G, touched = _stacked(found.pop(name), len(self.inputs), self.frame.outputs, self.selected[name])
+                    self.parts[name] = self._products(G, G)
+                    if self.frame.transform in SIGNS or self.roots is not None:
+                        self._transform(name, G, touched)
+                    else:
+                        for sum_of_products in (self.total, self.left, self.right):
+                            sum_of_products += self.parts[name]
+
+    def _gradients(self, names: list[str]) -> dict[str, dict[tuple[int, int], Tensor]]:
+        """Return gradients by parameter and (sample, output) by plain autograd; of an embedding the rows touched."""
+        wanted = [self.selected[name] for name in names]
+        found: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in names}
+        for i, one in enumerate(self.inputs):
+            given = Samples([one], microbatch=1, trim=False)
+            batch = given.inputs(given.chunks[0], self.device, self.dtype)
+            with wanting_gradients(wanted), sparse_tables(self.model):
+                f = self.readout(call_model(self.model, batch), batch)
+                for c in range(self.frame.outputs):
+                    for name, g in zip(names, _grad(f[0, c], wanted), strict=True):
+                        if g is not None:
+                            found[name][i, c] = g.detach().coalesce() if g.is_sparse else g.detach()
+                del f
+        return found
 
     def _transform(self, name: str, G: Tensor, rows: Tensor | None) -> None:
         """Add a parameter's part of the job's own inner product, and what entries of unsure sign may change in it."""
@@ -156,9 +159,14 @@ class Check:
         Raises:
             CheckFailed: naming the parameter and the examples.
         """
-        # Samples of both groups in one: the layouts agree, or they would not have been one job's groups.
-        few = Samples(self.inputs, microbatch=1, trim=self.structure.trim)
-        m = len(self.drawn)
+        groups = [[one for (g, _), one in zip(self.drawn, self.inputs, strict=True) if g == group] for group in (0, 1)]
+        few = Samples(
+            [{k: torch.cat([one[k] for one in ones]) for k in ones[0]} for ones in groups if ones],
+            microbatch=1 if self.structure.one_by_one else None,
+            microbatch_tokens=self.microbatch_tokens,
+            trim=self.structure.trim,
+        )
+        m, w = len(self.drawn), self.frame.width
         frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
         sums = sum_gram(
             self.model,
@@ -169,11 +177,14 @@ class Check:
             frame,
             group=lambda name: name,
         )
-        whole = sum(self.parts.values(), torch.zeros_like(self.total))
-        for name, truth in self.parts.items():
-            part = sums.parts.get(name)
-            got = torch.zeros_like(truth) if part is None else part.finish()
-            self._compare(name, got, truth, whole)
+        places = np.concatenate([few.span(i)[0] + few.unsort(i) for i in range(len(few.sizes))])
+        at = torch.from_numpy((places[:, None] * w + np.arange(w)).reshape(-1)).to(self.device)
+        with unrouted():  # many small operations, no large product
+            whole = sum(self.parts.values(), torch.zeros_like(self.total))
+            for name, truth in self.parts.items():
+                part = sums.parts.get(name)
+                got = torch.zeros_like(truth) if part is None else part.finish()[:, at][:, :, at]
+                self._compare(name, got, truth, whole)
 
     def allow(self, sketches: Mapping[str, Sketch]) -> None:
         """Let entries differ by what a sketch may cost, many times its standard deviation."""
@@ -252,6 +263,8 @@ class Check:
 
 def _stacked(found: dict[tuple[int, int], Tensor], m: int, C: int, p: nn.Parameter) -> tuple[Tensor, Tensor | None]:
     """Return gradients by (sample, output) as (m, C, entries); where all are sparse, of the rows any of them has."""
+    if len(found) == m * C and not any(g.is_sparse for g in found.values()):
+        return torch.stack(list(found.values())).view(m, C, -1), None
     rows = None
     if found and all(g.is_sparse for g in found.values()):
         rows = torch.cat([g.indices()[0] for g in found.values()]).unique()

@@ -79,7 +79,7 @@ def computed(
             if task.transform in SIGNS and double is not None:
                 structure.negligible = _negligible(task, structure, double, seed)
             if check and root:
-                truth = Check(task, samples, frame, structure, seed, layout.gradients)
+                truth = Check(task, samples, frame, structure, seed, layout.gradients, layout.microbatch_tokens)
                 truth.sweep()
         check_s = time.perf_counter() - checking
         if team is not None:

@@ -14,6 +14,7 @@ from ntkengine.gram.tiles import Accumulator, Frame, product
 from ntkengine.tangents.factors import Outer, ParameterFactors
 
 _PAIR_BYTES = 4 << 20  # products of token pairs at once: they stay in the second-level cache
+_TOKENS = 64  # rows from which a product runs at its full rate
 _KEPT_BYTES = 16 << 20  # products of inputs kept for the next parameter that reads the same: a key's after a query's
 
 
@@ -56,8 +57,11 @@ def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callab
 
 
 def _panels(frame: Frame, T: int) -> list[tuple[int, int, int]]:
-    columns = (frame.columns[1] - frame.columns[0]) * frame.width
-    return frame.panels(max(1, _PAIR_BYTES // (8 * T * T * max(1, columns))))
+    rows, columns = ((stop - start) * frame.width for start, stop in (frame.rows, frame.columns))
+    # Of few samples an eighth, or what fills a product: else there is no triangle to save.
+    return frame.panels(
+        max(1, min(_PAIR_BYTES // (8 * T * T * max(1, columns)), max(-(-rows // 8), -(-_TOKENS // T))))
+    )
 
 
 def _joined(factors: ParameterFactors) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ _PAIR_BYTES = 4 << 20  # temporary products of a lookup
 _COMMON = 4  # a token that one in so many samples has (a position, [CLS]) is summed as features: no scattered additions
 # How much longer a flop takes on the CPU where many small products are made instead of a large one (rates, not counts,
 # decide: measured on a Zen 5, 140 to 200 against 500 GFLOP/s in float32, 440 to 870 against 1,000 in bfloat16).
-_SMALL_PRODUCTS = 3.0
+_SMALL_PRODUCTS = 3.5
 
 
 def choose(
