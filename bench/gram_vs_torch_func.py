@@ -44,6 +44,7 @@ def main() -> int:
         "ratio_once": seconds["torch-func-once"] / seconds["engine"],
         "ratio_once_unchecked": seconds["torch-func-once"] / seconds["engine-unchecked"],
         "ratio_fast": seconds["torch-func"] / seconds["engine-fast"],
+        "ratio_fast_unchecked": seconds["torch-func"] / seconds["engine-fast-unchecked"],
         "fast_relative_difference": differences(K["engine-fast"], K["engine"])["relative_difference"],
         **differences(K["torch-func"], K["engine"]),
         **{f"{name.replace('-', '_')}_{key}": value for name, run in found.items() for key, value in run.items()},

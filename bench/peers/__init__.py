@@ -40,7 +40,7 @@ _JAX = {"package": "neural_tangents", "requirements": "requirements-neural-tange
 _EAGER = (("attention", "eager"),)
 _STRUCTURED = (("implementation", "STRUCTURED_DERIVATIVES"),)
 
-ENGINES = ("engine", "engine-unchecked", "engine-fast")
+ENGINES = ("engine", "engine-unchecked", "engine-fast", "engine-fast-unchecked")
 PEERS = {
     peer.name: peer
     for peer in (

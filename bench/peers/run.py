@@ -32,6 +32,7 @@ _OF_ENGINES: dict[str, Config] = {
     "engine": {},
     "engine-unchecked": {"check": "no"},
     "engine-fast": {"precision": "fast"},
+    "engine-fast-unchecked": {"precision": "fast", "check": "no"},
 }
 
 
