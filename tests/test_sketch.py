@@ -99,7 +99,7 @@ def test_uses_of_all_kinds_are_projected_alike(monkeypatch, shape, k):
     whole = torch.zeros(3, 2, R, I, dtype=torch.float64)
     for use in given:
         dense = torch.empty(3, 2, R, I, dtype=torch.float64)
-        use.rows(0, R, dense, add=False)
+        use.block(slice(0, R), slice(0, I), dense, add=False)
         whole += dense
         torch.testing.assert_close(project([use])[0].g, project([Dense(dense)])[0].g, rtol=1e-12, atol=1e-12)
     assert project([]) == []

@@ -59,9 +59,7 @@ def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callab
 def _panels(frame: Frame, T: int) -> list[tuple[int, int, int]]:
     rows, columns = ((stop - start) * frame.width for start, stop in (frame.rows, frame.columns))
     # Of few samples an eighth, or what fills a product: else there is no triangle to save.
-    return frame.panels(
-        max(1, min(_PAIR_BYTES // (8 * T * T * max(1, columns)), max(-(-rows // 8), -(-_TOKENS // T))))
-    )
+    return frame.panels(max(1, min(_PAIR_BYTES // (8 * T * T * max(1, columns)), max(-(-rows // 8), -(-_TOKENS // T)))))
 
 
 def _joined(factors: ParameterFactors) -> tuple[Tensor, Tensor]:

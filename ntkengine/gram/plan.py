@@ -15,7 +15,7 @@ from torch import nn
 from ntkengine.display import html_facts
 from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Needs
-from ntkengine.gram.strategies import TILE_BYTES, choose
+from ntkengine.gram.strategies import COLUMNS, TILE_BYTES, choose
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
@@ -289,7 +289,10 @@ def needs_of(
         sketches: by parameter, what is kept of its gradient.
         kernels: whether contractions run in Triton kernels, which read a parameter's factors from one piece.
     """
-    tiles = (min(row.columns * min(row.rows, 16), row.features or row.rows * row.columns) for row in plan.parameters)
+    tiles = (
+        min(min(row.columns, COLUMNS) * min(row.rows, 16), row.features or row.rows * row.columns)
+        for row in plan.parameters
+    )
     widest = plan.samples * plan.outputs * max(tiles, default=0)
     streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
     parameter = next(iter(model.parameters()))

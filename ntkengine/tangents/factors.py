@@ -23,16 +23,15 @@ class Outer:
     a: Tensor
     d: Tensor
 
-    def rows(self, start: int, stop: int, out: Tensor, *, add: bool) -> None:
-        """Write (or add) rows [start, stop) of the gradient into out, (n, C, stop − start, I) contiguous."""
-        n, C, T, _ = self.d.shape
-        r = stop - start
-        left = self.d[..., start:stop].transpose(1, 2).reshape(n, T, C * r).transpose(1, 2)
-        flat = out.view(n, C * r, -1)
+    def block(self, rows: slice, columns: slice, out: Tensor, *, add: bool) -> None:
+        """Write (or add) some rows and columns of the gradient into out, (n, C, rows, columns) contiguous."""
+        n, _, T, _ = self.d.shape
+        flat = out.view(n, -1, out.shape[-1])
+        left = self.d[..., rows].transpose(1, 2).reshape(n, T, flat.shape[1]).transpose(1, 2)
         if add:
-            torch.baddbmm(flat, left, self.a, out=flat)
+            torch.baddbmm(flat, left, self.a[..., columns], out=flat)
         else:
-            torch.bmm(left, self.a, out=flat)
+            torch.bmm(left, self.a[..., columns], out=flat)
 
     @property
     def is_zero(self) -> bool:
@@ -57,14 +56,14 @@ class Lookup:
     ids: Tensor
     d: Tensor
 
-    def rows(self, start: int, stop: int, out: Tensor, *, add: bool) -> None:
-        """Write (or add) rows [start, stop) of the gradient into out, (n, C, stop − start, I) contiguous."""
+    def block(self, rows: slice, columns: slice, out: Tensor, *, add: bool) -> None:
+        """Write (or add) some rows and columns of the gradient into out, (n, C, rows, columns) contiguous."""
         if not add:
             out.zero_()
-        inside = (self.ids >= start) & (self.ids < stop)
+        inside = (self.ids >= rows.start) & (self.ids < rows.stop)
         sample, token = inside.nonzero(as_tuple=True)
-        row = self.ids[sample, token] - start
-        values = self.d[sample, :, token]  # (hits, C, I)
+        row = self.ids[sample, token] - rows.start
+        values = self.d[sample, :, token, columns]  # (hits, C, columns)
         for c in range(self.d.shape[1]):
             out[:, c].index_put_((sample, row), values[:, c], accumulate=True)
 
@@ -88,9 +87,9 @@ class Dense:
 
     g: Tensor
 
-    def rows(self, start: int, stop: int, out: Tensor, *, add: bool) -> None:
-        """Write (or add) rows [start, stop) of the gradient into out, (n, C, stop − start, I) contiguous."""
-        part = self.g[:, :, start:stop]
+    def block(self, rows: slice, columns: slice, out: Tensor, *, add: bool) -> None:
+        """Write (or add) some rows and columns of the gradient into out, (n, C, rows, columns) contiguous."""
+        part = self.g[:, :, rows, columns]
         if add:
             out.add_(part)
         else:
@@ -146,7 +145,7 @@ class ParameterFactors:
         make = torch.empty if uses else torch.zeros  # the first use writes every entry
         out = make((self.sizes[chunk], outputs, *self.shape), dtype=like.dtype, device=like.device)
         for i, use in enumerate(uses):
-            use.rows(0, self.shape[0], out, add=i > 0)
+            use.block(slice(0, self.shape[0]), slice(0, self.shape[1]), out, add=i > 0)
         return out
 
 
