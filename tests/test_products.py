@@ -109,3 +109,21 @@ def test_other_dtypes_and_shapes_are_left_alone(monkeypatch):
         torch.addmm(torch.zeros(9, 9), torch.randn(9, 9), torch.randn(9, 9))
         torch.addmm(torch.zeros(9), torch.randn(9, 9), torch.randn(9, 9), beta=2)
         torch.bmm(torch.randn(2, 9, 9), torch.randn(2, 9, 9))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("rows", [255, 256, 257, 319, 320])
+def test_few_kinds_of_row_counts_reach_onednn(monkeypatch, rows, dtype, bound):
+    seen = []
+    original = products._filled
+    monkeypatch.setattr(products, "_filled", lambda x: seen.append(original(x)) or seen[-1])
+    torch.manual_seed(0)
+    x, w, b = torch.randn(rows, 96).to(dtype), torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype)
+    truth = x.double() @ w.double().T
+    found = [products.inner_products(x, w)]
+    with products.full_rate():
+        found += [torch.mm(x, w.T), torch.addmm(b, x, w.T) - b]
+    assert [len(s) for s in seen] == [rows if rows < 256 else -(-rows // 64) * 64] * 3
+    for got in found:
+        assert got.shape == (rows, 40)
+        assert error(got, truth) < bound

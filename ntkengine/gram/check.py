@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed
+from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
-from ntkengine.inputs.batches import MICROBATCH_TOKENS, Samples
+from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.running import call_model, sparse_tables, tables, wanting_gradients
 from ntkengine.products import unrouted
 from ntkengine.tangents.grouping import grouped
-from ntkengine.tangents.settle import GRADIENTS
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
+from ntkengine.tangents.sweep import KEEP_BYTES
 
 # Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -42,13 +43,12 @@ class Check:
         frame: the job's frame.
         structure: from the probe.
         seed: of the draw.
-        gradients: gradient entries to hold at once.
-        microbatch_tokens: of the sweep of the drawn samples.
+        layout: the job's.
 
     Attributes:
         compared: names of the parameters compared; all of them unless that would take too many passes.
 
-    Cost: for each drawn sample and output one ordinary backward pass for every `gradients` entries.
+    Cost: for each drawn sample and output one ordinary backward pass for every `layout.gradients` entries.
     """
 
     def __init__(
@@ -58,13 +58,12 @@ class Check:
         frame: Frame,
         structure: Structure,
         seed: int,
-        gradients: int = GRADIENTS,
-        microbatch_tokens: int = MICROBATCH_TOKENS,
+        layout: Layout | None = None,
     ) -> None:
+        self.layout = layout or Layout(keeps=True)
         rng = np.random.default_rng(seed)
         self.frame, self.structure, self.roots = frame, structure, task.roots
         self.model, self.selected, self.readout = task.model, task.selected, task.readout
-        self.microbatch_tokens = microbatch_tokens
         self.drawn = [
             (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 2), replace=False)
         ]
@@ -78,7 +77,7 @@ class Check:
         self.parts: dict[str, Tensor] = {}
         few = tables(self.model)  # the rows a sample touches are as good as nothing
         entries = {name: 0 if name in few else p.numel() for name, p in self.selected.items()}
-        parts = grouped(entries, gradients // (len(self.drawn) * frame.outputs))
+        parts = grouped(entries, self.layout.gradients // (len(self.drawn) * frame.outputs))
         if len(parts) > _PASSES:
             parts = [parts[i] for i in sorted(rng.choice(len(parts), size=_PASSES, replace=False))]
         self.compared = [name for names in parts for name in names]
@@ -159,14 +158,10 @@ class Check:
         Raises:
             CheckFailed: naming the parameter and the examples.
         """
-        groups = [[one for (g, _), one in zip(self.drawn, self.inputs, strict=True) if g == group] for group in (0, 1)]
-        few = Samples(
-            [{k: torch.cat([one[k] for one in ones]) for k in ones[0]} for ones in groups if ones],
-            microbatch=1 if self.structure.one_by_one else None,
-            microbatch_tokens=self.microbatch_tokens,
-            trim=self.structure.trim,
-        )
-        m, w = len(self.drawn), self.frame.width
+        # One at a time: of few samples together, a routed row may be taken for one that all of them share.
+        # And of both groups in one: the layouts agree, or they would not have been one job's groups.
+        few = Samples(self.inputs, microbatch=1, trim=self.structure.trim)
+        m = len(self.drawn)
         frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
         sums = sum_gram(
             self.model,
@@ -176,14 +171,13 @@ class Check:
             self.readout,
             frame,
             group=lambda name: name,
+            keep_bytes=KEEP_BYTES if self.layout.keeps else 0,
         )
-        places = np.concatenate([few.span(i)[0] + few.unsort(i) for i in range(len(few.sizes))])
-        at = torch.from_numpy((places[:, None] * w + np.arange(w)).reshape(-1)).to(self.device)
         with unrouted():  # many small operations, no large product
             whole = sum(self.parts.values(), torch.zeros_like(self.total))
             for name, truth in self.parts.items():
                 part = sums.parts.get(name)
-                got = torch.zeros_like(truth) if part is None else part.finish()[:, at][:, :, at]
+                got = torch.zeros_like(truth) if part is None else part.finish()
                 self._compare(name, got, truth, whole)
 
     def allow(self, sketches: Mapping[str, Sketch]) -> None:

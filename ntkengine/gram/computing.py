@@ -16,7 +16,7 @@ from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
 from ntkengine.gram.assembly import assemble, surroundings
 from ntkengine.gram.check import Check
 from ntkengine.gram.checkpoint import Checkpoints
-from ntkengine.gram.layout import Layout, tune_allocator
+from ntkengine.gram.layout import NEAR, Layout, heap_limit
 from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned
@@ -30,6 +30,7 @@ from ntkengine.gram.tiles import Frame
 from ntkengine.gram.tiling import sum_tiled
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.probe import probe
@@ -63,12 +64,14 @@ def computed(
     root = team is None or team.root
     waited = 0.0 if team is None else team.waited
     began = time.perf_counter()
-    tune_allocator(bounded=memory_gib is not None)
+    HEAP.begin(heap_limit(memory_gib))
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, sketches = planned(
             task, precision, per_module, memory_gib, seed, sketch, team
         )
+        if memory_gib is not None:
+            HEAP.limit = NEAR * plan.peak_bytes
         plan_s = time.perf_counter() - began
         frame = task.frame(structure.outputs)
         truth = double = None
@@ -79,7 +82,7 @@ def computed(
             if task.transform in SIGNS and double is not None:
                 structure.negligible = _negligible(task, structure, double, seed)
             if check and root:
-                truth = Check(task, samples, frame, structure, seed, layout.gradients, layout.microbatch_tokens)
+                truth = Check(task, samples, frame, structure, seed, layout)
                 truth.sweep()
         check_s = time.perf_counter() - checking
         if team is not None:
@@ -100,7 +103,9 @@ def computed(
                 truth.allow(sketches)
                 truth.entries(sums, samples, swept.dtype)
             if truth is not None and double is not None:
-                noise = _noise(task, structure, samples, frame, sums, seed, double, precision, sketched=bool(sketches))
+                noise = _noise(
+                    task, structure, samples, frame, sums, seed, double, precision, layout, sketched=bool(sketches)
+                )
             if sketch is not None and noise is not None:
                 of_sketch = described(sketch, sketches, seed, sums, noise.relative)
     check_s += time.perf_counter() - checking
@@ -214,6 +219,7 @@ def _noise(
     seed: int,
     model: nn.Module,
     precision: str,
+    layout: Layout,
     *,
     sketched: bool,
 ) -> Noise | None:
@@ -238,11 +244,12 @@ def _noise(
             expected=expected,
             limit=limit,
             sketched=sketched,
+            layout=layout,
         )
     except (NonFinite, RuntimeError, TypeError, ValueError) as error:
         if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
             raise
         if sketched:  # its error is far above float32's
-            return _noise(task, structure, samples, frame, sums, seed, task.model, precision, sketched=True)
+            return _noise(task, structure, samples, frame, sums, seed, task.model, precision, layout, sketched=True)
         log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
         return None

@@ -19,7 +19,7 @@ from ntkengine.gram.assembly import as_float, shared
 from ntkengine.gram.checkpoint import CHECKPOINT_S, Checkpoints, check_seconds
 from ntkengine.gram.computing import computed
 from ntkengine.gram.identity import existing, identity, writable
-from ntkengine.gram.layout import tune_allocator
+from ntkengine.gram.layout import heap_limit
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
 from ntkengine.gram.repairing import fill_open_tiles
@@ -32,6 +32,7 @@ from ntkengine.gram.task import Task, check_rows, refuse
 from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import Source, as_inputs
@@ -246,7 +247,7 @@ def plan_gram(
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
-    tune_allocator(bounded=memory_gib is not None)
+    HEAP.begin(heap_limit(memory_gib))
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, sketches = planned(

@@ -175,3 +175,4 @@ def _tiles(
                     root = root.T if structure.transposed[factors.name] else root
                 for tile, _ in feature_tiles(factors, frame, root):
                     yield tile, order
+                del factors

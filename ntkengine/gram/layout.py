@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from dataclasses import dataclass, replace
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import MICROBATCH_TOKENS
 from ntkengine.tangents.grouping import grouped
 
-log = logging.getLogger(__name__)
-
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
 _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twice
 _LEAST_TOKENS = 128
+_PROCESS_BYTES = 32 << 20  # of a job without a bound: kernels made for the shapes it met, freed tensors that it keeps
+NEAR = 0.75  # of what a bounded job may take: from there on freed memory is given back
 GIB = 2.0**30
 
 
@@ -118,7 +115,8 @@ class Needs:
         sweep = kept + factors + working
         # Three samples' gradients by plain autograd, and again by the path that is tried.
         probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
-        return self.gram + resident + self.copy + max(sweep + self.projections, probe)
+        process = _PROCESS_BYTES if layout.keeps else 0.0
+        return process + self.gram + resident + self.copy + max(sweep + self.projections, probe)
 
 
 def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | None = None) -> Layout:
@@ -153,6 +151,11 @@ def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | No
     raise InputError(msg)
 
 
+def heap_limit(memory_gib: float | None) -> float:
+    """Return what `Heap.begin` is told before there is a plan."""
+    return float("inf") if memory_gib is None else NEAR * memory_gib * GIB
+
+
 def bounds(memory_gib: float | None, entry: int) -> Layout:
     """Return a layout in which only what the budget alone decides is set.
 
@@ -164,23 +167,6 @@ def bounds(memory_gib: float | None, entry: int) -> Layout:
         return Layout(keeps=True)
     budget = memory_gib * GIB
     return Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 16 / entry)))
-
-
-def tune_allocator(*, bounded: bool) -> None:
-    """Tell glibc, where it is the allocator, what to do with freed tensors, for the rest of the process.
-
-    A bounded job gives them back to the system at once: they fragment otherwise. Any other keeps up to 1 GiB of them:
-    fresh pages cost more than the sums done in them (a quarter of the time of a job of two seconds).
-
-    Args:
-        bounded: whether the job has a memory budget.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, 1 << (18 if bounded else 30))
-        libc.mallopt(_TRIM_THRESHOLD, 1 << (18 if bounded else 30))
-    except (OSError, AttributeError):
-        log.debug("no mallopt: the allocator stays as it is")
 
 
 def _layouts(base: Layout, needs: Needs) -> list[Layout]:

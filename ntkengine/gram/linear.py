@@ -120,6 +120,7 @@ def tangent_factors(
                     )
                 maps[module_of(factors.name)] = kept
                 beside.append(kept)
+                del factors
         outputs = np.empty_like(sweep.outputs)
         outputs[order] = sweep.outputs
     if not maps:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed
+from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.structure import Structure
+from ntkengine.tangents.sweep import KEEP_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def estimate_noise(
     expected: float = USUAL,
     limit: float = 1e-2,
     sketched: bool = False,
+    layout: Layout | None = None,
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
@@ -87,6 +90,7 @@ def estimate_noise(
         expected: relative error above which a warning is logged.
         limit: relative error that is no rounding any more.
         sketched: the Gram is a sketch: its error is measured, and only f's is judged.
+        layout: the job's.
 
     Raises:
         CheckFailed: an error above the limit.
@@ -103,10 +107,13 @@ def estimate_noise(
         if start < frame.columns[1] and frame.columns[0] < stop or not frame.square:
             picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
-    few = Samples(groups, microbatch=1 if one_by_one else None, trim=trim)
+    layout = layout or Layout(keeps=True)
+    tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
+    few = Samples(groups, microbatch=1 if one_by_one else None, microbatch_tokens=tokens, trim=trim)
     spans = [few.span(i) for i in range(len(groups))]
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
-    again = sum_gram(model, selected, structure, few, readout, small, roots=roots)
+    keep_bytes = KEEP_BYTES if layout.keeps else 0
+    again = sum_gram(model, selected, structure, few, readout, small, roots=roots, keep_bytes=keep_bytes)
     exact = again.total.finish().cpu().numpy()
     f = np.concatenate([sums.outputs[samples.span(g)[0] + samples.unsort(g)[r]] for g, r in picked])
     true = np.concatenate([again.outputs[slice(*few.span(i))][few.unsort(i)] for i in range(len(picked))])

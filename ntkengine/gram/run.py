@@ -190,6 +190,7 @@ def sum_gram(
                 sums.pass_seconds = before + time.perf_counter() - start - spent
                 tick(flops, segment)
                 keeper.step(sums)
+                del factors  # before the next block's are collected
         sums.outputs = sweep.outputs
         sums.pass_seconds = before + time.perf_counter() - start - spent
         keeper.finish(sums)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Chunk, Samples
+from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
@@ -126,6 +127,7 @@ class Sweep:
                             factors[name] = ParameterFactors(name, shape, sizes, [[] for _ in sizes])
                         factors[name].chunks[i] = merge([*factors[name].chunks[i], *uses])
                     self.tick()
+                    HEAP.relieve()
                 done = []
                 for path in paths:
                     remaining[path.parameter] -= 1
