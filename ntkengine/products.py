@@ -95,7 +95,9 @@ class _Routed(TorchDispatchMode):
         if not types:
             if func is _mm and args[0].device.type == "cpu" and args[0].shape[0] >= _ROWS:
                 return _of_rows(*args)
-            if func is _mm and (_is_half(args[0]) or to_onednn(args[0], args[1].T)):
+            if func is _mm and to_onednn(args[0], args[1].T):
+                return _onednn(args[0], args[1].T, None)
+            if func is _mm and _is_half(args[0]):
                 return inner_products(args[0], args[1].T)
             if func is _addmm and len(args) == 3 and not kwargs and args[0].ndim == 1:
                 if to_onednn(args[1], args[2].T):

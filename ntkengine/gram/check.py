@@ -22,7 +22,6 @@ from ntkengine.products import unrouted
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
-from ntkengine.tangents.sweep import KEEP_BYTES
 
 # Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -171,7 +170,7 @@ class Check:
             self.readout,
             frame,
             group=lambda name: name,
-            keep_bytes=KEEP_BYTES if self.layout.keeps else 0,
+            keep_bytes=self.layout.keep_bytes,
         )
         with unrouted():  # many small operations, no large product
             whole = sum(self.parts.values(), torch.zeros_like(self.total))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import MICROBATCH_TOKENS
 from ntkengine.tangents.grouping import grouped
+from ntkengine.tangents.sweep import KEEP_BYTES
 
 _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twice
 _LEAST_TOKENS = 128
@@ -40,6 +41,11 @@ class Layout:
     keeps: bool = False
     window: int = 0
     bundle_bytes: float = 0.0
+
+    @property
+    def keep_bytes(self) -> int:
+        """Activations that a sweep may keep."""
+        return KEEP_BYTES if self.keeps else 0
 
     def share(self, samples: int) -> float:
         """Return the share of the samples that one sweep holds: two tiles."""

@@ -18,7 +18,6 @@ from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.structure import Structure
-from ntkengine.tangents.sweep import KEEP_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +111,7 @@ def estimate_noise(
     few = Samples(groups, microbatch=1 if one_by_one else None, microbatch_tokens=tokens, trim=trim)
     spans = [few.span(i) for i in range(len(groups))]
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
-    keep_bytes = KEEP_BYTES if layout.keeps else 0
-    again = sum_gram(model, selected, structure, few, readout, small, roots=roots, keep_bytes=keep_bytes)
+    again = sum_gram(model, selected, structure, few, readout, small, roots=roots, keep_bytes=layout.keep_bytes)
     exact = again.total.finish().cpu().numpy()
     f = np.concatenate([sums.outputs[samples.span(g)[0] + samples.unsort(g)[r]] for g, r in picked])
     true = np.concatenate([again.outputs[slice(*few.span(i))][few.unsort(i)] for i in range(len(picked))])
