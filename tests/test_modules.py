@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from ntkengine.errors import CheckFailed
 from ntkengine.gram.engine import compute_gram
+from ntkengine.inputs.batches import Samples
+from ntkengine.tangents.probe import probe
+from ntkengine.tangents.sweep import Sweep
 from tests.brute import contracted, gradients, relative_error, tiny_inputs, tiny_model
 
 LENGTHS = [11, 3, 5, 7, 2, 9, 5]
@@ -124,6 +129,25 @@ def test_parameters_that_only_some_samples_reach():
     for check in (True, False):
         gram = compute_gram(model, {"x": x}, params="all", readout=lambda out, _: out, precision="exact", check=check)
         assert max(relative_error(gram.values, contracted(G, G, "trace"))) < 1e-9
+    start = [name for name, _ in model.named_parameters()].index("expert.weight")
+    begin = sum(p.numel() for p in list(model.parameters())[:start])
+    G = G[..., begin : begin + 20]  # of the expert: no drawn sample need reach it
+    for seed in range(4):
+        gram = compute_gram(
+            model, {"x": x}, params="expert.*", readout=lambda out, _: out, precision="exact", seed=seed
+        )
+        assert max(relative_error(gram.values, contracted(G, G, "trace"))) < 1e-9
+
+
+def test_one_routed_row_of_several_samples_is_refused_by_name():
+    torch.manual_seed(0)
+    model, x = Routed().double(), torch.rand(12, 2, dtype=torch.float64)
+    x[[0, 6, 11, 3], 0] = 7.0  # all that are probed, and one sample of the second microbatch
+    selected = {name: p for name, p in model.named_parameters() if name.startswith("expert")}
+    samples = Samples([{"x": x}], microbatch=3)
+    structure = probe(model, selected, samples, lambda out, _: out)
+    with pytest.raises(CheckFailed, match="expert.weight.*no leading axis of 3 samples, unlike on the probed"):
+        list(Sweep(model, selected, structure, samples, lambda out, _: out).segments())
 
 
 def test_model_is_left_as_found():

@@ -6,7 +6,7 @@ Shape suffixes: n samples of a microbatch, C outputs, T tokens, I and O layer in
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -52,15 +52,20 @@ class Recorder:
     Args:
         modules: by name.
         n: samples in the batch.
-        expand: an output with one row (a table of positions) stands for all samples: give each its own copy, so that
-            each has its own gradient. Wrong where one row is one routed token; the probe decides.
+        expand: modules of which an output with one row (a table of positions) stands for all samples: give each its
+            own copy, so that each has its own gradient. Wrong where one row is one routed token; the probe decides.
+
+    Attributes:
+        calls: by module.
+        expanded: modules whose one row was given to all samples.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], n: int, *, expand: bool) -> None:
+    def __init__(self, modules: dict[str, nn.Module], n: int, *, expand: Collection[str]) -> None:
         self.modules = modules
         self.n = n
         self.expand = expand
         self.calls: dict[str, list[Call]] = defaultdict(list)
+        self.expanded: set[str] = set()
         self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
@@ -86,7 +91,8 @@ class Recorder:
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 self.calls[name].append(Call(args, kwargs, None, torch.Size(), ()))  # no path but the enclosing block's
                 return None
-            if self.expand and output.ndim > 1 and output.shape[0] == 1 < self.n:
+            if name in self.expand and output.ndim > 1 and output.shape[0] == 1 < self.n:
+                self.expanded.add(name)
                 output = output.expand(self.n, *output.shape[1:])
             if not output.requires_grad:
                 # The clone lets code downstream write in place, which a leaf forbids.

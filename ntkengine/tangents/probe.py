@@ -179,7 +179,7 @@ def _assign(
         # One is run again by segments as the whole batch is; the others need not, if their graphs can be kept.
         small = expanded is not None and sum(expanded.held) <= keep_bytes
         alone = [
-            Rehearsal(model, modules, one, stack, readout, expand=False, keep=small and i > 0)
+            Rehearsal(model, modules, one, stack, readout, expand=(), keep=small and i > 0)
             for i, one in enumerate(singles)
         ]
         if not all(r.apart for r in alone):
@@ -188,7 +188,7 @@ def _assign(
         if expanded is not None and close(expanded.f, f):
             batch, agrees = expanded, True
         else:
-            batch = Rehearsal(model, modules, inputs, stack, readout, expand=False, measure=True)
+            batch = Rehearsal(model, modules, inputs, stack, readout, expand=(), measure=True)
             agrees = close(batch.f, f)
         if stack.blocks and not batch.whole:
             return None
@@ -209,7 +209,7 @@ def _expanded(
 ) -> Rehearsal | None:
     """Return all samples in one batch, rows that stand for all given to each of them; None where that cannot be."""
     try:
-        return Rehearsal(model, modules, inputs, stack, readout, expand=True, measure=True)
+        return Rehearsal(model, modules, inputs, stack, readout, expand=modules, measure=True)
     except (RuntimeError, IndexError, ValueError) as error:
         log.debug("rows cannot be given to every sample: %s", error)
         return None

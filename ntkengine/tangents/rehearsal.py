@@ -8,7 +8,7 @@ graphs are where they are small.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,7 @@ class Rehearsal:
         apart: whether segments share nothing but the hidden states: no other argument carries a gradient or a state,
             and no operation belongs to two of them, as a skip connection around the blocks would.
         whole: whether every segment's output has one row for each sample.
+        expand: modules whose one row was given to all samples.
         held: bytes of activations that a segment's graph holds, by segment.
     """
 
@@ -82,12 +83,12 @@ class Rehearsal:
         stack: Stack,
         readout: Readout,
         *,
-        expand: bool,
+        expand: Collection[str],
         measure: bool = False,
         keep: bool = False,
     ) -> None:
         self.model, self.modules, self.inputs, self.stack, self.readout = model, dict(modules), inputs, stack, readout
-        self.n, self.expand = len(next(iter(inputs.values()))), expand
+        self.n = len(next(iter(inputs.values())))
         self.apart = self.whole = True
         self.held: list[int] = []
         weights = {where for p in model.parameters() for where in storage(p)}
@@ -147,6 +148,7 @@ class Rehearsal:
         finally:
             for handle in handles:
                 handle.remove()
+        self.expand = frozenset(recorder.expanded)
         self._note(out, stack.head)
         self.f = out.detach()
         self._kept[stack.head] = Scene(out, leaf, dict(recorder.calls))

@@ -47,7 +47,7 @@ class Structure:
         one_by_one: microbatches must hold one sample.
         trim: padding columns may be cut.
         outputs: C.
-        expand: an output with one row stands for all samples (`capture.Recorder`).
+        expand: modules of which an output with one row stands for all samples (`capture.Recorder`).
         tokens: by parameter: token axis of its factors on the probed samples.
     """
 
@@ -60,7 +60,7 @@ class Structure:
     one_by_one: bool = False
     trim: bool = True
     outputs: int = 0
-    expand: bool = True
+    expand: frozenset[str] = frozenset()
     tokens: dict[str, int] = field(default_factory=dict)
     per_call: dict[str, int] = field(default_factory=dict)
     held: list[float] = field(default_factory=list)
@@ -72,8 +72,9 @@ class Structure:
             for segment, paths in sorted(self.paths.items())
             for path in paths
         }
-        plain = ("shapes", "unused", "negligible", "transposed", "one_by_one", "trim", "outputs", "expand", "tokens")
-        return found | {"blocks": self.stack.names} | {name: getattr(self, name) for name in plain}
+        plain = ("shapes", "unused", "negligible", "transposed", "one_by_one", "trim", "outputs", "tokens")
+        sets = {"blocks": self.stack.names, "expand": sorted(self.expand)}
+        return found | sets | {name: getattr(self, name) for name in plain}
 
     def kinds(self, parameter: str) -> set[str]:
         """Return the path kinds of a parameter in all segments."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,9 @@ class Recording:
         stack: Stack,
         readout: Readout,
         *,
-        expand: bool,
+        expand: Collection[str],
     ) -> None:
         self.n = len(next(iter(inputs.values())))
-        self.expand = expand
         ends: list[dict[str, int]] = []
         with Recorder(modules, self.n, expand=expand) as recorder:
             self.cut = cut_forward(
