@@ -80,9 +80,9 @@ class Blocks(nn.Module):
 def test_a_block_with_a_state_is_refused(monkeypatch):
     torch.manual_seed(0)
     model, x = Blocks(Stateful).eval(), torch.randn(30, 4)
-    from ntkengine.gram import computing
+    from ntkengine.gram import computing, layout
 
-    monkeypatch.setattr(computing, "KEEP_BYTES", 0)
+    monkeypatch.setattr(layout, "KEEP_BYTES", 0)
     sweep = computing._sweep
 
     def turning(*args, **kwargs):  # between the forward pass and the replay

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ntkengine.gram import computing, planning, run, strategies
+from ntkengine.gram import computing, layout, planning, run, strategies
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.layout import Layout
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model
@@ -54,13 +54,13 @@ def test_results_do_not_depend_on_tiles(monkeypatch):
 @pytest.mark.parametrize("kept", [0, 50_000], ids=["replayed", "some kept"])
 def test_replayed_blocks_equal_kept_ones(monkeypatch, kept):
     # A budget for activations decides which microbatches recompute their blocks; numbers do not depend on it.
-    monkeypatch.setattr(planning, "fit", lambda *_, **__: Layout(microbatch_tokens=20))
+    monkeypatch.setattr(planning, "fit", lambda *_, **__: Layout(microbatch_tokens=20, keeps=True))
     for kind in KINDS:
         model = tiny_model(kind)
         inputs = tiny_inputs(model, LENGTHS, 12)
         reference = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
         with monkeypatch.context() as patch:
-            patch.setattr(computing, "KEEP_BYTES", kept)
+            patch.setattr(layout, "KEEP_BYTES", kept)
             again = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
         assert max(relative_error(again.values, reference.values)) < 1e-12
 
@@ -101,5 +101,5 @@ def test_a_memory_limit_keeps_no_activations(monkeypatch):
     right = computing.sum_tiled
     monkeypatch.setattr(computing, "sum_tiled", lambda *a, **k: budgets.append(k["keep_bytes"]) or right(*a, **k))
     free, bounded = (compute_gram(model, inputs, params="all", precision="exact", memory_gib=m) for m in (None, 1.0))
-    assert budgets == [computing.KEEP_BYTES, 0]
+    assert budgets == [layout.KEEP_BYTES, 0]
     assert max(relative_error(bounded.values, free.values)) < 1e-12

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ntkengine.errors import InputError
-from ntkengine.gram import computing, planning
+from ntkengine.gram import planning
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.gram.layout import GIB, Layout, Needs, fit
 from ntkengine.tangents.hidden import Hidden
@@ -27,7 +27,6 @@ LAYOUTS = {
 def forced(monkeypatch, layout):
     monkeypatch.setattr(planning, "bounds", lambda *_: layout)
     monkeypatch.setattr(planning, "fit", lambda *_, **__: layout)
-    monkeypatch.setattr(computing, "KEEP_BYTES", 0)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

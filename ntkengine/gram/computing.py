@@ -36,7 +36,6 @@ from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
-from ntkengine.tangents.sweep import KEEP_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +86,9 @@ def computed(
         check_s = time.perf_counter() - checking
         if team is not None:
             team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
-        # The layout does not count kept activations, so a bounded job recomputes them.
-        keep_bytes = KEEP_BYTES if memory_gib is None else 0
         swept = task.fast(running) if precision == "fast" else task
         on = structure.on(swept.model)
-        sums = _sweep(
-            swept, on, samples, frame, plan, layout, per_module, progress, keep_bytes, sketches, checkpoints, team
-        )
+        sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, sketches, checkpoints, team)
         noise, of_sketch = None, None
         checking = time.perf_counter()
         with together(team), sums.asking() if root else nullcontext():
@@ -151,7 +146,6 @@ def _sweep(
     layout: Layout,
     per_module: bool,
     progress: Progress | None,
-    keep_bytes: int,
     sketches: Mapping[str, Sketch],
     checkpoints: Checkpoints | None,
     team: Team | None,
@@ -175,7 +169,7 @@ def _sweep(
         "kernels": task.kernels,
         "factor_bytes": {row.parameter: row.bytes for row in plan.parameters},
         "pass_flops": plan.pass_flops + plan.projection_flops,
-        "keep_bytes": keep_bytes,
+        "keep_bytes": layout.keep_bytes,
         "sketches": sketches,
         "checkpoints": checkpoints,
     }

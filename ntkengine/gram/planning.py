@@ -25,7 +25,6 @@ from ntkengine.inputs.weights import RESIDENT
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
-from ntkengine.tangents.sweep import KEEP_BYTES
 
 BUNDLE_BYTES = 32 << 20  # small parameters travel together up to this, so that their messages are few
 WINDOW_BYTES = 1 << 30  # parcels of other ranks, the window in use and the next; own features are filled anew for each
@@ -67,7 +66,7 @@ def planned(
     RESIDENT.limit = before.resident_bytes
     began = time.perf_counter()
     with together(team):
-        keep_bytes = 0 if memory_gib is not None or is_streamed(task.model) else KEEP_BYTES
+        keep_bytes = 0 if is_streamed(task.model) else before.keep_bytes
         structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients, keep_bytes)
     if team is not None:
         team.same(structure.told(), "are the machines and versions the same?", CheckFailed)
