@@ -67,8 +67,9 @@ def estimate_noise(
     own, so E = W + Wᵀ with W_ij = φ_i·δ_j, that is W = Φ G with independent entries of some size σ in G. In the block
     ‖E_m‖_F² ≈ 2σ² m tr K_m, which gives σ; then ‖E‖₂ ≈ σ (√(N λ_max(K)) + √tr K), Chevet's bound of ‖Φ G‖₂. It is
     what W + Wᵀ has when one eigenvalue dominates, 1/√2 of it when all are equal. Errors ε·K, all one way, it finds to a
-    similar factor while an eigenvalue dominates, and overestimates in a flat spectrum. An outlier among the rows that
-    are not recomputed it cannot see.
+    similar factor while an eigenvalue dominates, and overestimates in a flat spectrum. Errors are heavy-tailed where
+    gradients are, so half of the rows are those of the largest diagonal entries; an outlier among the others, whose
+    gradient is small and far off, it cannot see.
     A Gram that is not symmetric has no such λ_max: there ‖E‖₂ ≈ ‖E_m‖₂ (N/m)^q, with q between ½ (independent
     errors) and 1 (one way) read off the growth from half the block to the whole.
     Never below ‖E_m‖₂, nor below 2⁻⁵³ ‖K‖_F, the rounding of the stored entries.
@@ -83,7 +84,8 @@ def estimate_noise(
         sums: the job's finished sums.
         one_by_one: recompute sample by sample.
         trim: cut padding. A Gram that is itself float64 is recomputed in another layout: sample by sample, uncut.
-        rows: samples to recompute, m; default an eighth of the job's, between 8 and 16, and twice that for a sketch.
+        rows: samples to recompute, m, of a symmetric Gram half of them the largest; default an eighth of the job's,
+            between 8 and 16, and twice that for a sketch.
         seed: of the draw.
         roots: of the preconditioner, in float64.
         expected: relative error above which a warning is logged.
@@ -105,6 +107,8 @@ def estimate_noise(
         start, stop = samples.span(g)
         if start < frame.columns[1] and frame.columns[0] < stop or not frame.square:
             picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
+    if frame.symmetric and len(picked) == 1 and rows < samples.sizes[picked[0][0]]:
+        picked[0] = picked[0][0], _with_largest(picked[0][1], sums.diagonal(), samples.unsort(picked[0][0]))
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
     layout = layout or Layout(keeps=True)
     tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
@@ -149,6 +153,21 @@ def estimate_noise(
             noise.relative,
         )
     return noise
+
+
+def _with_largest(drawn: np.ndarray, diagonal: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return the draw with half of it, at random, replaced by the examples of the largest diagonal entries.
+
+    Args:
+        drawn: sorted examples, fewer than there are.
+        diagonal: (layers, rows) of the Gram, in sweep order.
+        place: (examples,) where each is in it.
+    """
+    size = np.abs(diagonal).sum(0).reshape(len(place), -1).sum(1)[place]
+    largest = np.argsort(-size, kind="stable")[: len(drawn) // 2]
+    rest = np.setdiff1d(drawn, largest)
+    kept = np.random.default_rng(len(place)).permutation(rest)[: len(drawn) - len(largest)]
+    return np.sort(np.r_[largest, kept])
 
 
 def _carried(error: np.ndarray, sums: Sums | Spread, rows: np.ndarray) -> list[float]:

@@ -66,9 +66,15 @@ def with_classes(class_weight: Any, labels: np.ndarray, weights: np.ndarray) -> 
             label to weight.
         labels: (n,).
         weights: (n,) sample weights.
+
+    Raises:
+        InputError: weights of classes that are negative or not finite.
     """
     if class_weight != "balanced":
-        return weights * compute_sample_weight(class_weight, labels)
+        found = weights * compute_sample_weight(class_weight, labels)
+        if not np.isfinite(found).all() or (found < 0).any():
+            raise InputError(f"class_weight: expected finite numbers >= 0, got {class_weight!r}")
+        return found
     _, codes = np.unique(labels, return_inverse=True)
     totals = np.bincount(codes, weights)
     return weights * np.divide(totals.sum() / np.count_nonzero(totals), totals, where=totals > 0, out=totals * 0)[codes]
@@ -91,7 +97,14 @@ def as_weights(weights: Any, examples: int) -> np.ndarray:
     """
     if weights is None:
         return np.ones(examples)
-    found = np.asarray(weights, dtype=np.float64)
+    try:
+        found = np.asarray(weights)
+        if found.dtype.kind not in "biuf":
+            raise TypeError
+        found = found.astype(np.float64, copy=False)
+    except (TypeError, ValueError):
+        got = type(weights).__name__
+        raise InputError(f"sample_weight: expected real numbers, got {got} that has others") from None
     if found.ndim == 0:
         found = np.full(examples, float(found))
     if found.shape != (examples,):

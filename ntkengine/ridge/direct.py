@@ -16,6 +16,8 @@ from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.operators import EPS
 
+_RESIDUAL = 1e-4  # of the right side: above it the pivots hid how singular the matrix is
+
 
 @dataclass(frozen=True)
 class CholeskySolution:
@@ -47,7 +49,7 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
         Dual coefficients, leave-one-out residuals and the backward error.
 
     Raises:
-        InputError: K + ridge·I is not positive definite, or shapes do not fit.
+        InputError: K + ridge·I is not positive definite or singular but for rounding, or shapes do not fit.
         NonFinite: the solution overflowed.
 
     Cost: n³ flops (factor and inverse), 2 n² numbers.
@@ -73,6 +75,7 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
         raise NonFinite(f"ridge {ridge!r}: the dual coefficients are not finite")
     norm = float(np.linalg.norm(right))
     error = float(np.linalg.norm(right - shifted @ dual)) / norm if norm else 0.0
+    check_residual(error, ridge)
     inverse = scipy.linalg.cho_solve(factor, np.eye(len(matrix)))
     if block == 1:
         loo = dual / np.diag(inverse)[:, None]
@@ -81,6 +84,20 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
         blocks = inverse.reshape(count, block, count, block)[np.arange(count), :, np.arange(count)]
         loo = solve_blocks(blocks, dual)
     return CholeskySolution(dual, loo, error)
+
+
+def check_residual(error: float, ridge: float) -> None:
+    """Refuse a solution that refinement did not make one: K + ridge·I is singular but for rounding.
+
+    Args:
+        error: the backward error.
+        ridge: for the message.
+    """
+    if not error <= _RESIDUAL:
+        raise InputError(
+            f"ridge: expected a value that makes K + ridge*I well enough conditioned, got {ridge!r}: Cholesky leaves a "
+            f"residual of {error:.1e} of the right side's norm"
+        )
 
 
 def check_pivots(pivots: np.ndarray, trace: float, norm: float, ridge: float) -> None:

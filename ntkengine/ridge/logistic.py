@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
 from ntkengine.ridge.crossentropy import CrossEntropy
+from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.operators import EPS
 
 _MOVED = 1e-3  # of f, relative to 1 + |f|: no prediction shows it
@@ -140,7 +141,7 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
                 f"X: expected a positive semi-definite kernel, its smallest eigenvalue {negative:.3g} matters "
                 f"at the ridge {self.ridge_:.3g}"
             )
-        if off > _MOVED or gradient > 10.0 * max(self.tol, EPS) * scale > 0:
+        if not off <= _MOVED or (scale != 0 and not gradient <= 10.0 * max(self.tol, EPS) * scale):  # NaN is no minimum
             message = (
                 f"logistic regression: gradient {gradient / scale:.3g} of the start's, {self.tol:.3g} wanted, "
                 f"f off by a relative {off:.2g}"
@@ -183,9 +184,6 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
 def _offset(offset: Any, n: int, columns: int) -> np.ndarray:
     if offset is None:
         return np.zeros((n, columns))
-    f0 = np.asarray(offset, dtype=np.float64)
-    if f0.shape not in {(n, columns), (n,) if columns == 1 else (n, columns)}:
-        raise InputError(f"offset: expected shape ({n}, {columns}), got {f0.shape}")
-    if not np.isfinite(f0).all():
-        raise InputError("offset: expected finite numbers")
-    return f0.reshape(n, columns)
+    if np.shape(offset) not in {(n, columns), (n,) if columns == 1 else (n, columns)}:
+        raise InputError(f"offset: expected shape ({n}, {columns}), got {np.shape(offset)}")
+    return as_columns("offset", offset, n).reshape(n, columns)

@@ -15,7 +15,7 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 
 from ntkengine.errors import InputError, NonFinite
-from ntkengine.ridge.direct import CholeskySolution, check_pivots
+from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 
 
@@ -76,6 +76,7 @@ def cholesky_on_disk(
             error = float(np.linalg.norm(right - _times(values, dual, ridge, rows))) / norm if norm else 0.0
             if not np.isfinite(dual).all():
                 raise NonFinite(f"ridge {ridge!r}: the dual coefficients are not finite")
+            check_residual(error, ridge)
             kept = np.full_like(dual, np.nan)
             if loo:
                 blocks = factor.inverse_blocks(block)

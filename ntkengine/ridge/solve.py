@@ -110,6 +110,8 @@ class RidgePath:
         labels = np.asarray(folds)
         if labels.shape != (len(self.eigenvalues),):
             raise InputError(f"folds: expected shape ({len(self.eigenvalues)},), got {labels.shape}")
+        if (labels != labels).any():
+            raise InputError(f"folds: expected a fold for every row, row {int(np.argmax(labels != labels))} has NaN")
         inverse = 1.0 / self._shifted(ridge)
         dual = self.vectors @ (self.coefficients * inverse[:, None])
         left = np.empty_like(dual)
@@ -173,9 +175,12 @@ def as_columns(name: str, values: ArrayLike, rows: int) -> np.ndarray:
         InputError: another shape, not numeric, or not finite.
     """
     try:
-        array = np.asarray(values, dtype=np.float64)
+        array = np.asarray(values)
+        array = array if array.dtype.kind == "c" else array.astype(np.float64, copy=False)
     except (TypeError, ValueError):
         raise InputError(f"{name}: expected numbers, got {type(values).__name__} that is not numeric") from None
+    if array.dtype.kind == "c":  # NumPy would drop the imaginary part
+        raise InputError(f"{name}: expected real numbers, got {array.dtype}")
     if array.ndim not in (1, 2) or array.shape[0] != rows or not array.size:
         raise InputError(f"{name}: expected shape ({rows},) or ({rows}, m), got {array.shape}")
     if not np.isfinite(array).all():

@@ -158,6 +158,8 @@ def _trace(gram: Any, ridge: float, clipped: Function, f: Function, how: tuple[s
     if is_small(gram, method):
         values = eigenvalues_of(gram.matrix if isinstance(gram, DenseOperator) else gram)
         off = noise + 10.0 * np.sqrt(len(values)) * EPS * float(np.abs(values).max())
+        if values.min() < -off:
+            raise InputError(f"gram: expected no eigenvalue below {-off:.3g}, found one at {values.min():.3g}")
         return Estimate(clipped(values).sum(), moved(values, off).sum(axis=0).max(), exact=True)
     operator = operator_of(gram)
     found = quadrature(operator, probes, steps, seed)

@@ -124,6 +124,8 @@ def quadrature(operator: LinearOperator, probes: int = 16, steps: int = 80, seed
         alpha, beta, length = np.zeros((width, steps)), np.zeros((width, steps)), np.full(width, steps)
         for j in range(steps):
             going = np.flatnonzero(length == steps)
+            if not going.size:  # every Krylov space is closed
+                break
             W = np.zeros((width, n))
             W[going] = np.asarray(operator.matmat(np.ascontiguousarray(V[going, j].T))).T
             if not np.isfinite(W).all():
