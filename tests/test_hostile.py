@@ -103,6 +103,88 @@ def test_dependence_on_large_batches_is_refused(precision):
             compute_gram(Capacity(), {"x": torch.randn(40, D)}, params="all", precision=precision, seed=seed)
 
 
+class Dropped(nn.Module):
+    """Calls its module on every example, and for one of them uses the weight elsewhere instead."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.head = nn.Linear(D, D), nn.Linear(D, 2)
+
+    def forward(self, x):
+        out = []
+        for row in x.split(1):
+            y = self.l(row)
+            if row[0, 0] > 2:
+                y = nn.functional.linear(row * row, self.l.weight, self.l.bias)
+            out.append(y)
+        return self.head(torch.tanh(torch.cat(out)))
+
+
+def test_a_call_whose_output_is_dropped_hides_no_other_use():
+    torch.manual_seed(0)
+    x = torch.randn(60, D).clamp(max=1.9)
+    x[37, 0] = 3.0
+    for seed in range(3):
+        with pytest.raises(CheckFailed, match="used 1 times, but only 0 times through its module"):
+            compute_gram(Dropped().eval(), {"x": x}, params="all", precision="exact", check=False, seed=seed)
+
+
+class OneBackward(torch.autograd.Function):
+    """A product whose backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g.detach() @ w.detach().T, x.detach().T @ g.detach()
+
+
+class Custom(nn.Module):
+    """An operation of that kind below an ordinary one."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(D, D)), nn.Linear(D, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(OneBackward.apply(x, self.w)))
+
+
+class Coupled(nn.Module):
+    """An output that depends on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(D, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.l(x))
+        return h / (1 + h.square().mean(0, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize("contraction", ["full", "trace"])
+def test_products_refuse_what_they_cannot_differentiate(contraction):
+    torch.manual_seed(0)
+    x = {"x": torch.randn(40, D)}
+    with pytest.raises(CheckFailed, match="derivative of its backward pass is not its Jacobian"):
+        ntk.TangentProducts(Custom(), x, params="all", contraction=contraction)
+    with pytest.raises(CheckFailed, match="f of example 0 depends on the other examples"):
+        ntk.TangentProducts(Coupled(), x, params="all", contraction=contraction)
+
+
+def test_memory_order_and_numbers_among_the_parameters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 16, 2))
+    model.register_parameter("unused", nn.Parameter(torch.tensor(2.0)))
+    inputs = {"input": torch.randn(5, 3, 6, 6)}
+    K = compute_gram(model, inputs, params="all").values
+    again = compute_gram(model.to(memory_format=torch.channels_last), inputs, params="all").values
+    assert np.allclose(K, again, rtol=1e-5)
+
+
 class Table(nn.Module):
     """A leaf with an argument whose leading axis is no sample axis."""
 

@@ -257,7 +257,7 @@ class Check:
 def _stacked(found: dict[tuple[int, int], Tensor], m: int, C: int, p: nn.Parameter) -> tuple[Tensor, Tensor | None]:
     """Return gradients by (sample, output) as (m, C, entries); where all are sparse, of the rows any of them has."""
     if len(found) == m * C and not any(g.is_sparse for g in found.values()):
-        return torch.stack(list(found.values())).view(m, C, -1), None
+        return torch.stack(list(found.values())).reshape(m, C, p.numel()), None
     rows = None
     if found and all(g.is_sparse for g in found.values()):
         rows = torch.cat([g.indices()[0] for g in found.values()]).unique()
@@ -267,7 +267,7 @@ def _stacked(found: dict[tuple[int, int], Tensor], m: int, C: int, p: nn.Paramet
             G[i, c] = g.to_dense() if g.is_sparse else g
         else:
             G[i, c, torch.searchsorted(rows, g.indices()[0])] = g.values()
-    return G.flatten(2), rows
+    return G.reshape(m, C, G[0, 0].numel()), rows
 
 
 def _grad(f: Tensor, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:

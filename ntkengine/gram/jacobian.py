@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkengine.errors import InputError, NonFinite
+from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.task import Task, in_precision
-from ntkengine.inputs.batches import Chunk
+from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
+from ntkengine.tangents.rehearsal import agreement, close
+from ntkengine.tangents.trial import check_repeats
 
 _HELD = 1 << 28  # entries of the k parameter-shaped vectors held at once
 _ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6}  # of a product, relative to ‖K‖·‖v‖
@@ -49,6 +51,7 @@ class TangentProducts:
 
     Raises:
         InputError: arguments that cannot be used.
+        CheckFailed: f of an example depends on others, or the backward pass cannot be differentiated.
         NonFinite: a gradient is not finite.
 
     Cost: a product of k vectors: two forward passes, and k backward and k double-backward passes (C times that for
@@ -80,6 +83,7 @@ class TangentProducts:
         self.noise = 0.0
         z = np.random.default_rng(seed).standard_normal((self.rows, 2))
         coarse = self(z)
+        self._check(z[:, 0], coarse[:, 0])
         sizes = np.linalg.norm(z, axis=0) * np.linalg.norm(coarse, axis=0)[::-1]
         asymmetry = abs(float(z[:, 0] @ coarse[:, 1] - z[:, 1] @ coarse[:, 0])) / (float(sizes.sum()) or 1.0)
         self.rounding = max(_ROUNDING[self._task.dtype], 10.0 * asymmetry)
@@ -92,6 +96,39 @@ class TangentProducts:
                 self.noise = float(np.linalg.norm(coarse[:, :1] - self(z[:, :1])))
             finally:
                 self._task.model, self._task.selected = held
+
+    def _check(self, z: np.ndarray, product: np.ndarray) -> None:
+        """Refuse a model whose f is not each sample's own, or whose backward pass has another derivative than J.
+
+        Args:
+            z: (rows,).
+            product: K z, whose zᵀ K z must be ‖Jᵀ z‖².
+        """
+        N, C = self.outputs.shape
+        with self._running() as task:
+            parameter = next(iter(task.selected.values()))
+            check_repeats(task.model, task.samples, task.readout, parameter)
+            for row in sorted({0, N // 2, N - 1}):
+                one = Samples([{k: v[row : row + 1] for k, v in task.samples.groups[0].items()}], microbatch=1)
+                inputs = one.inputs(one.chunks[0], task.device, task.dtype)
+                with torch.no_grad():
+                    f = task.readout(call_model(task.model, inputs), inputs)
+                if not close(torch.from_numpy(self.outputs[row : row + 1]).to(f), f):
+                    msg = f"model: f of example {row} depends on the other examples of its batch; compute_gram takes it"
+                    raise CheckFailed(msg)
+            V = z.reshape(N, C) if not self._folded else np.zeros((N, C))
+            squares = 0.0
+            for c in range(C if self._folded else 1):
+                if self._folded:
+                    V[:], V[:, c] = 0.0, z
+                squares += sum(float(g.double().square().sum()) for g in self._pull(task, V[:, :, None])[0])
+        form = float(z @ product)
+        if not abs(form - squares) <= agreement(self._task.dtype) * squares:
+            msg = (
+                f"model: the derivative of its backward pass is not its Jacobian: zᵀKz = {form:.6g}, but ‖Jᵀz‖² = "
+                f"{squares:.6g}: a custom autograd function cannot be differentiated twice; compute_gram takes it"
+            )
+            raise CheckFailed(msg)
 
     def __call__(self, X: np.ndarray) -> np.ndarray:
         """Return K X, (rows, k) float64, of X (rows, k), k >= 1.

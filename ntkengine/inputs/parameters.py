@@ -19,14 +19,20 @@ def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str
             the list that begins with `!` leaves out what it matches. Any alias of a shared parameter stands for it.
 
     Raises:
-        InputError: a pattern that matches nothing, nothing left, or a selected parameter that is not floating point.
+        InputError: a pattern that matches nothing, nothing left, a selected parameter that is not floating point, or
+            parameters that the model makes anew at each look.
     """
     entries = [params] if isinstance(params, str) or not isinstance(params, Iterable) else list(params)
     if not all(isinstance(entry, str) for entry in entries):
         msg = f"params: expected 'trainable', 'all', a glob, or a list of names, got {params!r}"
         raise InputError(msg)
     first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
-    aliases = [(name, first[id(p)]) for name, p in model.named_parameters(remove_duplicate=False)]
+    named = list(model.named_parameters(remove_duplicate=False))
+    for name, p in named:
+        if id(p) not in first:
+            msg = f"model: {name} is another tensor whenever the parameters are listed, so no gradient belongs to it"
+            raise InputError(msg)
+    aliases = [(name, first[id(p)]) for name, p in named]
     chosen: set[str] = set()
     out: set[str] = set()
     for pattern in entries:

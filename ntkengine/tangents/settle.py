@@ -17,6 +17,7 @@ from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.rehearsal import Rehearsal, Scene, rounding
 from ntkengine.tangents.structure import Path, Structure
 from ntkengine.tangents.verify import (
+    Met,
     Truth,
     agreeing,
     calls_of,
@@ -54,7 +55,7 @@ class Verifier:
         generator = torch.Generator().manual_seed(self.seed + segment)
         v = torch.randn(whole.out.shape, generator=generator, dtype=torch.float32).to(whole.out)
         met = [uses_in_graph(scene.out, self.selected) for scene in scenes]
-        here = {name: p for name, p in self.selected.items() if any(m[name] for m in met)}
+        here = {name: p for name, p in self.selected.items() if any(m.counts[name] for m in met)}
         parts = grouped({name: p.numel() for name, p in here.items()}, self.gradients // len(scenes))
         norms: dict[str, list[float]] = {}
         truths: list[dict[str, Truth]] = []
@@ -86,9 +87,9 @@ class Verifier:
         v: Tensor,
         whole: Scene,
         pulled: dict[str, list[Pulled]],
-        counts: Mapping[str, int],
+        counts: Met,
         scenes: list[Scene],
-        met: Sequence[Mapping[str, int]],
+        met: Sequence[Met],
     ) -> None:
         structure, n = self.structure, self.batch.n
         self.used.add(name)
@@ -115,13 +116,13 @@ class Verifier:
         _settle_shape(structure, path, self.selected[name])
 
 
-def _all_seen(structure: Structure, path: Path, met: Mapping[str, int], calls: Mapping[str, list[Call]]) -> bool:
+def _all_seen(structure: Structure, path: Path, met: Met, calls: Mapping[str, list[Call]]) -> bool:
     """Whether a graph uses a parameter nowhere but in its modules' recorded calls; a leaf may use it several times."""
-    made = calls_of(path.owners, calls)
+    made, used = calls_of(path.owners, calls, met), met.counts[path.parameter]
     if "leaf" in path.kind:
-        each = -(-met[path.parameter] // max(made, 1))
+        each = -(-used // max(made, 1))
         structure.per_call[path.parameter] = max(structure.per_call.get(path.parameter, 1), each)
-    return not path.owners or met[path.parameter] <= made * structure.per_call.get(path.parameter, 1)
+    return not path.owners or used <= made * structure.per_call.get(path.parameter, 1)
 
 
 def _settle_shape(structure: Structure, path: Path, p: nn.Parameter) -> None:

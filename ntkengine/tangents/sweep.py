@@ -271,10 +271,10 @@ class Sweep:
         for path in paths:
             if not path.owners:
                 continue
-            calls = calls_of(path.owners, recorded)
-            if met[path.parameter] > calls * self.structure.per_call.get(path.parameter, 1):
+            calls, used = calls_of(path.owners, recorded, met), met.counts[path.parameter]
+            if used > calls * self.structure.per_call.get(path.parameter, 1):
                 msg = (
-                    f"{path.parameter}: used {met[path.parameter]} times, but only {calls} times through its module, "
+                    f"{path.parameter}: used {used} times, but only {calls} times through its module, "
                     f"unlike on the probed samples; {leave_out(path.parameter)}"
                 )
                 raise CheckFailed(msg)

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,14 @@ class Recording:
         self.calls[segment] = {}
 
 
-def uses_in_graph(out: Tensor, parameters: Mapping[str, nn.Parameter]) -> Counter[str]:
+class Met(NamedTuple):
+    """The autograd graph of an output: how often each parameter enters it, and its nodes."""
+
+    counts: Counter[str]
+    nodes: set[Any]
+
+
+def uses_in_graph(out: Tensor, parameters: Mapping[str, nn.Parameter]) -> Met:
     """Return how often each parameter enters the computation of `out`: edges to it in the autograd graph."""
     names = {id(p): name for name, p in parameters.items()}
     found: Counter[str] = Counter()
@@ -72,12 +79,13 @@ def uses_in_graph(out: Tensor, parameters: Mapping[str, nn.Parameter]) -> Counte
             if name is not None:
                 found[name] += 1
             ahead.append(parent)
-    return found
+    return Met(found, seen)
 
 
-def calls_of(owners: Owners, calls: Mapping[str, Sequence[Call]]) -> int:
-    """Return how many recorded calls the owners' modules made."""
-    return sum(len(calls.get(m, ())) for m in {m for m, _, _ in owners})
+def calls_of(owners: Owners, calls: Mapping[str, Sequence[Call]], met: Met) -> int:
+    """Return how many recorded calls of the owners' modules the graph has: one whose output is dropped uses nothing."""
+    made = [call for m in {m for m, _, _ in owners} for call in calls.get(m, ())]
+    return sum(call.edge is not None and call.edge.node in met.nodes for call in made)
 
 
 @dataclass
