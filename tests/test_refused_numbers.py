@@ -1,13 +1,15 @@
-"""Numbers that would come out wrong, or of nothing: refused by name."""
+"""Numbers that would come out wrong, or of nothing: refused by name; and shapes that are alike by chance."""
 
 from __future__ import annotations
 
+import h5py
 import numpy as np
 import pytest
 from scipy.sparse.linalg import LinearOperator
 
 import ntkengine as ntk
 from ntkengine.errors import InputError
+from ntkengine.forecast.crossfit import CrossFit
 from ntkengine.ridge.direct import cholesky_solve
 from ntkengine.ridge.outofcore import cholesky_on_disk
 from ntkengine.ridge.solve import RidgePath
@@ -66,3 +68,12 @@ def test_complex_numbers():
     }.items():
         with pytest.raises(InputError, match=f"{name}: expected real numbers"):
             make()
+
+
+def test_outputs_of_folds_that_stay_in_their_file(tmp_path):
+    # With as many classes as examples they have the shape of a Gram, and are read when they are needed.
+    outputs, fold = np.random.default_rng(0).standard_normal((3, 6, 6)), np.array([2, 0, 1, 0, 2, 1])
+    with h5py.File(tmp_path / "k.h5", "w") as file:
+        stored = file.create_dataset("fold_outputs", data=outputs)
+        held = CrossFit(fold, np.zeros((3, 6, 6)), stored).held_out()
+    np.testing.assert_array_equal(held, outputs[fold, np.arange(6)])

@@ -35,7 +35,7 @@ class CrossFit:
 
     def held_out(self) -> np.ndarray:
         """Return (N, C): each example's f0 from the head of its own fold."""
-        return self.outputs[self.fold, np.arange(len(self.fold))]
+        return np.asarray(self.outputs)[self.fold, np.arange(len(self.fold))]  # a file has no such index
 
 
 @dataclass(frozen=True)

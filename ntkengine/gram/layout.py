@@ -150,9 +150,9 @@ def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | No
                 return candidate
             least = min(least, peak)
     where, other = (" on every rank", "more ranks") if base.window else ("", "fewer examples")
+    told = 1.005 * least / GIB  # three digits of it are never below the least
     msg = (
-        f"memory_gib={memory_gib}: this job needs at least {least / GIB:.3g} GiB above the model{where}; give that, or "
-        f"{other}"
+        f"memory_gib={memory_gib}: this job needs at least {told:.3g} GiB above the model{where}; give that, or {other}"
     )
     raise InputError(msg)
 
