@@ -5,6 +5,7 @@ An input is made anew from (seed, reader, number), so a worker that died is repl
 
 from __future__ import annotations
 
+import importlib
 import logging
 import multiprocessing
 import resource
@@ -126,8 +127,8 @@ def _keep(folder: Path, name: str, number: int) -> None:
 
 
 def _work(link: Connection, plan: list[tuple[str, int]], seeds: Path, folder: Path, seed: int) -> None:
-    import torch  # noqa: F401  (counts as the worker's own memory)
-    import transformers  # noqa: F401
+    for name in ("torch", "transformers"):  # they count as the worker's own memory
+        importlib.import_module(name)
 
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

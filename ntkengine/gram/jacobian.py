@@ -104,24 +104,20 @@ class TangentProducts:
             z: (rows,).
             product: K z, whose zᵀ K z must be ‖Jᵀ z‖².
         """
-        N, C = self.outputs.shape
+        N = len(self.outputs)
         with self._running() as task:
             parameter = next(iter(task.selected.values()))
             check_repeats(task.model, task.samples, task.readout, parameter)
-            for row in sorted({0, N // 2, N - 1}):
-                one = Samples([{k: v[row : row + 1] for k, v in task.samples.groups[0].items()}], microbatch=1)
-                inputs = one.inputs(one.chunks[0], task.device, task.dtype)
+            alone = Samples(task.samples.groups, microbatch=1)
+            for chunk in (alone.chunks[i] for i in sorted({0, N // 2, N - 1})):
+                inputs, row = alone.inputs(chunk, task.device, task.dtype), int(chunk.rows[0])
                 with torch.no_grad():
                     f = task.readout(call_model(task.model, inputs), inputs)
                 if not close(torch.from_numpy(self.outputs[row : row + 1]).to(f), f):
                     msg = f"model: f of example {row} depends on the other examples of its batch; compute_gram takes it"
                     raise CheckFailed(msg)
-            V = z.reshape(N, C) if not self._folded else np.zeros((N, C))
-            squares = 0.0
-            for c in range(C if self._folded else 1):
-                if self._folded:
-                    V[:], V[:, c] = 0.0, z
-                squares += sum(float(g.double().square().sum()) for g in self._pull(task, V[:, :, None])[0])
+            pulled = (g for V in self._cotangents(z[:, None]) for g in self._pull(task, V)[0])
+            squares = sum(float(g.double().square().sum()) for g in pulled)
         form = float(z @ product)
         if not abs(form - squares) <= agreement(self._task.dtype) * squares:
             msg = (
@@ -139,16 +135,22 @@ class TangentProducts:
         """
         if X.ndim != 2 or X.shape[0] != self.rows or not X.shape[1]:
             raise InputError(f"X: expected shape ({self.rows}, k), got {X.shape}")
-        N, C = self.outputs.shape
         with self._running() as task:
+            products = (self._product(task, V) for V in self._cotangents(X))
             if not self._folded:
-                return self._product(task, X.reshape(N, C, -1)).reshape(X.shape)
-            total = np.zeros((N, X.shape[1]))
-            for c in range(C):
-                cotangents = np.zeros((N, C, X.shape[1]))
-                cotangents[:, c] = X
-                total += self._product(task, cotangents)[:, c]
-            return total
+                return next(products).reshape(X.shape)
+            return sum((product[:, c] for c, product in enumerate(products)), np.zeros(X.shape))
+
+    def _cotangents(self, X: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the cotangents of K X, (N, C, k): X itself, or with "trace" one for each output."""
+        N, C = self.outputs.shape
+        if not self._folded:
+            yield X.reshape(N, C, -1)
+            return
+        for c in range(C):
+            V = np.zeros((N, C, X.shape[1]))
+            V[:, c] = X
+            yield V
 
     def _product(self, task: Task, V: np.ndarray) -> np.ndarray:
         """Return J(Jᵀ V), (N, C, k), `block` vectors at a time."""

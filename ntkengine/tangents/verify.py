@@ -37,9 +37,9 @@ class Recording:
         *,
         expand: Collection[str],
     ) -> None:
-        self.n = len(next(iter(inputs.values())))
+        n = len(next(iter(inputs.values())))
         ends: list[dict[str, int]] = []
-        with Recorder(modules, self.n, expand=expand) as recorder:
+        with Recorder(modules, n, expand=expand) as recorder:
             self.cut = cut_forward(
                 model, inputs, stack, readout, lambda _s: ends.append({m: len(c) for m, c in recorder.calls.items()})
             )
