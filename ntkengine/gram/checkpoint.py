@@ -74,7 +74,8 @@ class Checkpoints:
         self._began, self._before_s, self._cost_s = time.time(), 0.0, 0.0
         self._generation = 0
         self._newest: Path | None = None
-        self._found: list[store.Saved] = []
+        self._found: list[store.Saved] = []  # until one of its files is written over
+        self._others = False  # whether it is of another number of ranks
         self._tile: int | None = None  # of what was found
         self._again: Callable[[], object] | None = None  # the last checkpoint, if the disk refused it
         self._exit = ExitStack()
@@ -96,7 +97,8 @@ class Checkpoints:
                 self._tile = there["tile"]
             self._found = store.load_newest(self.folder.path)
             if self._found:
-                if len(self._found) == self.ranks:
+                self._others = len(self._found) != self.ranks
+                if not self._others:
                     self._newest = self._found[self.rank].path
                 self._generation = self._found[0].state["generation"]
                 self._before_s = max(saved.state["seconds"] for saved in self._found)
@@ -204,6 +206,8 @@ class Checkpoints:
         began = time.monotonic()
         a, b = store.slots(self.folder.path, self.rank, self.ranks)
         target = path or (b if self._newest == a else a)
+        if path is None:
+            self._found = []  # what is read from its files from now on may be another tile's
         full = dict(state) | {"job": self.job, "seconds": self.seconds, "rank": self.rank, "ranks": self.ranks}
         failed = False
         try:
@@ -217,7 +221,7 @@ class Checkpoints:
         self._again = (lambda: self.save(state, parts, path, **arrays)) if failed else None
         if not failed and path is None:
             self._generation, self._newest = self._generation + 1, target
-            if self.rank == 0 and len(self._found) not in (0, self.ranks):
+            if self.rank == 0 and self._others:
                 self._forget()
         self._last = time.monotonic()
         self._cost_s = self._last - began
@@ -252,7 +256,7 @@ class Checkpoints:
         for item in self.folder.path.glob("rank-*"):
             if f"-of-{self.ranks:04d}." not in item.name:
                 item.unlink()
-        self._found = []
+        self._others = False
 
     def _compare(self, there: Mapping[str, Any]) -> None:
         where = f"out: {self.folder.path} holds an unfinished run"
