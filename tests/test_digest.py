@@ -1,0 +1,182 @@
+"""Fingerprints: what does another thing is told apart, what does the same is known again."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ntkengine.inputs.fingerprint import fingerprint_function, fingerprint_model
+from tests.brute import tiny_model
+
+SCALE = {"by": 1.0}
+
+
+class Plain:
+    def __init__(self, k):
+        self.k = k
+
+    def read(self, out, _inputs):
+        return out * self.k
+
+
+class Slotted:
+    __slots__ = ("k",)
+
+    def __init__(self, k):
+        self.k = k
+
+    def __call__(self, out, _inputs):
+        return out * self.k
+
+
+class Kind(enum.Enum):
+    ONE = 1
+    TWO = 2
+
+
+def keyed(k):
+    def read(out, _inputs, *, scale=k):
+        return out * scale
+
+    return read
+
+
+def closing(value):
+    return lambda out, _inputs: out * value.k
+
+
+def table(k):
+    functions = {"double": lambda x: 2 * x, "times": lambda x: k * x}
+    return lambda out, _inputs: functions["times"](out)
+
+
+def class_of(k):
+    """Return a class of the same name each time, whose forward differs."""
+    body = f"def forward(self, x):\n    return {k} * self.inner(x)\n"
+    space = {}
+    exec(body, space)  # noqa: S102 - an edited source file
+    return type("Same", (nn.Module,), {"forward": space["forward"], "__module__": __name__})
+
+
+def holding(value, cls=nn.Identity):
+    model = cls()
+    model.inner = nn.Linear(2, 2, bias=False)
+    nn.init.ones_(model.inner.weight)
+    model.held = value
+    return model
+
+
+def patched(k):
+    model = holding(None)
+    model.forward = types.MethodType(lambda self, x: k * self.inner(x), model)
+    return model
+
+
+def hooked(k):
+    model = holding(None)
+    model.inner.register_forward_hook(lambda _module, _args, out: k * out)
+    return model
+
+
+def large(last):
+    big = torch.zeros((1 << 24) + 1)
+    big[-1] = last
+    return big
+
+
+def settings(**changes):
+    model = tiny_model("bert")
+    config = copy.deepcopy(model.config)
+    config.update(changes)
+    model.bert.encoder.layer[0].attention.self.config = config
+    return model
+
+
+FUNCTIONS = {
+    "bound to an object": lambda k: Plain(k).read,
+    "with slots": Slotted,
+    "keyword default": keyed,
+    "closing over an object": lambda k: closing(Plain(k)),
+    "closing over a dict of functions": table,
+    "partial of a method": lambda k: functools.partial(Plain(k).read, None),
+    "wrapped": lambda k: functools.lru_cache(keyed(k)),
+    "numpy scalar": lambda k: closing(Plain(np.float32(k))),
+}
+MODELS = {
+    "partial": lambda k: holding(functools.partial(torch.clamp, max=float(k))),
+    "closure": lambda k: holding(keyed(k)),
+    "numpy attribute": lambda k: holding(np.full(3, k)),
+    "large tensor": lambda k: holding(large(float(k))),
+    "object": lambda k: holding(Plain(k)),
+    "enum": lambda k: holding(Kind(k)),
+    "cache size": lambda k: setattr(model := holding(None), "cache_scale", k) or model,
+    "edited forward": lambda k: holding(None, class_of(k)),
+    "own forward": patched,
+    "closure of a hook": hooked,
+    "a layer's own configuration": lambda k: settings(layer_norm_eps=1e-5 * k),
+    "order of functions": lambda k: holding(dict([("a", torch.sin), ("b", torch.cos)][:: 3 - 2 * k])),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_functions(case):
+    one, again, two = (fingerprint_function(FUNCTIONS[case](k)) for k in (1, 1, 2))
+    assert one == again != two
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case):
+    one, again, two = (fingerprint_model(MODELS[case](k)) for k in (1, 1, 2))
+    assert one == again != two
+
+
+def test_a_method_put_into_a_library_class(monkeypatch):
+    before = fingerprint_model(holding(None))
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * x @ self.weight.T)
+    assert fingerprint_model(holding(None)) != before
+
+
+def test_a_copy_and_a_cycle():
+    model = holding([1, {"a": (2.0, "b")}])
+    model.held.append(model.held)
+    model.itself = (model,)
+    assert fingerprint_model(copy.deepcopy(model)) == fingerprint_model(model)
+    bert = tiny_model("bert")
+    assert fingerprint_model(copy.deepcopy(bert)) == fingerprint_model(bert) == fingerprint_model(tiny_model("bert"))
+
+
+def test_what_a_call_leaves_behind_is_not_the_model():
+    model = holding(None)
+    before = fingerprint_model(model)
+    model.key_cache, model.rows_cached = torch.zeros(3), 7
+    assert fingerprint_model(model) == before
+
+
+def test_another_process_finds_the_same():
+    pytest.importorskip("peft")
+    text = (
+        "import peft, tests.test_digest as t\n"
+        "from tests.brute import tiny_model\n"
+        "from ntkengine.inputs.fingerprint import *\n"
+        "m = peft.get_peft_model(tiny_model('llama'), peft.LoraConfig(target_modules=['q_proj', 'v_proj']))\n"
+        "print(fingerprint_model(m), fingerprint_function(t.table(2)), fingerprint_model(t.patched(2)))\n"
+    )
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", text], check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "12"
+    ]  # fmt: skip
+    assert len(told[0].split()) == 3
+    assert told[0] == told[1]
