@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import ntkengine as ntk
-from ntkengine.errors import InputError, NonFinite
+from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.features import Landmarks, tangent_features
 from ntkengine.gram.jacobian import TangentProducts
+from ntkengine.gram.linear import tangent_factors
 from ntkengine.ridge import conjugate_gradients, random_cholesky
 from ntkengine.spectrum import FactorOperator, ImplicitOperator
 from tests.brute import tiny_inputs, tiny_model, with_lora
@@ -166,3 +168,26 @@ def test_a_gradient_that_is_not_finite_is_named():
         model[0].bias.zero_()
     with pytest.raises(NonFinite, match="example"):
         TangentProducts(model, {"x": torch.tensor([[1.0, 1.0], [-1.0, -1.0]])}, readout=root, params="all")
+
+
+@pytest.mark.parametrize("what", ["features", "factors", "landmarks"])
+def test_a_model_that_answers_otherwise_among_others_is_refused(what):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            h = self.inner(x)
+            return self.out(h * (2 if len(h) > 5 else 1))
+
+    call = {
+        "features": lambda *args, **options: tangent_features(*args, params="all", **options),
+        "factors": lambda *args, **options: tangent_factors(*args, params="all", **options),
+        "landmarks": lambda *args, **options: Landmarks(*args, params="all", **options),
+    }[what]
+    torch.manual_seed(0)
+    given = Odd(), {"x": torch.randn(9, 4)}
+    with pytest.raises(CheckFailed, match="differs from plain autograd"):
+        call(*given)
+    call(*given, check=False)

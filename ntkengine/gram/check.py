@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkengine.errors import CheckFailed
+from ntkengine.gram.autograd import plain_gradients, stacked
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
@@ -17,7 +18,7 @@ from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
-from ntkengine.inputs.running import call_model, sparse_tables, tables, wanting_gradients
+from ntkengine.inputs.running import tables
 from ntkengine.products import unrouted
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sketch import Sketch
@@ -70,8 +71,8 @@ class Check:
         parameter = next(iter(self.model.parameters()))
         self.device, self.dtype = parameter.device, parameter.dtype
         rows = len(self.drawn) * frame.width
-        self.total, self.slack, self.left, self.right = torch.zeros(
-            4, frame.layers, rows, rows, dtype=torch.float64, device=self.device
+        self.total, self.slack, self.left, self.right, self.added = torch.zeros(
+            5, frame.layers, rows, rows, dtype=torch.float64, device=self.device
         )
         self.parts: dict[str, Tensor] = {}
         few = tables(self.model)  # the rows a sample touches are as good as nothing
@@ -81,33 +82,17 @@ class Check:
             parts = [parts[i] for i in sorted(rng.choice(len(parts), size=_PASSES, replace=False))]
         self.compared = [name for names in parts for name in names]
         for names in parts:
-            found = self._gradients(names)
+            found = plain_gradients(self.model, self.selected, names, self.inputs, self.readout, frame.outputs)
             with unrouted():  # many small operations, no large product
                 while found:
                     name = next(iter(found))
-                    G, touched = _stacked(found.pop(name), len(self.inputs), self.frame.outputs, self.selected[name])
+                    G, touched = stacked(found.pop(name), len(self.inputs), self.frame.outputs, self.selected[name])
                     self.parts[name] = self._products(G, G)
                     if self.frame.transform in SIGNS or self.roots is not None:
                         self._transform(name, G, touched)
                     else:
                         for sum_of_products in (self.total, self.left, self.right):
                             sum_of_products += self.parts[name]
-
-    def _gradients(self, names: list[str]) -> dict[str, dict[tuple[int, int], Tensor]]:
-        """Return gradients by parameter and (sample, output) by plain autograd; of an embedding the rows touched."""
-        wanted = [self.selected[name] for name in names]
-        found: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in names}
-        for i, one in enumerate(self.inputs):
-            given = Samples([one], microbatch=1, trim=False)
-            batch = given.inputs(given.chunks[0], self.device, self.dtype)
-            with wanting_gradients(wanted), sparse_tables(self.model):
-                f = self.readout(call_model(self.model, batch), batch)
-                for c in range(self.frame.outputs):
-                    for name, g in zip(names, _grad(f[0, c], wanted), strict=True):
-                        if g is not None:
-                            found[name][i, c] = g.detach().coalesce() if g.is_sparse else g.detach()
-                del f
-        return found
 
     def _transform(self, name: str, G: Tensor, rows: Tensor | None) -> None:
         """Add a parameter's part of the job's own inner product, and what entries of unsure sign may change in it."""
@@ -173,11 +158,41 @@ class Check:
             keep_bytes=self.layout.keep_bytes,
         )
         with unrouted():  # many small operations, no large product
-            whole = sum(self.parts.values(), torch.zeros_like(self.total))
             for name, truth in self.parts.items():
                 part = sums.parts.get(name)
-                got = torch.zeros_like(truth) if part is None else part.finish()
-                self._compare(name, got, truth, whole)
+                self._compare(name, torch.zeros_like(truth) if part is None else part.finish())
+
+    def gradients(self, name: str, of: Callable[[int, int], Tensor]) -> None:
+        """Compare the drawn samples' gradients of a parameter with plain autograd.
+
+        Args:
+            name: the parameter's.
+            of: takes a group and an example's number in it; returns (C, entries), in any one order of the entries.
+
+        Raises:
+            CheckFailed: naming the examples.
+        """
+        if name in self.parts:
+            G = torch.stack([of(g, r) for g, r in self.drawn])
+            self._compare(name, self._products(G, G))
+
+    def features(self, tiles: Tensor, samples: Samples) -> None:
+        """Add to the drawn samples' entries those of features (N, C, p), in sweep order, of all samples."""
+        places = torch.tensor(self._places(samples), device=tiles.device)
+        G = tiles[places]
+        self.added += self._products(G, G)
+
+    def added_entries(self, dtype: torch.dtype) -> None:
+        """Compare what `features` added up to, over all parameters, with plain autograd.
+
+        Args:
+            dtype: what they were computed in.
+
+        Raises:
+            CheckFailed: naming the examples.
+        """
+        every = range(len(self.drawn))
+        self._entries(self.added, every, every, dtype)
 
     def allow(self, sketches: Mapping[str, Sketch]) -> None:
         """Let entries differ by what a sketch may cost, many times its standard deviation."""
@@ -198,28 +213,38 @@ class Check:
         Raises:
             CheckFailed: naming the examples.
         """
-        if len(self.compared) < len(self.selected):
-            return  # entries of the Gram sum over all parameters
-        frame, w = self.frame, self.frame.width
-        places = [samples.span(g)[0] + int(samples.unsort(g)[r]) for g, r in self.drawn]
+        frame, w, places = self.frame, self.frame.width, self._places(samples)
         rows = [i for i, p in enumerate(places) if frame.rows[0] <= p < frame.rows[1]]
         columns = [i for i, p in enumerate(places) if frame.columns[0] <= p < frame.columns[1]]
 
         def index(which: Sequence[int]) -> np.ndarray:
             return np.array([places[i] * w + k for i in which for k in range(w)], dtype=np.int64)
 
+        got = torch.from_numpy(sums.pick(index(rows), index(columns))).to(self.device)
+        self._entries(got, rows, columns, dtype)
+
+    def _places(self, samples: Samples) -> list[int]:
+        """Return the drawn samples' positions in the sweep."""
+        return [samples.span(g)[0] + int(samples.unsort(g)[r]) for g, r in self.drawn]
+
+    def _entries(self, got: Tensor, rows: Sequence[int], columns: Sequence[int], dtype: torch.dtype) -> None:
+        """Compare the job's own entries between drawn samples, by their numbers."""
+        if len(self.compared) < len(self.selected):
+            return  # entries of the Gram sum over all parameters
+        w = self.frame.width
+
         def local(which: Sequence[int]) -> Tensor:
             return torch.tensor([i * w + k for i in which for k in range(w)], device=self.device)
 
-        got = torch.from_numpy(sums.pick(index(rows), index(columns))).to(self.device)
         truth, slack = (x[:, local(rows)][:, :, local(columns)] for x in (self.total, self.slack))
         left, right = (x.diagonal(dim1=1, dim2=2).sqrt() for x in (self.left, self.right))
         got = truth + (got - truth).sign() * ((got - truth).abs() - slack).clamp_min(0)  # NaN stays NaN
         sides = left[:, local(rows)], right[:, local(columns)]
         self._judge("the Gram matrix", got, truth, *sides, rows, columns, TOLERANCE.get(dtype, 5e-2))
 
-    def _compare(self, name: str, got: Tensor, truth: Tensor, total: Tensor) -> None:
-        floor = FLOOR.get(self.dtype, 1e-2) * total.diagonal(dim1=1, dim2=2).sqrt()
+    def _compare(self, name: str, got: Tensor) -> None:
+        truth, whole = self.parts[name], sum(self.parts.values(), torch.zeros_like(self.total))
+        floor = FLOOR.get(self.dtype, 1e-2) * whole.diagonal(dim1=1, dim2=2).sqrt()
         scale = truth.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() + floor
         every = list(range(len(self.drawn)))
         self._judge(name, got, truth, scale, scale, every, every, TOLERANCE[self.dtype])
@@ -252,25 +277,3 @@ class Check:
         if self.dtype != torch.float64 and value < 1e-2:
             msg += "; this small, it may be the model's own rounding: precision='exact' tells"
         raise CheckFailed(msg)
-
-
-def _stacked(found: dict[tuple[int, int], Tensor], m: int, C: int, p: nn.Parameter) -> tuple[Tensor, Tensor | None]:
-    """Return gradients by (sample, output) as (m, C, entries); where all are sparse, of the rows any of them has."""
-    if len(found) == m * C and not any(g.is_sparse for g in found.values()):
-        return torch.stack(list(found.values())).reshape(m, C, p.numel()), None
-    rows = None
-    if found and all(g.is_sparse for g in found.values()):
-        rows = torch.cat([g.indices()[0] for g in found.values()]).unique()
-    G = torch.zeros(m, C, *(p.shape if rows is None else (len(rows), *p.shape[1:])), dtype=p.dtype, device=p.device)
-    for (i, c), g in found.items():
-        if rows is None:
-            G[i, c] = g.to_dense() if g.is_sparse else g
-        else:
-            G[i, c, torch.searchsorted(rows, g.indices()[0])] = g.values()
-    return G.reshape(m, C, G[0, 0].numel()), rows
-
-
-def _grad(f: Tensor, wanted: list[nn.Parameter]) -> Sequence[Tensor | None]:
-    if not f.requires_grad:
-        return [None] * len(wanted)
-    return torch.autograd.grad(f, wanted, retain_graph=True, allow_unused=True)

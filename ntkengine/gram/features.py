@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.gram.check import Check
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.planning import planned
 from ntkengine.gram.strategies import feature_tiles
@@ -44,6 +45,7 @@ def tangent_features(
     precision: str = "high",
     memory_gib: float | None = None,
     seed: int = 0,
+    check: bool = True,
 ) -> np.ndarray:
     """Return Φ: for few parameters, such as LoRA's, or more rows than parameters, it is smaller than the Gram.
 
@@ -56,7 +58,8 @@ def tangent_features(
         transform: "sgd" or a `Preconditioner`, whose square root is multiplied in.
         precision: "exact" or "high": the passes' dtype, and Φ's.
         memory_gib: as for `compute_gram`; Φ comes on top.
-        seed: of the probe.
+        seed: of the probe, and of the draw of the check.
+        check: compare the features of two examples, alone and among the others, with plain autograd.
 
     Returns:
         (rows, columns) float64 or float32, rows in the order of the examples; columns ordered by the sweep, the same
@@ -71,7 +74,7 @@ def tangent_features(
     blocks: list[np.ndarray] = []
     order, outputs = None, 0
     for tile, order in _tiles(  # noqa: B007  (the last one holds for all)
-        model, inputs, readout, params, contraction, transform, precision, memory_gib, seed
+        model, inputs, readout, params, contraction, transform, precision, memory_gib, seed, check
     ):
         outputs = tile.shape[1]
         blocks.append(tile.cpu().numpy().copy())
@@ -89,7 +92,8 @@ class Landmarks:
         model: as for `compute_gram`.
         inputs: N examples.
         options: of `compute_gram`: readout, params, contraction ("trace" or "sum-of-outputs"), transform, precision,
-            memory_gib, seed. The first columns asked for are checked as any Gram is; later ones are not.
+            memory_gib, seed, check. The diagonal is checked as `tangent_features` are, the first columns asked for as
+            any Gram is; later ones are not.
 
     Attributes:
         diagonal: (N,) float64 of K.
@@ -118,6 +122,7 @@ class Landmarks:
             "high" if precision == "fast" else precision,
             options.get("memory_gib"),
             options.get("seed", 0),
+            self._check,
         )
         for tile, order in found:
             self.diagonal += tile.double().square().sum(dim=(1, 2)).cpu().numpy()[order]
@@ -141,6 +146,7 @@ def _tiles(
     precision: str,
     memory_gib: float | None,
     seed: int,
+    check: bool,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Yield (features (N, C, p) in sweep order, in a buffer that is reused; positions of the examples in them)."""
     if contraction not in _CONTRACTIONS:
@@ -153,6 +159,10 @@ def _tiles(
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, _ = planned(task, precision, False, memory_gib, seed)
+        frame, order = task.frame(structure.outputs), samples.unsort(0)
+        truth = Check(task, samples, frame, structure, seed, layout) if check else None
+        if truth is not None:
+            truth.sweep()
         sweep = Sweep(
             task.model,
             task.selected,
@@ -163,7 +173,6 @@ def _tiles(
             factor_bytes={row.parameter: row.bytes for row in plan.parameters},
             limit=layout.factor_bytes,
         )
-        frame, order = task.frame(structure.outputs), samples.unsort(0)
         for _, found in sweep.segments():
             while found:
                 factors = found.pop()
@@ -174,5 +183,9 @@ def _tiles(
                     root = root.reshape(matrix_shape(root))
                     root = root.T if structure.transposed[factors.name] else root
                 for tile, _ in feature_tiles(factors, frame, root):
+                    if truth is not None:
+                        truth.features(tile, samples)
                     yield tile, order
                 del factors
+        if truth is not None:
+            truth.added_entries(task.dtype)

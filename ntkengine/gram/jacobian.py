@@ -77,6 +77,7 @@ class TangentProducts:
         count = sum(p.numel() for p in self._task.selected.values())
         self.block = int(max(1, min(8, _HELD // count)))
         with self._running() as task:
+            check_repeats(task.model, task.samples, task.readout, task.selected)
             self.outputs = self._forward(task)
         self._folded = contraction == "trace"
         self.rows = self.outputs.shape[0] * (1 if self._folded else self.outputs.shape[1])
@@ -106,8 +107,6 @@ class TangentProducts:
         """
         N = len(self.outputs)
         with self._running() as task:
-            parameter = next(iter(task.selected.values()))
-            check_repeats(task.model, task.samples, task.readout, parameter)
             alone = Samples(task.samples.groups, microbatch=1)
             for chunk in (alone.chunks[i] for i in sorted({0, N // 2, N - 1})):
                 inputs, row = alone.inputs(chunk, task.device, task.dtype), int(chunk.rows[0])

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.gram.check import Check
 from ntkengine.gram.planning import planned
 from ntkengine.gram.task import Task
+from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
@@ -73,6 +76,7 @@ def tangent_factors(
     readout: str | ReadoutFunction = "logits",
     memory_gib: float | None = None,
     seed: int = 0,
+    check: bool = True,
 ) -> TangentFactors:
     """Return the factors of the linear maps among the selected parameters.
 
@@ -84,7 +88,8 @@ def tangent_factors(
             modules share) are left out.
         readout: as for `compute_gram`.
         memory_gib: bound on what is returned.
-        seed: of the probe.
+        seed: of the probe, and of the draw of the check.
+        check: compare the gradients of two examples of each kind, alone and among the others, with plain autograd.
 
     Raises:
         InputError: nothing selected is a linear map, an adapter's is, or the factors would not fit `memory_gib`.
@@ -103,6 +108,9 @@ def tangent_factors(
         running.enter_context(evaluation(task.model))
         structure, _, layout, samples, _ = planned(task, "high", False, None, seed)
         alone = _alone(structure)
+        truth = Check(task, samples, task.frame(structure.outputs), structure, seed, layout) if check else None
+        if truth is not None:
+            truth.sweep()
         sweep = Sweep(task.model, task.selected, structure, samples, task.readout, hidden=layout.hidden)
         order = np.concatenate([c.rows + samples.span(c.group)[0] for c in samples.chunks])
         for _, found in sweep.segments():
@@ -112,6 +120,8 @@ def tangent_factors(
                 if factors.kind != "outer" or factors.name not in alone:
                     continue
                 kept, read = _sharing(_flat(factors, order), beside)
+                if truth is not None:
+                    truth.gradients(factors.name, partial(_gradient, kept, samples))
                 held += read + kept.gradients.nbytes
                 if limit is not None and held > limit:
                     raise InputError(
@@ -127,6 +137,13 @@ def tangent_factors(
         raise InputError("params: expected weights of linear maps that the outputs depend on, got none")
     names = [module_of(name) for name in task.selected]
     return TangentFactors({n: maps[n] for n in names if n in maps}, outputs, samples.sizes[0])
+
+
+def _gradient(factors: LinearFactors, samples: Samples, group: int, row: int) -> Tensor:
+    """Return the gradient (C, d_out·d_in) of example `row` of a group of inputs."""
+    i = samples.span(group)[0] + row
+    tokens = slice(factors.starts[i], factors.starts[i + 1])
+    return torch.einsum("zcr,zi->cri", factors.gradients[tokens], factors.inputs[tokens]).flatten(1)
 
 
 def _alone(structure: Structure) -> set[str]:

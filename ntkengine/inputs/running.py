@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.attributes import Attributes
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.products import full_rate
+
+log = logging.getLogger(__name__)
 
 _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
@@ -52,11 +56,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     settings += [(m, "sparse", True) for m in model.modules() if getattr(m, "sparse", False) is True]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     fast = torch.backends.mha.get_fastpath_enabled()
-    before = plain_state(model)
+    before = Attributes(model)
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel() <= _SMALL]
+    unsaved = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.numel() > _SMALL}}
+    versions = {name: t._version for name, t in unsaved.items()}
+    cuda = sorted({p.device.index for p, _ in grads if p.device.type == "cuda"})
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # nested tensors, which have no rows to record
-        model.eval()
+        for module in model.modules():  # not model.eval(), which some make merge their adapters into the weights
+            module.training = False
         for p, _ in grads:
             p.requires_grad_(False)
         for owner, key, _ in settings:
@@ -64,7 +72,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         # Looking at every call would slow down a model on a GPU, where it changes none.
         on_cpu = any(p.device.type == "cpu" for p, _ in grads)
-        with torch.enable_grad(), full_rate() if on_cpu else nullcontext():
+        with torch.random.fork_rng(cuda), torch.enable_grad(), full_rate() if on_cpu else nullcontext():
             yield
     finally:
         for p, wanted in grads:
@@ -73,29 +81,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             setattr(owner, key, was)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.mha.set_fastpath_enabled(fast)
-        restore(before)
+        before.restore()
         RESIDENT.shrink(0)
         for buffer, version, value in buffers:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
-
-
-PlainState = list[tuple[nn.Module, dict[str, Any]]]
-
-
-def plain_state(model: nn.Module) -> PlainState:
-    """Return every module's attributes that are plain values: what a forward pass may leave changed behind."""
-    kinds = bool | int | float | str | torch.dtype
-    return [(m, {k: v for k, v in vars(m).items() if v is None or isinstance(v, kinds)}) for m in model.modules()]
-
-
-def restore(state: PlainState) -> None:
-    """Set the modules' plain attributes back to what `plain_state` found."""
-    for module, values in state:
-        for key, value in values.items():
-            if vars(module).get(key) is not value:
-                setattr(module, key, value)
+        written = [name for name, t in unsaved.items() if t._version != versions[name]]
+        if written:
+            log.warning("model: its forward pass wrote to %s, which is left as it is now", ", ".join(written[:3]))
 
 
 def _check_differentiable(model: nn.Module) -> None:

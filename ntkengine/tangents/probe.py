@@ -60,7 +60,7 @@ def probe(
     Cost: about ten forward and backward passes of three samples, one segment's gradients at a time.
     """
     parameter = next(iter(selected.values()))
-    check_repeats(model, samples, readout, parameter)
+    check_repeats(model, samples, readout, selected)
     trim = trim_holds(model, samples, readout, parameter)
     warn_of_left_padding(model, samples, readout, parameter)
     group = int(np.argmax(samples.sizes))

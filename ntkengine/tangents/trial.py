@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, InputError
+from ntkengine.inputs.attributes import Attributes, Place, held_tensors, plain_values
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, plain_state, restore
+from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.tangents.rehearsal import close
 
 log = logging.getLogger(__name__)
@@ -19,11 +21,11 @@ log = logging.getLogger(__name__)
 _CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
 
 
-def check_repeats(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
+def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected: Mapping[str, nn.Parameter]) -> None:
     """Run one sample twice.
 
     Raises:
-        InputError: the model or the readout cannot be run on it.
+        InputError: the model or the readout cannot be run on it, or keeps what depends on parameters for later calls.
         CheckFailed: the second output is another: the model draws random numbers, or keeps a state.
     """
     if torch.is_inference_mode_enabled():
@@ -31,16 +33,36 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, paramete
         raise InputError(msg)
     one = Samples(samples.groups, microbatch=1, trim=False)
     chunk = one.chunks[0]
+    parameter = next(iter(selected.values()))
     inputs = one.inputs(chunk, parameter.device, parameter.dtype)
+    before, left = Attributes(model), [held_tensors(model)]
     try:
         with torch.no_grad():
-            f, again = (readout(call_model(model, inputs), inputs) for _ in range(2))
+            f, again = (_noting(readout(call_model(model, inputs), inputs), model, left) for _ in range(2))
     except (InputError, CheckFailed, NotImplementedError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])}: {reason}"
         raise InputError(msg) from error
+    before.restore()
+    kept = [
+        place
+        for place, (_, x) in left[1].items()
+        if x is left[2].get(place, ("", None))[1] and x is not left[0].get(place, ("", None))[1]
+    ]
+    if kept:
+        with wanting_gradients(selected.values()):
+            call_model(model, inputs)
+        found = held_tensors(model)
+        before.restore()
+        name = next((found[place][0] for place in kept if place in found and found[place][1].requires_grad), None)
+        if name is not None:
+            msg = (
+                f"model: {name} keeps what one call computed from the parameters for the calls after it, which then "
+                "have no gradient; compute it in every call"
+            )
+            raise InputError(msg)
     if not f.is_floating_point() or not f.shape[1]:
         msg = f"readout {readout.name!r}: expected (N, C) real numbers with C ≥ 1, got {tuple(f.shape)} of {f.dtype}"
         raise InputError(msg)
@@ -52,12 +74,18 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, paramete
         raise CheckFailed(msg)
 
 
+def _noting(f: Tensor, model: nn.Module, left: list[dict[Place, tuple[str, Tensor]]]) -> Tensor:
+    """Return f after noting what the model holds now."""
+    left.append(held_tensors(model))
+    return f
+
+
 def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
     """Return whether cutting padding columns leaves f, and the model's settings, unchanged: each group's shortest."""
     if not any(samples.trim):
         return False
     for group in samples.groups:
-        before, f = plain_state(model), []
+        before, state, f = Attributes(model), plain_values(model), []
         for trim in (False, True):  # a model may change its attention for good when it meets a short input
             one = Samples([group], microbatch=1, trim=trim)
             inputs = one.inputs(one.chunks[0], parameter.device, parameter.dtype)
@@ -68,8 +96,8 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
                 if not trim:
                     raise
                 return False  # the model wants this length
-        if plain_state(model) != before:
-            restore(before)
+        if plain_values(model) != state:
+            before.restore()
             return False
         if f[0].shape != f[1].shape:
             return False

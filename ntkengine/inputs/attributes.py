@@ -1,0 +1,65 @@
+"""What a forward pass leaves behind in a model's modules, and taking it away again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}  # with the hooks, which are their owners' to remove
+_PLAIN = bool | int | float | str | torch.dtype
+_CONTAINERS = dict, list, set
+
+Place = tuple[int, str, str]  # id of a module, attribute, key or position in it
+
+
+class Attributes:
+    """The attributes of a model's modules as they are now, containers one level deep; not the tensors' values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(m, _own(m), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+        self._inside = [(v, v.copy()) for _, own, _, _ in self._held for v in own.values() if type(v) in _CONTAINERS]
+
+    def restore(self) -> None:
+        """Make every module's attributes, parameters and buffers the objects they were."""
+        for module, own, parameters, buffers in self._held:
+            for key in _own(module).keys() - own.keys():
+                del vars(module)[key]
+            vars(module).update(own)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for container, before in self._inside:
+            if container != before if type(container) is set else list(_ids(container)) != list(_ids(before)):
+                container.clear()
+                container.extend(before) if isinstance(container, list) else container.update(before)
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _BOOKKEEPING}
+
+
+def _ids(container: Any) -> Iterator[Any]:
+    if isinstance(container, dict):
+        return ((key, id(value)) for key, value in container.items())
+    return (id(value) for value in container)
+
+
+def plain_values(model: nn.Module) -> list[dict[str, Any]]:
+    """Return every module's attributes that are plain values, for comparison."""
+    return [{k: v for k, v in vars(m).items() if v is None or isinstance(v, _PLAIN)} for m in model.modules()]
+
+
+def held_tensors(model: nn.Module) -> dict[Place, tuple[str, Tensor]]:
+    """Return floating-point tensors in attributes that are no parameters or buffers, with the attribute's full name."""
+    found: dict[Place, tuple[str, Tensor]] = {}
+    for owner, module in model.named_modules():
+        for key, value in _own(module).items():
+            inside = value.items() if type(value) is dict else enumerate(value) if type(value) in (list, tuple) else ()
+            for at, x in [("", value), *inside]:
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    found[id(module), key, str(at)] = f"{owner}.{key}".lstrip("."), x
+    return found

@@ -1,0 +1,116 @@
+"""What a forward pass leaves in a model: taken away again, or refused where it would cost gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ntkengine as ntk
+from ntkengine.errors import InputError
+from tests.brute import gradients, relative_error
+
+D = 5
+
+
+class Net(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(D, D), nn.Linear(D, 2)
+        self.held, self.table, self.forward_of = None, {}, forward
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        return self.forward_of(self, x)
+
+
+def lazily(net, x):
+    if net.held is None:
+        net.held = net.one.weight @ net.one.weight
+    return net.two(x @ net.held)
+
+
+def in_a_table(net, x):
+    if "w" not in net.table:
+        net.table["w"] = net.one.weight.exp()
+    return net.two(x @ net.table["w"])
+
+
+def constant(net, x):
+    if net.held is None:
+        net.held = torch.linspace(0.0, 1.0, D, dtype=x.dtype)
+    return net.two(net.one(x) * net.held.to(x))
+
+
+def replacing(net, x):
+    net.seen = net.seen + 1
+    net.last = h = net.one(x).tanh()
+    net.table["h"] = h
+    return net.two(h)
+
+
+@pytest.mark.parametrize("forward", [lazily, in_a_table])
+@pytest.mark.parametrize("call", [ntk.compute_gram, ntk.tangent_features, ntk.TangentProducts])
+def test_a_product_of_parameters_kept_for_the_next_call_is_refused(forward, call):
+    model = Net(forward)
+    with pytest.raises(InputError, match=r"model: (held|table) keeps what one call computed from the parameters"):
+        call(model, {"x": torch.randn(4, D)}, params="all")
+    assert model.held is None
+    assert not model.table
+
+
+@pytest.mark.parametrize("forward", [constant, replacing])
+@pytest.mark.parametrize("precision", ["exact", "high"])
+def test_a_model_is_left_as_it_was(forward, precision):
+    model, x = Net(forward), torch.randn(4, D)
+    before, buffer = {k: v for k, v in vars(model).items() if not k.startswith("_")}, model.seen
+    state = torch.random.get_rng_state()
+    gram = ntk.compute_gram(model, {"x": x}, params="all", precision=precision)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert {k: v for k, v in vars(model).items() if not k.startswith("_")} == before
+    assert model.seen is buffer
+    assert not model.table
+    names = [n for n, _ in model.named_parameters()]
+    G = gradients(model, {"x": x}, names)
+    assert max(relative_error(gram.values, np.einsum("ncp,mcp->nm", G, G))) < 1e-6
+
+
+def test_a_model_that_merges_its_adapter_in_eval_mode():
+    class Merging(nn.Module):
+        """As loralib: eval() adds B A to the weight, train() takes it out again."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.merged = nn.Linear(D, 2), False
+            self.A, self.B = nn.Parameter(torch.randn(1, D)), nn.Parameter(torch.randn(2, 1))
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode == self.merged:
+                self.inner.weight.data += (-1 if mode else 1) * (self.B @ self.A)
+                self.merged = not mode
+            return self
+
+        def forward(self, x):
+            return self.inner(x) if self.merged else self.inner(x) + x @ self.A.T @ self.B.T
+
+    model = Merging()
+    weight = model.inner.weight.detach().clone()
+    gram = ntk.compute_gram(model, {"x": torch.randn(4, D)}, params=["A", "B"])
+    assert not gram.meta["unused_parameters"]
+    assert torch.equal(model.inner.weight, weight)
+    assert not model.merged
+    assert model.training
+
+
+def test_what_cannot_be_taken_back_is_told(caplog):
+    def writes(net, x):
+        with torch.no_grad():
+            net.two.bias.mul_(1.0)
+        return net.two(net.one(x))
+
+    ntk.compute_gram(Net(writes), {"x": torch.randn(4, D)}, params=["one.weight"], check=False)
+    assert "its forward pass wrote to two.bias, which is left as it is now" in caplog.text
