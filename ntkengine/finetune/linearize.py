@@ -62,7 +62,14 @@ class Linearized(nn.Module):
 
         grad = torch.is_grad_enabled()
         with evaluation(model), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
-            value, tangent = jvp(f, (origin,), (delta,))[:2]
+            try:
+                value, tangent = jvp(f, (origin,), (delta,))[:2]
+            except (NotImplementedError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = " ".join(str(error).partition(". ")[0].split())[:200]
+                msg = f"linearize: {type(model).__name__} has no forward-mode derivative ({reason})"
+                raise InputError(msg) from error
         return value + tangent
 
 

@@ -83,7 +83,11 @@ class TangentProducts:
         self.rows = self.outputs.shape[0] * (1 if self._folded else self.outputs.shape[1])
         self.noise = 0.0
         z = np.random.default_rng(seed).standard_normal((self.rows, 2))
-        coarse = self(z)
+        try:
+            coarse = self(z)
+        except NotImplementedError as error:
+            msg = f"model: its backward pass cannot be differentiated ({str(error)[:100]}); compute_gram takes it"
+            raise CheckFailed(msg) from error
         self._check(z[:, 0], coarse[:, 0])
         sizes = np.linalg.norm(z, axis=0) * np.linalg.norm(coarse, axis=0)[::-1]
         asymmetry = abs(float(z[:, 0] @ coarse[:, 1] - z[:, 1] @ coarse[:, 0])) / (float(sizes.sum()) or 1.0)

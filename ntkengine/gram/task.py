@@ -16,7 +16,7 @@ from ntkengine.gram.sketching import refuse_sketch
 from ntkengine.gram.tiles import CONTRACTIONS, Frame
 from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
 from ntkengine.inputs.batches import Samples, check_inputs
-from ntkengine.inputs.parameters import select_parameters
+from ntkengine.inputs.parameters import check_values, select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import as_inputs
@@ -68,6 +68,7 @@ class Task:
         Raises:
             InputError: arguments that cannot be used.
         """
+        check_values(model)
         groups = [as_inputs(inputs, model)] + [as_inputs(g, model) for g in (inputs2, eval_inputs) if g is not None]
         for group in groups:
             check_inputs(group)

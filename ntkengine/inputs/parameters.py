@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from ntkengine.errors import InputError
@@ -62,7 +63,31 @@ def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str
         if not p.is_floating_point():
             msg = f"params: {name} is {p.dtype}; only floating-point parameters have gradients, exclude it"
             raise InputError(msg)
+        if p._backward_hooks:
+            msg = f"params: {name} has a hook that changes its gradient, which no kernel sees; remove it, or exclude it"
+            raise InputError(msg)
     return selected
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse a model whose parameters have no values, or none that autograd may read.
+
+    Raises:
+        InputError: naming the first.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        msg = f"model: {type(model).__name__} is TorchScript, whose modules cannot be watched; pass the model itself"
+        raise InputError(msg)
+    for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            msg = f"model: {name} has no shape yet; run the model once first"
+        elif p.is_meta:
+            msg = f"model: {name} is on the meta device and has no values; load them first"
+        elif p.is_inference():
+            msg = f"model: {name} was made in torch.inference_mode(), where no gradient is kept; load it outside"
+        else:
+            continue
+        raise InputError(msg)
 
 
 def leave_out(name: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import Attributes
@@ -33,6 +34,27 @@ def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """Return the model's output on a batch."""
     args, kwargs = arguments(model, inputs)
     return model(*args, **kwargs)
+
+
+@contextmanager
+def _no_checkpointing() -> Iterator[None]:
+    """Within the block a segment under torch's reentrant checkpointing runs as if it were not.
+
+    Its gradient is only there for `backward()`, and only where an input wants one.
+    """
+    held = vars(CheckpointFunction).get("apply")
+
+    def run(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    CheckpointFunction.apply = staticmethod(run)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if held is None:
+            del CheckpointFunction.apply
+        else:
+            CheckpointFunction.apply = held  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -72,7 +94,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         # Looking at every call would slow down a model on a GPU, where it changes none.
         on_cpu = any(p.device.type == "cpu" for p, _ in grads)
-        with torch.random.fork_rng(cuda), torch.enable_grad(), full_rate() if on_cpu else nullcontext():
+        rate = full_rate() if on_cpu else nullcontext()
+        with torch.random.fork_rng(cuda), torch.enable_grad(), _no_checkpointing(), rate:
             yield
     finally:
         for p, wanted in grads:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.errors import CheckFailed
+from ntkengine.errors import CheckFailed, InputError
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
@@ -55,6 +55,7 @@ def probe(
         keep_bytes: activations that may be kept rather than recomputed.
 
     Raises:
+        InputError: f depends on no selected parameter.
         CheckFailed: a parameter that even plain autograd of its segment does not reproduce.
         NonFinite: a gradient of the model that is not finite.
     Cost: about ten forward and backward passes of three samples, one segment's gradients at a time.
@@ -72,6 +73,10 @@ def probe(
         structure = _structure(model, selected, owners, few, readout, rows, parameter, seed, gradients, keep_bytes)
         structure.trim = trim
         late = _late_user(model, [selected[name] for name in structure.unused], samples, readout, parameter)
+        if late is None and len(structure.unused) == len(selected):
+            name = structure.unused[0]
+            msg = f"params: the outputs depend on none of the selected parameters ({name}, …): is the readout detached?"
+            raise InputError(msg)
         if late is None:
             return structure
         if late in rows:

@@ -41,7 +41,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
             f, again = (_noting(readout(call_model(model, inputs), inputs), model, left) for _ in range(2))
     except (InputError, CheckFailed, NotImplementedError, torch.OutOfMemoryError):
         raise
-    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])}: {reason}"
         raise InputError(msg) from error
