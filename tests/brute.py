@@ -9,6 +9,8 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+from ntkengine.inputs.unrounded import unrounded
+
 KINDS = ("bert", "roberta", "gpt2", "llama")
 VOCABULARY = 97
 
@@ -67,7 +69,10 @@ def tiny_inputs(model: torch.nn.Module, lengths: list[int], width: int, seed: in
 
 
 def gradients(model, inputs, names, f_of=None) -> np.ndarray:
-    """Return (N, C, P) float64 gradients of f by autograd in float64, one sample and output at a time."""
+    """Return (N, C, P) float64 gradients of f by autograd in float64, one sample and output at a time.
+
+    The model's own casts to float32 are none.
+    """
     model = copy.deepcopy(model).double().eval()
     if hasattr(model, "config"):
         model.config.use_cache = False  # caches are written in place
@@ -79,7 +84,8 @@ def gradients(model, inputs, names, f_of=None) -> np.ndarray:
     for i in range(n):
         one = {k: v[i : i + 1].double() if v.is_floating_point() else v[i : i + 1] for k, v in inputs.items()}
         given = {k: v for k, v in one.items() if k != "labels"}
-        out = model(**given) if hasattr(model, "config") else model(*given.values())
+        with unrounded(torch.float64):
+            out = model(**given) if hasattr(model, "config") else model(*given.values())
         f = f_of(out, one) if f_of is not None else out if isinstance(out, torch.Tensor) else out.logits
         for c in range(f.shape[1]):
             grads = torch.autograd.grad(f[0, c], chosen, retain_graph=True, allow_unused=True)

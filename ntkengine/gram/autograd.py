@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, sparse_tables, wanting_gradients
+from ntkengine.inputs.unrounded import unrounded
 
 Found = dict[tuple[int, int], Tensor]
 
@@ -38,7 +39,7 @@ def plain_gradients(
     for i, one in enumerate(samples):
         given = Samples([dict(one)], microbatch=1, trim=False)
         batch = given.inputs(given.chunks[0], parameter.device, parameter.dtype)
-        with wanting_gradients(wanted), sparse_tables(model):
+        with wanting_gradients(wanted), sparse_tables(model), unrounded(parameter.dtype):
             f = readout(call_model(model, batch), batch)
             for c in range(outputs):
                 for name, g in zip(names, _grad(f[0, c], wanted), strict=True):

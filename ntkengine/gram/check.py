@@ -24,7 +24,7 @@ from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 
-# Relative to √(K_ii K_jj); below lies rounding (some models round to float32 inside even in float64).
+# Relative to √(K_ii K_jj); below lies rounding (quantised layers round to float32 inside even in float64).
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Share of the whole gradient below which one parameter's may be nothing but rounding.
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}

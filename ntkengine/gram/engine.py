@@ -86,7 +86,8 @@ def compute_gram(
         transform: `"sgd"`, `"sign"`, `"asymmetric-sign"` (rows raw, columns signed: not symmetric), or a
             `Preconditioner` (`gram.transforms`).
         per_module: keep each module's own Gram as well; they sum to K.
-        precision: `"high"`: float32 passes and tile products, float64 across tiles. `"exact"`: float64 throughout.
+        precision: `"high"`: float32 passes and tile products, float64 across tiles. `"exact"`: float64 throughout,
+            also where the model itself casts to float32.
             `"fast"`: bfloat16 passes and products, float64 across tiles; `noise` then says what that costs.
         backend: of the contractions: `"triton"`: kernels for GPUs; `"torch"`; `"auto"`: Triton on a GPU where it runs.
         memory_gib: bound on the memory above the loaded model (an estimate is kept below it). Over it, microbatches

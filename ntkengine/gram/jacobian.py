@@ -18,6 +18,7 @@ from ntkengine.gram.task import Task, in_precision
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
+from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.rehearsal import agreement, close
 from ntkengine.tangents.trial import check_repeats
 
@@ -37,15 +38,14 @@ class TangentProducts:
         readout: likewise.
         params: likewise.
         contraction: "full" (N·C rows, row n·C + c), "trace" (N rows; C sweeps a product) or "sum-of-outputs".
-        precision: "exact": float64, products right to rounding, except where the model itself casts to float32. "high":
-            float32; `noise` is then measured by one product in float64.
+        precision: "exact": float64, products right to rounding. "high": float32; `noise` is then measured by one
+            product in float64.
         seed: of the vectors that measure the noise and the rounding.
 
     Attributes:
         rows: of K.
         noise: ‖(K̃ − K) z‖ for a standard normal z: in the mean over z at least ‖K̃ − K‖₂; 0 for "exact".
-        rounding: relative error of a product, at least ten times the asymmetry |uᵀKv − vᵀKu| measured on two vectors:
-            models that cast to float32 themselves show it there.
+        rounding: relative error of a product, at least ten times the asymmetry |uᵀKv − vᵀKu| measured on two vectors.
         block: vectors that fit into one product.
         outputs: (N, C) float64 f, of the last product.
 
@@ -226,4 +226,5 @@ class _Running(ExitStack):
         super().__enter__()
         self.enter_context(evaluation(self._task.model))
         self.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self.enter_context(unrounded(self._task.dtype))
         return self._task

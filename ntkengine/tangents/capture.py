@@ -22,9 +22,8 @@ from ntkengine.inputs.streaming import entry_of
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.tangents.factors import Dense, Lookup, Outer, Use
 
-# Relative error of a sum over samples that rounding explains, of a float64 model that casts to float32 inside too; an
-# argument taken for another is off by order 1.
-_SUM = {torch.float64: 1e-5, torch.float32: 1e-4}
+# Relative error of a sum over samples that rounding explains.
+_SUM = {torch.float64: 1e-7, torch.float32: 1e-4}
 
 
 class PathFailed(Exception):  # noqa: N818

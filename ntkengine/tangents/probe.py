@@ -23,6 +23,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, sparse_tables, wanting_gradients
+from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.blocks import Stack, find_stack
 from ntkengine.tangents.rehearsal import Rehearsal, close
 from ntkengine.tangents.settle import GRADIENTS, Verifier
@@ -60,6 +61,19 @@ def probe(
         NonFinite: a gradient of the model that is not finite.
     Cost: about ten forward and backward passes of three samples, one segment's gradients at a time.
     """
+    with unrounded(next(iter(selected.values())).dtype):
+        return _probed(model, selected, samples, readout, seed, gradients, keep_bytes)
+
+
+def _probed(
+    model: nn.Module,
+    selected: Mapping[str, nn.Parameter],
+    samples: Samples,
+    readout: Readout,
+    seed: int,
+    gradients: int,
+    keep_bytes: int,
+) -> Structure:
     parameter = next(iter(selected.values()))
     check_repeats(model, samples, readout, selected)
     trim = trim_holds(model, samples, readout, parameter)

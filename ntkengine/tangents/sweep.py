@@ -26,6 +26,7 @@ from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.streaming import is_streamed
+from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.blocks import before_blocks, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
 from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
@@ -148,6 +149,10 @@ class Sweep:
         return [[paths[name] for name in names] for names in grouped(sizes, limit)] or [[]]
 
     def _run(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
+        with unrounded(self.dtype):
+            return self._taken(segment, i, chunk, paths, last=last)
+
+    def _taken(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
         if segment == self.stack.head:
             keep = self._keep_bytes > 0 and self.lowest < segment
             return self._head_kept(i, chunk, paths) if keep else self._head(i, chunk, paths)
