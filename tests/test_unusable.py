@@ -88,6 +88,20 @@ def test_refused(x, make, options, message):
         ntk.compute_gram(make(), x, params="all", **options)
 
 
+def test_autocast_around_the_call_is_off_inside(x):
+    wanted = ntk.compute_gram(Net(plain), x, params="all")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gram = ntk.compute_gram(Net(plain), x, params="all")
+    np.testing.assert_array_equal(np.asarray(gram), np.asarray(wanted))
+
+
+def test_parameters_without_entries_alone(x):
+    model = Net(plain)
+    model.none = nn.Parameter(torch.zeros(0, 3))
+    with pytest.raises(InputError, match="params: expected parameters with entries, got none of size 0"):
+        ntk.compute_gram(model, x, params="none")
+
+
 def test_a_hook_on_another_parameter_is_no_matter(x):
     gram = ntk.compute_gram(hooked(), x, params=["two.weight"], precision="exact")
     wanted = ntk.compute_gram(Net(plain), x, params=["two.weight"], precision="exact")

@@ -59,6 +59,9 @@ def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str
         msg = f"params: expected 'trainable', 'all', a glob, or names, {got}"
         raise InputError(msg)
     selected = {name: p for name, p in model.named_parameters() if name in chosen and p.numel()}
+    if not selected:
+        msg = f"params: expected parameters with entries, got {', '.join(sorted(chosen)[:3])} of size 0"
+        raise InputError(msg)
     for name, p in selected.items():
         if not p.is_floating_point():
             msg = f"params: {name} is {p.dtype}; only floating-point parameters have gradients, exclude it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,51 +59,57 @@ def _no_checkpointing() -> Iterator[None]:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Run a model as the kernel needs it, and restore everything after.
+    """Run a model as the kernel needs it, and leave it, the random numbers and torch's settings as they were.
 
-    Eval mode, weights frozen, no KV cache, no TF32; mixture-of-experts layers by their plain loop, the only one that
-    takes every dtype and rounds in it; 4-bit layers of bitsandbytes without their CPU kernel for inference, which has
-    no derivative.
+    Eval mode, weights frozen, no KV cache, no TF32, no autocast; mixture-of-experts layers by their plain loop, the
+    only one that takes every dtype and rounds in it; 4-bit layers of bitsandbytes without their CPU kernel for
+    inference, which has no derivative.
 
     Raises:
         InputError: such a layer's weights are already laid out for that kernel.
     """
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
-    configs |= {id(c): c for owner in list(configs.values()) if (c := getattr(owner, "text_config", None)) is not None}
-    plain = {"use_cache": False, "_experts_implementation_internal": "eager"}
-    settings = [(c, k, getattr(c, k)) for c in configs.values() for k in plain if getattr(c, k, None)]
-    settings += [(m, _INFERENCE, was) for m in model.modules() if (was := getattr(m, _INFERENCE, False))]
     _check_differentiable(model)
-    settings += [(m, "sparse", True) for m in model.modules() if getattr(m, "sparse", False) is True]
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    fast = torch.backends.mha.get_fastpath_enabled()
+    with _as_found(model), _torch_settings(model), _no_checkpointing(), torch.enable_grad():
+        for module in model.modules():  # not model.eval(), which some make merge their adapters into the weights
+            module.training = False
+        for p in model.parameters():
+            p.requires_grad_(False)
+        for owner, key, value in _unwanted(model):
+            setattr(owner, key, value)
+        # Looking at every call would slow down a model on a GPU, where it changes none.
+        with full_rate() if any(p.device.type == "cpu" for p in model.parameters()) else nullcontext():
+            yield
+
+
+def _unwanted(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """Return (owner, attribute, value) of what is set otherwise than a kernel needs it."""
+    plain = {"use_cache": False, "_experts_implementation_internal": "eager"}
+    wanted = [(c, k, v) for c in _configurations(model) for k, v in plain.items() if getattr(c, k, None)]
+    return wanted + [(m, k, False) for m in model.modules() for k in (_INFERENCE, "sparse") if getattr(m, k, 0) is True]
+
+
+def _configurations(model: nn.Module) -> list[Any]:
+    found = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c is not None}
+    found |= {id(c): c for owner in list(found.values()) if (c := getattr(owner, "text_config", None)) is not None}
+    return list(found.values())
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """After the block make the model what it was; say which large tensors its forward pass wrote to."""
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    settings = [(owner, key, getattr(owner, key)) for owner, key, _ in _unwanted(model)]
     before = Attributes(model)
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel() <= _SMALL]
     unsaved = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.numel() > _SMALL}}
     versions = {name: t._version for name, t in unsaved.items()}
-    cuda = sorted({p.device.index for p, _ in grads if p.device.type == "cuda"})
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # nested tensors, which have no rows to record
-        for module in model.modules():  # not model.eval(), which some make merge their adapters into the weights
-            module.training = False
-        for p, _ in grads:
-            p.requires_grad_(False)
-        for owner, key, _ in settings:
-            setattr(owner, key, plain.get(key, False))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        # Looking at every call would slow down a model on a GPU, where it changes none.
-        on_cpu = any(p.device.type == "cpu" for p, _ in grads)
-        rate = full_rate() if on_cpu else nullcontext()
-        with torch.random.fork_rng(cuda), torch.enable_grad(), _no_checkpointing(), rate:
-            yield
+        yield
     finally:
         for p, wanted in grads:
             p.requires_grad_(wanted)
         for owner, key, was in settings:
             setattr(owner, key, was)
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.mha.set_fastpath_enabled(fast)
         before.restore()
         RESIDENT.shrink(0)
         for buffer, version, value in buffers:
@@ -113,6 +119,28 @@ def evaluation(model: nn.Module) -> Iterator[None]:
         written = [name for name, t in unsaved.items() if t._version != versions[name]]
         if written:
             log.warning("model: its forward pass wrote to %s, which is left as it is now", ", ".join(written[:3]))
+
+
+@contextmanager
+def _torch_settings(model: nn.Module) -> Iterator[None]:
+    """Within the block no TF32, no autocast, no nested tensors (which have no rows to record); after it all as it was.
+
+    Random numbers that a model draws are taken back too.
+    """
+    devices = {p.device for p in model.parameters()}
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(sorted(d.index for d in devices if d.type == "cuda")))
+        for kind in sorted({d.type for d in devices}):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _check_differentiable(model: nn.Module) -> None:
