@@ -12,8 +12,10 @@ import scipy.sparse
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import check_array
 
+from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
+from ntkengine.spectrum.operators import check_size
 
 
 def kernel_of(X: Any) -> np.ndarray:
@@ -83,6 +85,8 @@ def with_classes(class_weight: Any, labels: np.ndarray, weights: np.ndarray) -> 
 def _array(X: Any) -> np.ndarray:
     if scipy.sparse.issparse(X):
         raise InputError(f"X: expected a dense kernel matrix, got a sparse {type(X).__name__}")
+    if np.ma.is_masked(X):
+        raise InputError(f"X: expected no masked entries, got {np.ma.count_masked(X)}")
     try:
         return check_array(X, dtype=[np.float64, np.float32])  # symmetry and noise are judged by the type it came in
     except ValueError as error:
@@ -97,18 +101,12 @@ def as_weights(weights: Any, examples: int) -> np.ndarray:
     """
     if weights is None:
         return np.ones(examples)
-    try:
-        found = np.asarray(weights)
-        if found.dtype.kind not in "biuf":
-            raise TypeError
-        found = found.astype(np.float64, copy=False)
-    except (TypeError, ValueError):
-        got = type(weights).__name__
-        raise InputError(f"sample_weight: expected real numbers, got {got} that has others") from None
+    found = real_array("sample_weight", weights).astype(np.float64, copy=False)
     if found.ndim == 0:
         found = np.full(examples, float(found))
     if found.shape != (examples,):
         raise InputError(f"sample_weight: expected shape ({examples},), got {found.shape}")
     if not np.isfinite(found).all() or (found < 0).any() or not found.any():
         raise InputError("sample_weight: expected finite numbers >= 0, not all zero")
+    check_size("sample_weight", float(found.max()))
     return found

@@ -9,13 +9,14 @@ from scipy.sparse.linalg import LinearOperator
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
+from ntkengine.arguments import choice, flag, number
 from ntkengine.errors import InputError
 from ntkengine.ridge.cg import conjugate_gradients
 from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
 from ntkengine.ridge.direct import cholesky_solve
 from ntkengine.ridge.nystrom import preconditioner
 from ntkengine.ridge.outofcore import cholesky_on_disk
-from ntkengine.ridge.solve import RidgePath, as_columns
+from ntkengine.ridge.solve import RidgePath, as_columns, restored
 from ntkengine.ridge.tuning import RidgeCurve, choose, draw_folds, ridge_curve, ridge_grid
 from ntkengine.spectrum import DenseOperator, noise_of
 from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, is_on_disk, operator_of
@@ -167,7 +168,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
                 self.ridge_, self.edge_ = choice.ridge, choice.edge
             else:
                 self.ridge_ = self._given(mean)
-            solved, left = path.dual(self.ridge_), path.loo_residuals(self.ridge_)
+            solved = restored(part, w, flat[seen], path.dual(self.ridge_), self.ridge_)
+            left = path.left_out(self.ridge_, solved)
         else:
             self.ridge_ = self._given(mean)
             solution = cholesky_solve(scaled, w * flat[seen], self.ridge_, block)
@@ -204,14 +206,14 @@ class KernelRidge(RegressorMixin, BaseEstimator):
 
     def _check_parameters(self, X: Any) -> tuple[bool, str]:
         """Check the constructor's values; return whether the ridge is to be found, and the solver."""
-        if self.solver not in SOLVERS:
-            raise InputError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {self.solver!r}")
-        searched = isinstance(self.ridge, str)
-        number = isinstance(self.ridge, int | float | np.number) and 0 <= float(self.ridge) < np.inf
-        if not number and self.ridge not in ("loo", "gcv", "cv"):
-            raise InputError(f"ridge: expected 'loo', 'gcv', 'cv' or a number >= 0, got {self.ridge!r}")
-        if self.class_weight not in (None, "balanced"):
-            raise InputError(f"class_weight: expected None or 'balanced', got {self.class_weight!r}")
+        choice("solver", self.solver, SOLVERS)
+        searched = isinstance(self.ridge, str) and self.ridge in ("loo", "gcv", "cv")
+        if not searched:
+            number("ridge", self.ridge, 0, what="'loo', 'gcv', 'cv' or a number")
+        if self.class_weight is not None:
+            choice("class_weight", self.class_weight, ("balanced",))
+        flag("relative", self.relative)
+        number("tol", self.tol, above=0, below=1)
         if searched and self.solver not in ("auto", "eigen"):
             raise InputError(f"solver: {self.solver!r} needs a numeric ridge, got ridge={self.ridge!r}; use 'eigen'")
         operator = isinstance(X, LinearOperator)

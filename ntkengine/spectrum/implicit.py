@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, GramOperator, as_matrix, noise_of
+from ntkengine.spectrum.operators import EPS, GramOperator, as_matrix, check_size, noise_of
 
 _ROWS = 4096  # of Φ turned to float64 at a time
 
@@ -112,6 +112,7 @@ class DeviceOperator(GramOperator):
             largest, skew = float(matrix.abs().max()), float((matrix - matrix.T).abs().max())
             if not np.isfinite(largest):
                 raise InputError("gram: expected finite entries, got NaN or infinity")
+            check_size("gram", largest)
             eps = float(torch.finfo(gram.dtype).eps)
             if skew > 100.0 * eps * largest:
                 raise InputError(f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g}")

@@ -41,8 +41,9 @@ class ShardedOperator(GramOperator):
     def __init__(self, panel: Any, comm: Any, noise: float = 0.0) -> None:
         self.panel, self.comm = panel, comm
         shape = tuple(panel.shape)
-        bad = len(shape) != 2 or not np.isfinite(np.asarray(panel)).all() or not noise >= 0
-        found = comm.allgather((shape, bad, float(noise)))
+        known = isinstance(noise, int | float) and noise >= 0  # every rank must reach the gathering
+        bad = len(shape) != 2 or not np.isfinite(np.asarray(panel)).all() or not known
+        found = comm.allgather((shape, bad, float(noise) if known else 0.0))
         counts = [s[0] for s, _, _ in found]
         rows = sum(counts)
         for rank, (theirs, wrong, _) in enumerate(found):
