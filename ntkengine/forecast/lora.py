@@ -107,6 +107,10 @@ def rehearse(
     """
     recipe = Recipe.of(recipe)
     begun = time.perf_counter()
+    if not hasattr(factors, "maps"):
+        raise InputError(f"factors: expected those of tangent_factors, got {type(factors).__name__}")
+    if modules is not None and not isinstance(modules, Iterable):
+        raise InputError(f"modules: expected a list of names, got {modules!r}")
     names = list(factors.maps) if modules is None else [modules] if isinstance(modules, str) else list(modules)
     unknown = [n for n in names if n not in factors.maps]
     if unknown or not names:

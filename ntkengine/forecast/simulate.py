@@ -102,7 +102,8 @@ def simulate(
         raise InputError(f"grams: expected at least one matrix in a list, got {shown(grams)}")
     K = [as_matrix(_checked("grams", G, N, N, C)) for G in grams]
     if recipe.optimizer == "adam":
-        P = np.asarray([number("sizes", size, above=0) for size in sizes or ()])
+        listed = sizes if isinstance(sizes, Sequence | np.ndarray) and not isinstance(sizes, str) else ()
+        P = np.asarray([number("sizes", size, above=0) for size in listed])
         if len(P) != len(K):
             raise InputError(f"sizes: expected the parameters of each of {len(K)} modules for Adam, got {shown(sizes)}")
     else:
@@ -197,12 +198,10 @@ def _held(
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Return the cross Grams and f0 of eval examples, or neither."""
     if crosses is None or offset is None:
-        if crosses is not None or targets is not None:
+        if crosses is not None or offset is not None or targets is not None:
             raise InputError("eval_offset: expected together with crosses, got one or none of them")
         return [], None
-    f0 = _outputs("eval_offset", offset)
-    if f0.shape[1] != C:
-        raise InputError(f"eval_offset: expected (M, {C}) numbers, got shape {f0.shape}")
+    f0 = _outputs("eval_offset", offset, "M", C)
     if not isinstance(crosses, Sequence | np.ndarray) or len(crosses) != modules:
         raise InputError(f"crosses: expected a list of one for each of {modules} grams, got {shown(crosses)}")
     X = [_checked("crosses", G, len(f0), N, C) for G in crosses]
@@ -221,10 +220,10 @@ def _checked(name: str, K: Any, rows: int, columns: int, outputs: int) -> np.nda
     return array.astype(np.float64, copy=False) if name == "crosses" else array  # symmetry is judged by the type
 
 
-def _outputs(name: str, given: Any) -> np.ndarray:
+def _outputs(name: str, given: Any, rows: str = "N", outputs: int | None = None) -> np.ndarray:
     found = real_array(name, given).astype(np.float64)
-    if found.ndim != 2 or not found.size:
-        raise InputError(f"{name}: expected (N, C) numbers, got shape {found.shape}")
+    if found.ndim != 2 or not found.size or outputs not in (None, found.shape[1]):
+        raise InputError(f"{name}: expected ({rows}, {outputs or 'C'}) numbers, got shape {found.shape}")
     if not np.isfinite(found).all():
         raise InputError(f"{name}: expected finite numbers, got NaN or infinity")
     return found

@@ -15,7 +15,8 @@ from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge import RidgePath
 from ntkengine.spectrum import as_matrix
-from ntkengine.spectrum.operators import check_size, declared_noise
+from ntkengine.spectrum.checks import check_size
+from ntkengine.spectrum.operators import declared_noise
 
 CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 

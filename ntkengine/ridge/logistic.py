@@ -11,16 +11,15 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import assert_all_finite
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 
-from ntkengine.arguments import flag, number, whole
+from ntkengine.arguments import flag, number, real_array, whole
 from ntkengine.errors import InputError, NotConverged
-from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
+from ntkengine.ridge.checks import as_weights, check_cross, check_target, class_labels, kernel_of, with_classes
 from ntkengine.ridge.crossentropy import CrossEntropy
 from ntkengine.ridge.solve import as_columns
-from ntkengine.spectrum.operators import EPS, SIZES
+from ntkengine.spectrum.checks import SIZES
+from ntkengine.spectrum.operators import EPS
 
 _MOVED = 1e-3  # of f, relative to 1 + |f|: no prediction shows it
 
@@ -90,10 +89,7 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
         ridge, tol = number("ridge", self.ridge, above=0), number("tol", self.tol, above=0)
         relative, max_iter = flag("relative", self.relative), whole("max_iter", self.max_iter, 1)
         check_target(y, type(self).__name__)
-        labels = column_or_1d(y, warn=True)
-        if labels.dtype.kind == "f":
-            assert_all_finite(labels, input_name="y")
-        check_classification_targets(labels)
+        labels = class_labels(y)
         self.classes_, codes = np.unique(labels, return_inverse=True)
         n, C = len(labels), len(self.classes_)
         if C < 2:
@@ -188,6 +184,7 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
 def _offset(offset: Any, n: int, columns: int) -> np.ndarray:
     if offset is None:
         return np.zeros((n, columns))
+    offset = real_array("offset", offset)
     if np.shape(offset) not in {(n, columns), (n,) if columns == 1 else (n, columns)}:
         raise InputError(f"offset: expected shape ({n}, {columns}), got {np.shape(offset)}")
     return as_columns("offset", offset, n).reshape(n, columns)

@@ -73,6 +73,8 @@ class Preconditioner(LinearOperator):
     """
 
     def __init__(self, low: LowRank, ridge: float) -> None:
+        if not isinstance(low, LowRank):
+            raise InputError(f"low: expected a LowRank, got {type(low).__name__}")
         self.factor, self.ridge = low.factor, number("ridge", ridge, above=0)
         n = len(self.factor)
         # From the singular values: F Fᵀ and the ridge may be many orders of magnitude apart.

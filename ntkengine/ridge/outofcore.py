@@ -18,7 +18,8 @@ from ntkengine.arguments import flag, number
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
-from ntkengine.spectrum.operators import EPS, check_size, declared_noise
+from ntkengine.spectrum.checks import check_size, check_stored
+from ntkengine.spectrum.operators import EPS, declared_noise
 
 
 def cholesky_on_disk(
@@ -56,9 +57,9 @@ def cholesky_on_disk(
     Source: Golub and Van Loan 2013, section 4.2 (left-looking blocks).
     """
     values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
-    if len(values.shape) != 2 or values.shape[0] != values.shape[1]:
-        raise InputError(f"gram: expected a square matrix (N, N), got shape {tuple(values.shape)}")
-    n = values.shape[0]
+    n, columns = check_stored("gram", values)
+    if n != columns:
+        raise InputError(f"gram: expected a square matrix (N, N), got shape {(n, columns)}")
     right = as_columns("residual", residual, n)
     block, ridge = check_block(block, *right.shape), number("ridge", ridge, 0)
     flag("loo", loo)

@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 
 from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, check_size
+from ntkengine.spectrum.checks import check_size
+from ntkengine.spectrum.operators import EPS
 
 Columns = Callable[[np.ndarray], np.ndarray]
 

@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
-from ntkengine.spectrum.operators import EPS, check_size
+from ntkengine.spectrum.checks import check_size
+from ntkengine.spectrum.operators import EPS
 
 
 class RidgePath:
@@ -110,11 +111,7 @@ class RidgePath:
 
         Cost: 2n³/folds flops.
         """
-        labels = np.asarray(folds)
-        if labels.shape != (len(self.eigenvalues),):
-            raise InputError(f"folds: expected shape ({len(self.eigenvalues)},), got {labels.shape}")
-        if (labels != labels).any():
-            raise InputError(f"folds: expected a fold for every row, row {int(np.argmax(labels != labels))} has NaN")
+        labels = fold_labels("folds", folds, len(self.eigenvalues))
         inverse = 1.0 / self._shifted(ridge)
         dual = self.vectors @ (self.coefficients * inverse[:, None])
         left = np.empty_like(dual)
@@ -188,6 +185,20 @@ def as_columns(name: str, values: ArrayLike, rows: int, *, any_size: bool = Fals
     if not any_size:
         check_size(name, float(np.abs(array).max()))
     return array.reshape(rows, -1)
+
+
+def fold_labels(name: str, folds: ArrayLike, rows: int) -> np.ndarray:
+    """Return the fold of each row, (rows,) numbers or words.
+
+    Raises:
+        InputError: another shape, or a row without one.
+    """
+    labels = folds if isinstance(folds, np.ndarray) and folds.dtype.kind in "US" else real_array(name, folds)
+    if labels.shape != (rows,):
+        raise InputError(f"{name}: expected shape ({rows},), got {labels.shape}")
+    if (labels != labels).any():
+        raise InputError(f"{name}: expected a fold for every row, row {int(np.argmax(labels != labels))} has NaN")
+    return labels
 
 
 def check_block(block: int, rows: int, columns: int) -> int:

@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike
 from ntkengine.arguments import choice, number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.ridge.solve import RidgePath, check_block
-from ntkengine.spectrum.operators import EPS, check_size
+from ntkengine.spectrum.checks import check_size
+from ntkengine.spectrum.operators import EPS
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def ridge_curve(path: RidgePath, ridges: ArrayLike, folds: ArrayLike | None = No
 
     Cost: R·2n²(m + block) flops, for leave-one-out; R·2n³/folds for cross-validation.
     """
+    if not isinstance(path, RidgePath):
+        raise InputError(f"path: expected a RidgePath, got {type(path).__name__}")
     grid = np.sort(np.atleast_1d(real_array("ridges", ridges).astype(np.float64)))
     if grid.ndim != 1 or not grid.size:
         raise InputError(f"ridges: expected numbers (R,), got shape {grid.shape}")
@@ -125,6 +128,8 @@ def choose(curve: RidgePath | RidgeCurve, criterion: str = "loo", ridges: ArrayL
     choice("criterion", criterion, ("loo", "gcv", "cv"))
     if isinstance(curve, RidgePath):
         curve = ridge_curve(curve, ridge_grid(curve.eigenvalues, 0.0) if ridges is None else ridges)
+    if not isinstance(curve, RidgeCurve):
+        raise InputError(f"curve: expected a RidgeCurve or RidgePath, got {type(curve).__name__}")
     scores = {"loo": curve.loo_mse, "gcv": curve.gcv, "cv": curve.cv_mse}[criterion]
     if scores is None:
         raise InputError("criterion: 'cv' needs a curve made with folds")

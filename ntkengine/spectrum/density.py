@@ -14,7 +14,7 @@ from ntkengine.spectrum.condition import condition_from_eigenvalues
 from ntkengine.spectrum.functions import is_small
 from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of, noise_of
 from ntkengine.spectrum.panels import operator_of
-from ntkengine.spectrum.quadrature import Function, quadrature, spread
+from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def spectral_density(
 
     Cost: (4/3)N³ flops, or probes·steps products; plus N·points.
     """
-    points = whole("points", points, 2)
+    points, (probes, steps, seed) = whole("points", points, 2), sampling(probes, steps, seed)
     if width is not None:
         width = number("width", width, above=0, what="a number of decades")
     exact = is_small(gram, method)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
-from ntkengine.arguments import choice, number
+from ntkengine.arguments import choice, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of
 from ntkengine.spectrum.panels import operator_of
-from ntkengine.spectrum.quadrature import Function, quadrature, spread
+from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 
 _EXACT_ROWS = 4_000  # half a minute of LAPACK on one core
 
@@ -129,13 +129,17 @@ def is_small(gram: Any, method: str) -> bool:
     matrix = isinstance(gram, DenseOperator) or not (isinstance(gram, LinearOperator) or callable(gram))
     if method == "exact" and not matrix:
         raise InputError("method: 'exact' needs a matrix, got a LinearOperator")
-    rows = max(np.shape(getattr(gram, "values", gram)), default=0) if matrix else np.inf
+    if not matrix:
+        return False
+    values = getattr(gram, "values", gram)
+    rows = max(getattr(values, "shape", None) or real_array("gram", values).shape, default=0)
     return method == "exact" or (method == "auto" and rows <= _EXACT_ROWS)
 
 
 def _trace(gram: Any, f: Function, how: tuple[str, int, int, int]) -> Estimate:
     """Return Σ f(λ) for an f(max(λ, 0)) that increases and that, on λ >= 0, Gauss and Gauss–Radau rules bracket."""
-    method, probes, steps, seed = how
+    method, *drawn = how
+    probes, steps, seed = sampling(*drawn)
     noise = noise_of(gram)
 
     def moved(x: np.ndarray, by: float) -> np.ndarray:

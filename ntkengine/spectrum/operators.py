@@ -25,9 +25,9 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
+from ntkengine.spectrum.checks import SIZES, check_size
 
 EPS = float(np.finfo(np.float64).eps)
-SIZES = 1e-70, 1e70  # of the largest entry: sums of its fourth powers, and their inverses, are float64 numbers
 _TILE = 512  # symmetry is compared tile by tile: no second N×N array, and transposed reads stay in cache
 
 
@@ -174,23 +174,6 @@ def multiply(operator: LinearOperator, X: np.ndarray) -> np.ndarray:
     if not np.isfinite(Y).all():
         raise InputError("gram: expected finite products, got NaN or infinity")
     return Y
-
-
-def check_size(name: str, largest: float) -> None:
-    """Refuse numbers whose squares leave float64, where sums over them would be infinity or nothing; 0 is well.
-
-    Args:
-        name: of the argument.
-        largest: absolute value among them.
-
-    Raises:
-        InputError: outside `SIZES`.
-    """
-    if largest and not SIZES[0] <= largest <= SIZES[1]:
-        raise InputError(
-            f"{name}: expected numbers the largest of which is from {SIZES[0]:g} to {SIZES[1]:g}, got {largest:.3g}; "
-            "use another unit"
-        )
 
 
 def check_symmetry(

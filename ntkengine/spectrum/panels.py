@@ -14,8 +14,9 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.arguments import number
 from ntkengine.errors import InputError
+from ntkengine.spectrum.checks import check_size, check_stored
 from ntkengine.spectrum.implicit import ImplicitOperator
-from ntkengine.spectrum.operators import DenseOperator, GramOperator, check_size, declared_noise
+from ntkengine.spectrum.operators import DenseOperator, GramOperator, declared_noise
 
 IN_MEMORY = 12_000  # rows: 1.2 GB in float64
 _PANEL_BYTES = 64 << 20  # a longer read is no faster
@@ -80,8 +81,8 @@ class PanelOperator(GramOperator):
 
     def __init__(self, gram: Any, budget_mib: float = 512.0, noise: float | None = None) -> None:
         values = gram if hasattr(gram, "dtype") else getattr(gram, "values", gram)
-        shape = tuple(values.shape)
-        if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+        shape = check_stored("gram", values)
+        if shape[0] != shape[1]:
             raise InputError(f"gram: expected a square matrix (N, N), got shape {shape}")
         if values.dtype.kind != "f":
             raise InputError(f"gram: expected real numbers, got dtype {values.dtype}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -159,8 +160,8 @@ def quadrature(operator: LinearOperator, probes: int = 16, steps: int = 80, seed
     Source: Ubaru, Chen and Saad 2017; Golub and Meurant 2010 (Gauss–Radau).
     """
     n = operator.shape[0]
-    probes, steps, seed = whole("probes", probes, 2), min(whole("steps", steps, 1), n), whole("seed", seed)
-    rng = np.random.default_rng(seed)
+    probes, steps, seed = sampling(probes, steps, seed)
+    rng, steps = np.random.default_rng(seed), min(steps, n)
     if not isinstance(operator, DenseOperator):  # which has looked at every entry
         check_symmetry(partial(multiply, operator), operator, np.random.default_rng(seed))
     diagonals: list[np.ndarray] = []
@@ -195,6 +196,11 @@ def quadrature(operator: LinearOperator, probes: int = 16, steps: int = 80, seed
             diagonals.append(alpha[i, : length[i]])
             couplings.append(beta[i, : length[i]])
     return Quadrature(n, diagonals, couplings, scale)
+
+
+def sampling(probes: Any, steps: Any, seed: Any) -> tuple[int, int, int]:
+    """Return the arguments of `quadrature`, checked."""
+    return whole("probes", probes, 2), whole("steps", steps, 1), whole("seed", seed)
 
 
 def spread(values: np.ndarray, least: np.ndarray) -> np.ndarray:
