@@ -192,7 +192,7 @@ def test_what_cannot_be_simulated():
     skew, low = K / 100, np.diag(np.r_[-0.5, np.ones(11)])
     skew[3, 4] += 0.1
     for grams, match in (
-        ([skew], "gram: expected a symmetric"),
+        ([skew], "grams: expected symmetric"),
         ([low], "grams: expected a positive semi-definite sum"),
     ):
         with pytest.raises(InputError, match=match):

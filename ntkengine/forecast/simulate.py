@@ -26,7 +26,9 @@ from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.losses import as_targets, correct, losses, slopes
 from ntkengine.recipe import Recipe
-from ntkengine.spectrum import as_matrix
+from ntkengine.spectrum.checks import check_size
+
+_ROUNDING = 1e-3  # relative: more than any precision leaves
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def simulate(
     N, C = f0.shape
     if not isinstance(grams, Sequence | np.ndarray) or not len(grams):
         raise InputError(f"grams: expected at least one matrix in a list, got {shown(grams)}")
-    K = [as_matrix(_checked("grams", G, N, N, C)) for G in grams]
+    K = [_symmetric(_checked("grams", G, N, N, C)) for G in grams]
     if recipe.optimizer == "adam":
         listed = sizes if isinstance(sizes, Sequence | np.ndarray) and not isinstance(sizes, str) else ()
         P = np.asarray([number("sizes", size, above=0) for size in listed])
@@ -203,7 +205,8 @@ def _held(
         return [], None
     f0 = _outputs("eval_offset", offset, "M", C)
     if not isinstance(crosses, Sequence | np.ndarray) or len(crosses) != modules:
-        raise InputError(f"crosses: expected a list of one for each of {modules} grams, got {shown(crosses)}")
+        got = len(crosses) if hasattr(crosses, "__len__") else type(crosses).__name__
+        raise InputError(f"crosses: expected one for each of {modules} grams, got {got}")
     X = [_checked("crosses", G, len(f0), N, C) for G in crosses]
     if C > 1 and any(G.shape[1] != columns for G in X):
         raise InputError(f"crosses: expected {columns} columns, as in grams, got {sorted({G.shape[1] for G in X})}")
@@ -217,7 +220,8 @@ def _checked(name: str, K: Any, rows: int, columns: int, outputs: int) -> np.nda
         raise InputError(f"{name}: expected shape {(rows, columns)} or {wide}, got {array.shape}")
     if not np.isfinite(array).all():
         raise InputError(f"{name}: expected finite numbers, got NaN or infinity")
-    return array.astype(np.float64, copy=False) if name == "crosses" else array  # symmetry is judged by the type
+    check_size(name, float(np.abs(array).max()))
+    return array.astype(np.float64, copy=False)
 
 
 def _outputs(name: str, given: Any, rows: str = "N", outputs: int | None = None) -> np.ndarray:
@@ -229,11 +233,21 @@ def _outputs(name: str, given: Any, rows: str = "N", outputs: int | None = None)
     return found
 
 
+def _symmetric(K: np.ndarray) -> np.ndarray:
+    """Return K without the skew that rounding may leave; InputError for more of it."""
+    skew, largest = float(np.abs(K - K.T).max()), float(np.abs(K).max())
+    if skew > _ROUNDING * largest:
+        raise InputError(
+            f"grams: expected symmetric matrices, got max|K - K^T| = {skew:.3g} with max|K| = {largest:.3g}"
+        )
+    return 0.5 * (K + K.T) if skew else K
+
+
 def _check_positive(K: np.ndarray) -> None:
-    """Refuse a sum of kernels with an eigenvalue below −1e-3·‖K‖_F, more than any precision's rounding."""
+    """Refuse a sum of kernels with an eigenvalue below −1e-3·‖K‖_F."""
     norm = float(np.linalg.norm(K))
     try:
-        scipy.linalg.cholesky(K + 1e-3 * (norm or 1.0) * np.eye(len(K)), lower=True, overwrite_a=True)
+        scipy.linalg.cholesky(K + _ROUNDING * (norm or 1.0) * np.eye(len(K)), lower=True, overwrite_a=True)
     except np.linalg.LinAlgError:
         lowest = float(np.linalg.eigvalsh(K)[0])
         raise InputError(
