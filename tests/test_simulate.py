@@ -120,9 +120,15 @@ def test_what_cannot_be_simulated_is_refused():
             simulate(grams, y, sgd, **{"offset": f0, **given})
     with pytest.raises(InputError, match="grams: expected matrices of one shape"):
         simulate([np.eye(4), np.eye(8)], np.ones((4, 2)), sgd, offset=np.zeros((4, 2)))
-    for grams, given in (([np.nan * K], {}), ([K], held | {"crosses": [np.full((3, 4), np.nan)]})):
-        with pytest.raises(NonFinite, match="not finite after the last step"):
-            simulate(grams, y, sgd, **{"offset": f0, **given})
+    for name, grams, given in (
+        ("grams", np.nan * K, {}),
+        ("crosses", K, held | {"crosses": [np.full((3, 4), np.nan)]}),
+    ):
+        with pytest.raises(InputError, match=f"{name}: expected finite numbers"):
+            simulate([grams], y, sgd, **{"offset": f0, **given})
+    far = Recipe(1e30, epochs=6, optimizer="sgd", loss="cross-entropy", proximal=1e30, batch_size=0)
+    with np.errstate(all="ignore"), pytest.raises(NonFinite, match="not finite after the last step"):
+        simulate([1e-60 * K], np.array([1.0, -1.0, 1.0, -1.0]), far, offset=f0)
 
 
 def test_recipes_are_checked():
