@@ -104,6 +104,19 @@ def test_the_noise_of_a_condition_number_covers_an_end_that_has_not_settled():
     assert "the smallest eigenvalue is at most" in str(found)
 
 
+@pytest.mark.parametrize("n", [30, 400])
+def test_an_operator_in_single_precision_does_not_resolve_what_that_hides(n):
+    K = with_spectrum(np.r_[1e-9, np.linspace(0.5, 1, n - 1)]).astype(np.float32)
+    for operator in (
+        aslinearoperator(K),
+        LinearOperator((n, n), matvec=lambda x: K @ x.reshape(-1).astype(np.float32), dtype=np.float32),
+    ):
+        found = condition_number(operator)
+        assert not found.resolved
+        assert found.lower <= 1e9
+        assert found.noise > 1e-8
+
+
 def test_bounds_of_a_forecast_are_refused_for_an_indefinite_kernel():
     K = with_spectrum(np.r_[-0.5, np.linspace(0.1, 3, 11)])
     with pytest.raises(InputError, match=r"gram: expected no eigenvalue below .* found one at -0.5"):

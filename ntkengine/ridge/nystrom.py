@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator
 from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError
 from ntkengine.ridge.pivoted import Columns, LowRank, random_cholesky
-from ntkengine.spectrum.operators import EPS, DenseOperator, multiply, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, multiply, noise_of, rounding_of
 from ntkengine.spectrum.panels import operator_of
 
 
@@ -44,7 +44,7 @@ def nystrom(operator: LinearOperator, rank: int, *, noise: float = 0.0, seed: in
     Y, unknown = multiply(operator, test), np.full(n, np.nan)
     if not Y.any():
         return LowRank(Y, np.empty(0, dtype=np.int64), unknown, float("nan"))
-    rounding = np.sqrt(n) * max(EPS, getattr(operator, "rounding", EPS)) * float(np.linalg.norm(Y))
+    rounding = np.sqrt(n) * max(EPS, rounding_of(operator)) * float(np.linalg.norm(Y))
     core = test.T @ Y
     core = 0.5 * (core + core.T)
     lowest = float(scipy.linalg.eigvalsh(core, subset_by_index=[0, 0])[0])

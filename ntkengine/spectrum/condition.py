@@ -54,8 +54,8 @@ def condition_number(gram: Any) -> ConditionNumber:
     """Return λ_max/λ_min with its error, or a lower bound where the noise hides λ_min.
 
     Args:
-        gram: (N, N) array-like, Gram-like object, or symmetric LinearOperator; a Gram on disk of more than 12,000 rows
-            is streamed as one.
+        gram: (N, N) array-like, Gram-like object, or symmetric LinearOperator, whose products are taken to be right to
+            its `rounding`, else to that of its dtype; a Gram on disk of more than 12,000 rows is streamed as one.
 
     Returns:
         The condition number; `str()` of it prints only what is known.

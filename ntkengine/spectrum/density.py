@@ -12,7 +12,7 @@ from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum.condition import condition_from_eigenvalues
 from ntkengine.spectrum.functions import is_small
-from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of, noise_of, rounding_of
 from ntkengine.spectrum.panels import operator_of
 from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 
@@ -86,7 +86,10 @@ def spectral_density(
     else:
         operator = operator_of(gram)
         found = quadrature(operator, probes, steps, seed)
-        rows, error = found.rows, max(noise_of(gram), 10.0 * np.sqrt(found.rows) * EPS * found.scale)
+        rows, error = (
+            found.rows,
+            max(noise_of(gram), 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale),
+        )
         values = np.sort(np.concatenate([eigh_tridiagonal(a, b[:-1], eigvals_only=True) for a, b in found.pairs()]))
     resolved = values[values > error]
     if not len(resolved):

@@ -12,7 +12,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.arguments import choice, number, real_array
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of, rounding_of
 from ntkengine.spectrum.panels import operator_of
 from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 
@@ -154,7 +154,7 @@ def _trace(gram: Any, f: Function, how: tuple[str, int, int, int]) -> Estimate:
         return Estimate(f(values).sum(), moved(values, off).sum(axis=0).max() + summed, exact=True)
     operator = operator_of(gram)
     found = quadrature(operator, probes, steps, seed)
-    rounding = 10.0 * np.sqrt(found.rows) * max(EPS, getattr(operator, "rounding", EPS)) * found.scale
+    rounding = 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale
     off = noise + rounding
     change = float(found.means(lambda x: moved(x, off)).mean(axis=0).max())
 

@@ -11,7 +11,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.errors import NotConverged
 from ntkengine.spectrum.certify import Ritz, pair_bounds
-from ntkengine.spectrum.operators import EPS, DenseOperator, check_symmetry, multiply
+from ntkengine.spectrum.operators import DenseOperator, check_symmetry, multiply, rounding_of
 
 
 class Krylov:
@@ -48,7 +48,7 @@ class Krylov:
         self.operator, self.k, self.which, self.tol, self.limit, self.noise = operator, k, which, tol, limit, noise
         self.rows = operator.shape[0]
         self.block = min(block, self.rows)
-        self.rounding = np.sqrt(self.rows) * getattr(operator, "rounding", EPS)
+        self.rounding = np.sqrt(self.rows) * rounding_of(operator)
         self.capacity = min(self.rows, max(2 * k + 20, 40, k + 8 * block))
         self.random = np.random.default_rng(seed)
         self.products = 0

@@ -161,6 +161,13 @@ class DenseOperator(GramOperator):
         return self.matrix @ X
 
 
+def rounding_of(operator: LinearOperator) -> float:
+    """Return what one product may be off, relative to ‖K‖·‖x‖: what the operator tells, else its type's rounding."""
+    told = getattr(operator, "rounding", None)
+    dtype = np.dtype(operator.dtype)
+    return float(told) if told is not None else float(np.finfo(dtype).eps) if dtype.kind == "f" else EPS
+
+
 def multiply(operator: LinearOperator, X: np.ndarray) -> np.ndarray:
     """Return an operator's product with X, (N, k) float64.
 
@@ -183,7 +190,7 @@ def check_symmetry(
 
     Args:
         product: (N, k) -> (N, k), the operator's.
-        operator: for its size and `rounding`.
+        operator: for its size and rounding.
         random: of the vectors.
 
     Raises:
@@ -195,7 +202,7 @@ def check_symmetry(
     Ku, Kv = product(X.T).T
     check_size("gram", max(float(np.abs(Ku).max()), float(np.abs(Kv).max())))
     size = np.linalg.norm(u) * np.linalg.norm(Kv) + np.linalg.norm(v) * np.linalg.norm(Ku)
-    if abs(u @ Kv - v @ Ku) > max(1e-10, 100.0 * getattr(operator, "rounding", EPS)) * size:
+    if abs(u @ Kv - v @ Ku) > max(1e-10, 100.0 * rounding_of(operator)) * size:
         raise InputError(f"gram: expected a symmetric operator, got u.Kv = {u @ Kv:.9g} and v.Ku = {v @ Ku:.9g}")
 
 
