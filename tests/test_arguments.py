@@ -48,7 +48,9 @@ WORD = ("other", 3, None, ["auto"], np.array([1, 2]))
 GRAM = {
     "a word": "a",
     "words": K.astype(str),
+    "words as objects": K.astype(str).astype(object),
     "complex": K + 1j * K,
+    "complex objects": (K + 1j * K).astype(object),
     "masked": np.ma.masked_array(K, mask=np.eye(12, dtype=bool)),
     "ragged": [[1, 2], [3]],
     "nothing": None,

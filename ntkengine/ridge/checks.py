@@ -99,7 +99,8 @@ def _array(X: Any) -> np.ndarray:
     if np.ma.is_masked(X):
         raise InputError(f"X: expected no masked entries, got {np.ma.count_masked(X)}")
     try:
-        kind = np.asarray(X).dtype.kind
+        raw = np.asarray(X)
+        kind = next((k for x in raw.flat for k in _odd(x)), "O") if raw.dtype.kind == "O" else raw.dtype.kind
         # Symmetry and noise are judged by the type it came in. Of words scikit-learn would make numbers.
         found = None if kind in "cUSV" else check_array(X, dtype=[np.float64, np.float32])
     except ValueError as error:
@@ -108,6 +109,11 @@ def _array(X: Any) -> np.ndarray:
         what = "complex ones: Complex data not supported" if kind == "c" else f"{type(X).__name__} that is not numeric"
         raise InputError(f"X: expected real numbers, got {what}")
     return found
+
+
+def _odd(entry: Any) -> str:
+    """Return the kind of an object that scikit-learn would make a number of, or fail on; else nothing."""
+    return "U" if isinstance(entry, str | bytes) else "c" if isinstance(entry, complex) else ""
 
 
 def class_labels(y: Any) -> np.ndarray:

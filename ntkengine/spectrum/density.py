@@ -111,6 +111,7 @@ def spectral_density(
         bars = _reach(density, found.hats(bumps, 10.0**axis), found.deviation(bumps)) + 10.0 * EPS / sigma
         open_ = rows * float(_reach(share, found.below(error), found.deviation(_at_most(error))))
         unresolved = rows * float(share)
+        open_ = min(open_, max(unresolved, rows - unresolved))  # between none and all
     return SpectralDensity(10.0**axis, np.asarray(density), sigma, rows, unresolved, error, bars, open_)
 
 
