@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 
 
@@ -23,8 +24,9 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     Raises:
         InputError: another shape, numbers that are not finite, classes out of range, or scores that name no one class.
     """
+    found = targets if isinstance(targets, Tensor) else real_array(name, targets)
     try:
-        y = torch.as_tensor(targets)
+        y = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name}: expected numbers, got {type(targets).__name__}") from None
     if y.is_complex():

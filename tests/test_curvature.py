@@ -143,7 +143,10 @@ def test_bad_input():
         (lambda: gradient_lipschitz(model, inputs, iterations=0), "iterations, starts: expected at least 1"),
         (lambda: gradient_lipschitz(model.to(torch.bfloat16), inputs), "float32 or float64"),
         (lambda: linearity_bounds(small(2)[0], inputs, np.ones(3), time=1.0), "targets: expected"),
-        (lambda: linearity_bounds(small(2)[0], inputs, np.ones((3, 2)), time=-1.0), "time: expected a number >= 0"),
+        (
+            lambda: linearity_bounds(small(2)[0], inputs, np.ones((3, 2)), time=-1.0),
+            "time: expected a finite number >= 0",
+        ),
     ):
         with pytest.raises(ntk.InputError, match=message):
             call()

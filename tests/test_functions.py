@@ -87,9 +87,9 @@ def test_sampled_densities_are_within_their_error_bars():
     missed, counted = 0, 0
     spectra = [np.geomspace(1e-3, 1.0, 150), np.r_[30.0, np.linspace(0.01, 2.0, 150)]]
     matrices = [with_spectrum(values) for values in spectra]
-    for seed in range(200):
+    for seed in range(40):
         values, operator = spectra[seed % 2], aslinearoperator(matrices[seed % 2])
-        found = spectral_density(operator, points=60, width=0.25, probes=8, steps=50, seed=seed)
+        found = spectral_density(operator, points=60, width=0.25, seed=seed)
         logs = np.log10(values)
         axis = np.log10(found.grid)
         true = np.exp(-0.5 * ((axis[:, None] - logs) / 0.25) ** 2).mean(axis=1) / (0.25 * np.sqrt(2 * np.pi))
@@ -98,7 +98,7 @@ def test_sampled_densities_are_within_their_error_bars():
         counted += off.size
         assert found.error.max() < 0.6 * true.max()
         assert found.rows == len(values)
-    assert missed <= 0.05 * counted
+    assert missed <= 0.01 * counted
 
 
 def test_more_probes_narrow_the_error():
@@ -113,7 +113,7 @@ def test_the_two_rules_bracket_every_probe():
     values = np.r_[1e3, np.geomspace(1e-4, 1.0, 200)]
     operator = DenseOperator(np.diag(values))
     found = quadrature(operator, probes=4, steps=10)
-    rng = np.random.default_rng(0)
+    z = np.random.default_rng(0).standard_normal((4, 201))
     operator.block = 3  # probes in step change nothing
     again = quadrature(operator, probes=4, steps=10)
     for i in range(4):
@@ -121,8 +121,7 @@ def test_the_two_rules_bracket_every_probe():
     for f in (lambda x: np.log(x + 0.01), lambda x: x / (x + 0.01)):
         upper, lower = found.means(f), found.floor(f, -1e-9)
         for probe in range(4):
-            z = rng.choice([-1.0, 1.0], size=(1, 201))[0]
-            true = float(z**2 @ f(values)) / 201  # a diagonal matrix: every sign vector gives the trace itself
+            true = float(z[probe] ** 2 @ f(values)) / float(z[probe] @ z[probe])  # the matrix is diagonal
             assert lower[probe] <= true <= upper[probe]
     assert operator.products == 80
 
@@ -134,7 +133,7 @@ def test_bad_arguments_are_refused():
         log_determinant(aslinearoperator(np.eye(3)), 1.0, method="exact")
     with pytest.raises(InputError, match="method: expected"):
         effective_dimension(np.eye(3), 1.0, method="slq")
-    with pytest.raises(InputError, match="probes, steps"):
+    with pytest.raises(InputError, match="probes: expected an integer >= 2, got 1"):
         effective_dimension(np.eye(3), 1.0, method="lanczos", probes=1)
     for sampled in (lambda op: log_determinant(op, 1.0), spectral_density):
         with pytest.raises(InputError, match="symmetric operator"):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each room may import the rooms listed, and itself.
 ALLOWED = {
     "errors": set(),
+    "arguments": {"errors"},
     "assets": {"errors", "inputs"},
     "products": set(),
     "display": set(),
@@ -20,10 +21,11 @@ ALLOWED = {
     "cluster": {"errors", "inputs", "tangents"},
     "gram": {"errors", "display", "products", "inputs", "tangents", "cluster", "store"},
     "store": {"errors", "gram", "textfile"},
-    "spectrum": {"errors"},
-    "ridge": {"errors", "spectrum"},
-    "forecast": {"errors", "display", "losses", "recipe", "descent", "spectrum", "ridge", "report", "gram"},
-    "losses": {"errors"},
+    "spectrum": {"errors", "arguments"},
+    "ridge": {"errors", "arguments", "spectrum"},
+    "forecast": {"errors", "arguments", "display", "losses", "recipe", "descent"}
+    | {"spectrum", "ridge", "report", "gram"},
+    "losses": {"errors", "arguments"},
     "recipe": {"errors"},
     "descent": {"recipe"},
     "finetune": {"errors", "inputs", "losses", "recipe", "descent", "gram", "spectrum", "forecast"},

@@ -49,7 +49,7 @@ def test_an_operator_whose_krylov_spaces_close_at_once():
 def test_folds_without_a_name():
     with pytest.raises(InputError, match="folds: .* row 8 has NaN"):
         RidgePath(kernel(), Y).held_out_residuals(1.0, NAN_FOLDS)
-    with pytest.raises(InputError, match="folds: .* row 8 has NaN"):
+    with pytest.raises(InputError, match="cv: .* row 8 has NaN"):
         ntk.KernelRidge("cv", cv=NAN_FOLDS).fit(kernel(), Y)
 
 

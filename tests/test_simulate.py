@@ -106,7 +106,7 @@ def test_what_cannot_be_simulated_is_refused():
     with pytest.raises(InputError, match=r"targets: expected \(4, 1\)"):
         simulate([K], np.ones(5), Recipe(1.0, optimizer="sgd"), offset=f0)
     with pytest.raises(NonFinite, match="not finite at step"):
-        simulate([1e200 * K], y, Recipe(1.0, epochs=9, optimizer="sgd"), offset=f0)
+        simulate([1e60 * K], y, Recipe(1.0, epochs=9, optimizer="sgd"), offset=f0)
     sgd = Recipe(1.0, optimizer="sgd", batch_size=0)
     held = {"crosses": [np.ones((3, 4))], "eval_offset": np.zeros((3, 1)), "eval_targets": np.ones(3)}
     for grams, given, match in (
@@ -120,9 +120,15 @@ def test_what_cannot_be_simulated_is_refused():
             simulate(grams, y, sgd, **{"offset": f0, **given})
     with pytest.raises(InputError, match="grams: expected matrices of one shape"):
         simulate([np.eye(4), np.eye(8)], np.ones((4, 2)), sgd, offset=np.zeros((4, 2)))
-    for grams, given in (([np.nan * K], {}), ([K], held | {"crosses": [np.full((3, 4), np.nan)]})):
-        with pytest.raises(NonFinite, match="not finite after the last step"):
-            simulate(grams, y, sgd, **{"offset": f0, **given})
+    for name, grams, given in (
+        ("grams", np.nan * K, {}),
+        ("crosses", K, held | {"crosses": [np.full((3, 4), np.nan)]}),
+    ):
+        with pytest.raises(InputError, match=f"{name}: expected finite numbers"):
+            simulate([grams], y, sgd, **{"offset": f0, **given})
+    far = Recipe(1e30, epochs=6, optimizer="sgd", loss="cross-entropy", proximal=1e30, batch_size=0)
+    with np.errstate(all="ignore"), pytest.raises(NonFinite, match="not finite after the last step"):
+        simulate([1e-60 * K], np.array([1.0, -1.0, 1.0, -1.0]), far, offset=f0)
 
 
 def test_recipes_are_checked():

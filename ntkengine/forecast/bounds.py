@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ntkengine.arguments import number
 from ntkengine.errors import InputError
 
 
@@ -27,10 +28,12 @@ def risk_bounds(ridge: float, residual_norm: float, lambda_min: float, lambda_ma
         Two sums of squares.
 
     Raises:
-        InputError: ridge not positive, or eigenvalues not ordered.
+        InputError: ridge not positive, a negative norm, or eigenvalues not ordered.
     """
-    _check(ridge > 0, "ridge", "a number > 0", ridge)
-    _check(0 <= lambda_min <= lambda_max, "lambda_min", f"between 0 and lambda_max = {lambda_max!r}", lambda_min)
+    ridge, residual_norm = number("ridge", ridge, above=0), number("residual_norm", residual_norm, 0)
+    lambda_min, lambda_max = number("lambda_min", lambda_min, 0), number("lambda_max", lambda_max, 0)
+    if lambda_min > lambda_max:
+        raise InputError(f"lambda_min: expected between 0 and lambda_max = {lambda_max!r}, got {lambda_min!r}")
     return (ridge * residual_norm / (ridge + lambda_max)) ** 2, (ridge * residual_norm / (ridge + lambda_min)) ** 2
 
 
@@ -53,10 +56,10 @@ def displacement_bound(
         The bound, a Euclidean norm over the parameters.
 
     Raises:
-        InputError: negative proximal or time.
+        InputError: a negative argument.
     """
-    _check(proximal >= 0, "proximal", "a number >= 0", proximal)
-    _check(time >= 0, "time", "a number >= 0", time)
+    proximal, time, scale = number("proximal", proximal, 0), number("time", time, 0), number("scale", scale, 0)
+    lipschitz, residual_norm = number("lipschitz", lipschitz, 0), number("residual_norm", residual_norm, 0)
     reach = -np.expm1(-proximal * time) / proximal if proximal > 0 else time
     return float(scale * lipschitz * residual_norm * reach)
 
@@ -81,11 +84,7 @@ def linearisation_gap_bound(
     Raises:
         InputError: a negative argument.
     """
-    for name, value in (("radius", radius), ("initial_loss", initial_loss), ("time", time)):
-        _check(value >= 0, name, "a number >= 0", value)
+    given = {"radius": radius, "initial_loss": initial_loss, "time": time, "lipschitz": lipschitz}
+    for name, value in {**given, "gradient_lipschitz": gradient_lipschitz}.items():
+        number(name, value, 0)
     return float(2.0 * lipschitz * initial_loss * (2.0 * radius * gradient_lipschitz + lipschitz) * time)
-
-
-def _check(holds: bool, name: str, expected: str, got: float) -> None:
-    if not holds:
-        raise InputError(f"{name}: expected {expected}, got {got!r}")

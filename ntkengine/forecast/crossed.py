@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 from ntkengine.forecast.lora import Rehearsal, rehearse
 from ntkengine.recipe import Recipe
@@ -46,8 +47,8 @@ def rehearse_folds(
 
     Cost: a rehearsal a fold.
     """
-    chosen, y = list(modules) if modules is not None else None, np.asarray(targets)
-    where = np.asarray(fold)
+    chosen, y = list(modules) if modules is not None else None, real_array("targets", targets)
+    where = real_array("fold", fold)
     N = factors[0].train if factors else 0
     if where.shape != (N,) or sorted(set(where.tolist())) != list(range(len(factors))):
         raise InputError(f"fold: expected {N} numbers that use each of 0..{len(factors) - 1}, got {where!r}")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 from ntkengine.forecast.scores import hits, mean_interval, wilson_interval
 from ntkengine.forecast.system import Flow
@@ -20,7 +21,7 @@ _DECADES = 10.0  # at most, of the default times
 
 def checked_times(times: ArrayLike) -> np.ndarray:
     """Return given times as a sorted float64 (T,); InputError unless all are finite and > 0."""
-    array = np.asarray(times, dtype=np.float64)
+    array = real_array("times", times).astype(np.float64)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all() or (array <= 0).any():
         raise InputError(f"times: expected a list of finite numbers > 0, got {array!r}")
     return np.sort(array)

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkengine.arguments import number, real_array, whole
 from ntkengine.descent import Descent, norm
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.losses import as_targets, correct, losses
-from ntkengine.recipe import Recipe, check_count, check_scale
+from ntkengine.recipe import Recipe
 
 if TYPE_CHECKING:
     from ntkengine.gram.linear import TangentFactors
@@ -106,6 +107,10 @@ def rehearse(
     """
     recipe = Recipe.of(recipe)
     begun = time.perf_counter()
+    if not hasattr(factors, "maps"):
+        raise InputError(f"factors: expected those of tangent_factors, got {type(factors).__name__}")
+    if modules is not None and not isinstance(modules, Iterable):
+        raise InputError(f"modules: expected a list of names, got {modules!r}")
     names = list(factors.maps) if modules is None else [modules] if isinstance(modules, str) else list(modules)
     unknown = [n for n in names if n not in factors.maps]
     if unknown or not names:
@@ -113,21 +118,19 @@ def rehearse(
     if len(set(names)) < len(names):
         raise InputError(f"modules: expected each once, got {max(names, key=names.count)} twice")
     names = [n for n in factors.maps if n in names]  # A is drawn map by map: their order must not matter
-    check_count("rank", rank)
-    check_count("repeats", repeats)
-    if alpha is not None:
-        check_scale("alpha", alpha)
+    rank, repeats, seed = whole("rank", rank, 1), whole("repeats", repeats, 1), whole("seed", seed)
+    alpha = 2.0 * rank if alpha is None else number("alpha", alpha, above=0, what="a number")
     total, C = factors.outputs.shape
     train = np.arange(factors.train) if rows is None else _positions("rows", rows, total)
     held = np.arange(factors.train, total) if eval_rows is None else _positions("eval_rows", eval_rows, total)
     if eval_targets is not None and not len(held):
         raise InputError("eval_targets: expected factors with eval examples, or eval_rows, got none")
-    f0 = torch.from_numpy(factors.outputs if offset is None else np.asarray(offset, dtype=np.float64))
+    f0 = torch.from_numpy(factors.outputs if offset is None else real_array("offset", offset).astype(np.float64))
     if f0.shape != (total, C) or not bool(torch.isfinite(f0).all()):
         raise InputError(f"offset: expected {(total, C)} finite numbers, got shape {tuple(f0.shape)}")
     y = as_targets("targets", targets, recipe.loss, len(train), C)
     y_eval = None if eval_targets is None else as_targets("eval_targets", eval_targets, recipe.loss, len(held), C)
-    scale = (2.0 * rank if alpha is None else float(alpha)) / rank
+    scale = alpha / rank
     runs = [
         _Run(factors, names, rank, scale, recipe, f0, seed + k).trained(train, y, recipe.seed + k)
         for k in range(repeats)

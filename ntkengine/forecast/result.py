@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.arguments import number
 from ntkengine.display import html_facts
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import displacement_bound
@@ -153,6 +154,7 @@ class Forecast:
         Raises:
             InputError: time outside the range.
         """
+        time = number("time", time)
         if not self.times[0] <= time <= self.times[-1]:
             raise InputError(f"time: expected between {self.times[0]:.3g} and {self.times[-1]:.3g}, got {time!r}")
         curves = {
@@ -179,7 +181,7 @@ class Forecast:
         Raises:
             InputError: a loss the curve does not pass.
         """
-        curve = self.curve_train_loss
+        curve, loss = self.curve_train_loss, number("loss", loss)
         if not curve[-1] <= loss <= curve[0]:
             raise InputError(f"loss: expected between {curve[-1]:.3g} and {curve[0]:.3g} of the curve, got {loss!r}")
         return float(np.exp(np.interp(loss, curve[::-1], np.log(self.times)[::-1])))

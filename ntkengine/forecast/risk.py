@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ntkengine.arguments import flag, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import risk_bounds
 from ntkengine.forecast.crossfit import CrossFit, Systems
@@ -25,6 +26,7 @@ from ntkengine.ridge import RidgePath, ridge_grid
 from ntkengine.ridge.solve import as_columns
 from ntkengine.ridge.tuning import pick
 from ntkengine.spectrum import condition_from_eigenvalues, noise_of
+from ntkengine.spectrum.operators import EPS
 
 
 def forecast(
@@ -76,7 +78,8 @@ def forecast(
         The forecast; `assumptions` says what it rests on.
 
     Raises:
-        InputError: shapes that do not fit, entries not finite, a leak that would make every risk too rosy.
+        InputError: shapes that do not fit, entries not finite, eigenvalues more negative than twice the noise, a leak
+            that would make every risk too rosy.
 
     Cost: 9 n³ flops for n rows of a system, n² (m + block) per ridge, n·m·(n + M) per time.
     Source: Allen 1974 (leave-one-out), Golub, Heath and Wahba 1979 (GCV), Rahimi Afzal et al. 2025 (bounds).
@@ -86,7 +89,10 @@ def forecast(
     f0 = _offset("offset", offset, getattr(gram, "outputs", None), y.shape)
     held = None if held_out_offset is None else _offset("held_out_offset", held_out_offset, None, y.shape)
     if cross_fit is not None:
+        if not isinstance(cross_fit, CrossFit):
+            raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
         held = cross_fit.held_out()
+    flag("head_fitted_on_targets", head_fitted_on_targets)
     if head_fitted_on_targets and held is None:
         raise InputError(
             "held_out_offset: expected outputs of heads that did not see each example, got none: a head fitted on "
@@ -99,8 +105,15 @@ def forecast(
     f0_eval = None if y_eval is None else _eval_offset(gram, eval_offset, offset, f0, y_eval.shape)
 
     values = np.sort(np.concatenate([path.eigenvalues for path in flow.paths]))[::-1]
-    condition = condition_from_eigenvalues(values, noise_of(gram) / kernel.divisor)
+    given = noise_of(gram) / kernel.divisor
+    condition = condition_from_eigenvalues(values, given)
     noise = condition.noise
+    most = 2.0 * given + 10.0 * float(np.sqrt(len(values))) * EPS * condition.lambda_max  # the noise is an estimate
+    if condition.lambda_min < -most:
+        raise InputError(
+            f"gram: expected no eigenvalue below {-most:.3g}, found one at {condition.lambda_min:.3g}; if that is "
+            "rounding, say so by the noise of a Gram-like object"
+        )
     ridges = ridge_grid(values, noise)
     if not isinstance(ridge, str):
         ridges = np.unique(np.append(ridges, _checked_ridge(ridge, noise)))
@@ -202,8 +215,8 @@ def _retargeted(kernel: Kernel, paths: list[RidgePath], residual: np.ndarray) ->
 
 
 def _targets(name: str, values: ArrayLike, outputs: int | None = None) -> np.ndarray:
-    shape = np.shape(values)
-    array = as_columns(name, values, shape[0] if shape else 1)
+    given = real_array(name, values)
+    array = as_columns(name, given, len(given) if given.ndim else 1)
     if outputs is not None and array.shape[1] != outputs:
         raise InputError(f"{name}: expected {outputs} columns, as in targets, got {array.shape[1]}")
     return array
@@ -234,9 +247,10 @@ def _eval_offset(
 
 
 def _checked_ridge(ridge: float, noise: float) -> float:
-    if not np.isfinite(ridge) or ridge <= 0 or ridge < noise:
+    found = number("ridge", ridge, above=0, what="a number")
+    if found < noise:
         raise InputError(f"ridge: expected a number > 0 and not below the noise {noise:.3g}, got {ridge!r}")
-    return float(ridge)
+    return found
 
 
 def _start(

@@ -14,15 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 import torch
 
+from ntkengine.arguments import number, real_array
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.losses import as_targets, correct, losses, slopes
 from ntkengine.recipe import Recipe
+from ntkengine.spectrum.checks import check_size
+
+_ROUNDING = 1e-3  # relative: more than any precision leaves
 
 
 @dataclass(frozen=True)
@@ -73,36 +79,41 @@ def simulate(
     """Run a recipe on the Grams of a model's modules.
 
     Args:
-        grams: L matrices, (N, N), one kernel for every output; or (N·C, N·C), row n·C + c. One for all parameters will
-            do for SGD.
+        grams: L symmetric matrices, (N, N), one kernel for every output; or (N·C, N·C), row n·C + c. One for all
+            parameters will do for SGD. Their sum is positive semi-definite up to 1e-3 of its norm.
         targets: as for `fine_tune`.
         recipe: the recipe, or a mapping of its fields.
         offset: (N, C), f0.
         sizes: P_l, parameters of each module; needed for Adam.
-        crosses: eval × train counterparts of `grams`.
+        crosses: eval × train counterparts of `grams`, in the same layout.
         eval_targets: of the eval examples.
         eval_offset: (M, C), f0 there.
 
     Raises:
-        InputError: shapes that do not fit, or some of what eval examples need without the rest.
+        InputError: shapes that do not fit, matrices that are no Grams, or some of what eval examples need without the
+            rest.
         NonFinite: the run diverges, in its last step too.
 
-    Cost: 4·L·N²·C flops a step with Adam, 2·N²·C with SGD (times C for the larger matrices); 2·L·M·N·C at the end.
+    Cost: N³/3 flops, 4·L·N²·C a step with Adam, 2·N²·C with SGD (times C for the larger matrices); 2·L·M·N·C at the
+        end.
     """
     recipe = Recipe.of(recipe)
-    f0 = np.asarray(offset, dtype=np.float64)
-    if f0.ndim != 2 or not f0.size:
-        raise InputError(f"offset: expected (N, C) numbers, got shape {f0.shape}")
+    f0 = _outputs("offset", offset)
     N, C = f0.shape
-    K = [_checked("grams", G, N, N, C) for G in grams]
-    if recipe.optimizer == "adam" and (sizes is None or len(sizes) != len(K) or not np.all(np.asarray(sizes) > 0)):
-        raise InputError(f"sizes: expected the parameters of each of {len(K)} modules for Adam, got {sizes!r}")
-    if not K:
-        raise InputError("grams: expected at least one matrix, got none")
+    if not isinstance(grams, Sequence | np.ndarray) or not len(grams):
+        raise InputError(f"grams: expected at least one matrix in a list, got {shown(grams)}")
+    K = [_symmetric(_checked("grams", G, N, N, C)) for G in grams]
+    if recipe.optimizer == "adam":
+        listed = sizes if isinstance(sizes, Sequence | np.ndarray) and not isinstance(sizes, str) else ()
+        P = np.asarray([number("sizes", size, above=0) for size in listed])
+        if len(P) != len(K):
+            raise InputError(f"sizes: expected the parameters of each of {len(K)} modules for Adam, got {shown(sizes)}")
+    else:
+        P = np.ones(len(K))
     if len({G.shape for G in K}) > 1:
         raise InputError(f"grams: expected matrices of one shape, got {K[0].shape} and others")
-    X, f0_eval = _held(crosses, eval_offset, eval_targets, len(K), N, C)
-    P = np.asarray(sizes if recipe.optimizer == "adam" else np.ones(len(K)), dtype=np.float64)
+    _check_positive(np.add.reduce(K))
+    X, f0_eval = _held(crosses, eval_offset, eval_targets, len(K), K[0].shape[1], N, C)
     if recipe.optimizer == "sgd":
         K = [np.add.reduce(K)]
     y = as_targets("targets", targets, recipe.loss, N, C)
@@ -185,24 +196,61 @@ def _times(K: np.ndarray, U: np.ndarray) -> np.ndarray:
 
 
 def _held(
-    crosses: Sequence[Any] | None, offset: Any, targets: Any, modules: int, N: int, C: int
+    crosses: Sequence[Any] | None, offset: Any, targets: Any, modules: int, columns: int, N: int, C: int
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
     """Return the cross Grams and f0 of eval examples, or neither."""
     if crosses is None or offset is None:
-        if crosses is not None or targets is not None:
+        if crosses is not None or offset is not None or targets is not None:
             raise InputError("eval_offset: expected together with crosses, got one or none of them")
         return [], None
-    f0 = np.asarray(offset, dtype=np.float64)
-    if f0.ndim != 2 or f0.shape[1] != C or not len(f0):
-        raise InputError(f"eval_offset: expected (M, {C}) numbers, got shape {f0.shape}")
-    if len(crosses) != modules:
-        raise InputError(f"crosses: expected one for each of {modules} grams, got {len(crosses)}")
-    return [_checked("crosses", G, len(f0), N, C) for G in crosses], f0
+    f0 = _outputs("eval_offset", offset, "M", C)
+    if not isinstance(crosses, Sequence | np.ndarray) or len(crosses) != modules:
+        got = len(crosses) if hasattr(crosses, "__len__") else type(crosses).__name__
+        raise InputError(f"crosses: expected one for each of {modules} grams, got {got}")
+    X = [_checked("crosses", G, len(f0), N, C) for G in crosses]
+    if C > 1 and any(G.shape[1] != columns for G in X):
+        raise InputError(f"crosses: expected {columns} columns, as in grams, got {sorted({G.shape[1] for G in X})}")
+    return X, f0
 
 
 def _checked(name: str, K: Any, rows: int, columns: int, outputs: int) -> np.ndarray:
-    array = np.asarray(K, dtype=np.float64)
+    array = real_array(name, K)
     wide = (rows * outputs, columns * outputs)
     if array.shape not in ((rows, columns), wide):
         raise InputError(f"{name}: expected shape {(rows, columns)} or {wide}, got {array.shape}")
-    return array
+    if not np.isfinite(array).all():
+        raise InputError(f"{name}: expected finite numbers, got NaN or infinity")
+    check_size(name, float(np.abs(array).max()))
+    return array.astype(np.float64, copy=False)
+
+
+def _outputs(name: str, given: Any, rows: str = "N", outputs: int | None = None) -> np.ndarray:
+    found = real_array(name, given).astype(np.float64)
+    if found.ndim != 2 or not found.size or outputs not in (None, found.shape[1]):
+        raise InputError(f"{name}: expected ({rows}, {outputs or 'C'}) numbers, got shape {found.shape}")
+    if not np.isfinite(found).all():
+        raise InputError(f"{name}: expected finite numbers, got NaN or infinity")
+    return found
+
+
+def _symmetric(K: np.ndarray) -> np.ndarray:
+    """Return K without the skew that rounding may leave; InputError for more of it."""
+    skew, largest = float(np.abs(K - K.T).max()), float(np.abs(K).max())
+    if skew > _ROUNDING * largest:
+        raise InputError(
+            f"grams: expected symmetric matrices, got max|K - K^T| = {skew:.3g} with max|K| = {largest:.3g}"
+        )
+    return 0.5 * (K + K.T) if skew else K
+
+
+def _check_positive(K: np.ndarray) -> None:
+    """Refuse a sum of kernels with an eigenvalue below −1e-3·‖K‖_F."""
+    norm = float(np.linalg.norm(K))
+    try:
+        scipy.linalg.cholesky(K + _ROUNDING * (norm or 1.0) * np.eye(len(K)), lower=True, overwrite_a=True)
+    except np.linalg.LinAlgError:
+        lowest = float(np.linalg.eigvalsh(K)[0])
+        raise InputError(
+            f"grams: expected a positive semi-definite sum, its smallest eigenvalue is {lowest:.3g} with the norm "
+            f"{norm:.3g}"
+        ) from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.candidates import grouped, kind_of, layer_of, named_subsets
 from ntkengine.forecast.crossed import rehearse_folds
@@ -22,7 +23,7 @@ from ntkengine.forecast.ranking import Choice, Ranking
 from ntkengine.forecast.scores import centred_alignment
 from ntkengine.forecast.simulate import simulate
 from ntkengine.losses import as_targets
-from ntkengine.recipe import Recipe, check_count
+from ntkengine.recipe import Recipe
 from ntkengine.spectrum import condition_from_eigenvalues
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ def rank_subsets(
     Cost: a rehearsal or simulation a subset; 9 N³ flops more for its eigenvalues with a Gram.
     """
     if size is not None:
-        check_count("size", size)
+        size = whole("size", size, 1)
+    rank, repeats, seed = whole("rank", rank, 1), whole("repeats", repeats, 1), whole("seed", seed)
+    alpha = 2.0 * rank if alpha is None else number("alpha", alpha, above=0, what="a number")
     judge = _Judge(gram, targets, Recipe.of(recipe), factors, fold, rank, alpha, eval_targets, repeats, seed)
     if subsets == "greedy":
         found = _greedy(judge, size)
@@ -94,7 +97,7 @@ class _Judge:
         factors: TangentFactors | Sequence[TangentFactors] | None,
         fold: np.ndarray | None,
         rank: int,
-        alpha: float | None,
+        alpha: float,
         eval_targets: Any,
         repeats: int,
         seed: int,
@@ -112,8 +115,7 @@ class _Judge:
         if fold is not None and not by_fold:
             raise InputError("factors: expected one for each fold, as fold is given, got one for all or none")
         self.gram, self.recipe, self.factors, self.rank = gram, recipe, factors, rank
-        self.alpha = 2.0 * rank if alpha is None else float(alpha)
-        self.targets, self.fold, self.repeats, self.seed = targets, fold, repeats, seed
+        self.alpha, self.targets, self.fold, self.repeats, self.seed = alpha, targets, fold, repeats, seed
         self.eval_targets = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
         if self.eval_targets is None and fold is None:
             raise InputError("eval_targets: expected held-out examples to rank by, got none")

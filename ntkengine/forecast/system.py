@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge import RidgePath
 from ntkengine.spectrum import as_matrix
+from ntkengine.spectrum.checks import check_size
+from ntkengine.spectrum.operators import declared_noise
 
 CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 
@@ -80,7 +83,7 @@ def cut(gram: Any, examples: int, outputs: int, eval_examples: int | None) -> Ke
     Raises:
         InputError: shapes that do not fit, or the sum of several outputs.
     """
-    values = np.asarray(gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram))
+    values = real_array("gram", gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram))
     contraction = getattr(gram, "contraction", None) or _guess(values.shape, examples, outputs)
     if contraction not in CONTRACTIONS:
         raise InputError(f"contraction: expected one of {', '.join(CONTRACTIONS)}, got {contraction!r}")
@@ -103,7 +106,7 @@ def cut(gram: Any, examples: int, outputs: int, eval_examples: int | None) -> Ke
         rows = eval_examples * (outputs if contraction == "full" else 1)
         cross = _cross(gram, (*expected[:-2], rows, expected[-1]))
     # The noise travels with the matrix, so that its asymmetry is judged by it.
-    noise = getattr(gram, "noise", None) or 0.0
+    noise = declared_noise(gram) or 0.0
     if contraction == "per-output":
         matrices = [as_matrix(_Noisy(K, noise)) for K in values]
         layout = "per-output" if outputs > 1 else "shared"
@@ -173,9 +176,10 @@ def _cross(gram: Any, expected: tuple[int, ...]) -> np.ndarray:
     raw = getattr(gram, "cross", None)
     if raw is None:
         raise InputError("eval_targets: expected a Gram with a cross block (eval x train), got one without")
-    cross = np.asarray(raw, dtype=np.float64)
+    cross = real_array("cross", raw).astype(np.float64, copy=False)
     if cross.shape != expected:
         raise InputError(f"cross: expected shape {expected}, got {cross.shape}")
     if not np.isfinite(cross).all():
         raise InputError("cross: expected finite entries, got NaN or infinity")
+    check_size("cross", float(np.abs(cross).max()))
     return cross

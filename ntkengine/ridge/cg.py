@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator
 
+from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.ridge.solve import as_columns
+from ntkengine.spectrum.operators import multiply
 from ntkengine.spectrum.panels import operator_of
 
 
@@ -66,12 +68,9 @@ def conjugate_gradients(
     """
     operator = operator_of(gram)
     n = operator.shape[0]
-    B = as_columns("right", right, n)
-    if not (np.isfinite(ridge) and ridge >= 0):
-        raise InputError(f"ridge: expected a finite number >= 0, got {ridge!r}")
-    if not 0 < tol < 1:
-        raise InputError(f"tol: expected a number between 0 and 1, got {tol!r}")
-    limit = 10 * n if max_iterations is None else int(max_iterations)
+    B = as_columns("right", right, n, any_size=True)
+    ridge, tol = number("ridge", ridge, 0), number("tol", tol, above=0, below=1)
+    limit = 10 * n if max_iterations is None else whole("max_iterations", max_iterations, 1)
     unit = np.abs(B).max(axis=0)
     B = B / np.where(unit > 0, unit, 1.0)  # squares of what is very small or large leave float64
     norms = np.linalg.norm(B, axis=0)
@@ -141,4 +140,4 @@ def _recur(
 
 
 def _times(operator: LinearOperator, X: np.ndarray, ridge: float) -> np.ndarray:
-    return operator.matmat(X) + ridge * X
+    return multiply(operator, X) + ridge * X

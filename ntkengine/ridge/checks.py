@@ -5,15 +5,21 @@ Shapes: n rows of a training kernel, t rows of a test kernel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Real
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 from sklearn.utils.class_weight import compute_sample_weight
-from sklearn.utils.validation import check_array
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import assert_all_finite, check_array, column_or_1d
 
+from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
+from ntkengine.spectrum.checks import check_size
 
 
 def kernel_of(X: Any) -> np.ndarray:
@@ -25,7 +31,8 @@ def kernel_of(X: Any) -> np.ndarray:
     """
     if hasattr(X, "noise"):
         return as_matrix(X)
-    return as_matrix(_array(X if scipy.sparse.issparse(X) else getattr(X, "values", X)))
+    values = getattr(X, "values", X)
+    return as_matrix(_array(X if scipy.sparse.issparse(X) or callable(values) else values))
 
 
 def check_cross(X: Any, rows: int, multiple: int, name: str) -> np.ndarray:
@@ -70,7 +77,11 @@ def with_classes(class_weight: Any, labels: np.ndarray, weights: np.ndarray) -> 
     Raises:
         InputError: weights of classes that are negative or not finite.
     """
-    if class_weight != "balanced":
+    told = class_weight.values() if isinstance(class_weight, Mapping) else []
+    words = class_weight is None or isinstance(class_weight, Mapping) or (class_weight == "balanced") is True
+    if not words or not all(isinstance(w, Real) for w in told):
+        raise InputError(f"class_weight: expected None, 'balanced' or numbers by class, got {shown(class_weight)}")
+    if class_weight is None or told:
         found = weights * compute_sample_weight(class_weight, labels)
         if not np.isfinite(found).all() or (found < 0).any():
             raise InputError(f"class_weight: expected finite numbers >= 0, got {class_weight!r}")
@@ -83,10 +94,44 @@ def with_classes(class_weight: Any, labels: np.ndarray, weights: np.ndarray) -> 
 def _array(X: Any) -> np.ndarray:
     if scipy.sparse.issparse(X):
         raise InputError(f"X: expected a dense kernel matrix, got a sparse {type(X).__name__}")
+    if not hasattr(X, "__array__") and not isinstance(X, list | tuple):
+        raise InputError(f"X: expected a matrix, got {type(X).__name__}")
+    if np.ma.is_masked(X):
+        raise InputError(f"X: expected no masked entries, got {np.ma.count_masked(X)}")
     try:
-        return check_array(X, dtype=[np.float64, np.float32])  # symmetry and noise are judged by the type it came in
+        raw = np.asarray(X)
+        kind = next((k for x in raw.flat for k in _odd(x)), "O") if raw.dtype.kind == "O" else raw.dtype.kind
+        # Symmetry and noise are judged by the type it came in. Of words scikit-learn would make numbers.
+        found = None if kind in "cUSV" else check_array(X, dtype=[np.float64, np.float32])
     except ValueError as error:
         raise InputError(f"X: {error}") from error
+    if found is None:
+        what = "complex ones: Complex data not supported" if kind == "c" else f"{type(X).__name__} that is not numeric"
+        raise InputError(f"X: expected real numbers, got {what}")
+    return found
+
+
+def _odd(entry: Any) -> str:
+    """Return the kind of an object that scikit-learn would make a number of, or fail on; else nothing."""
+    return "U" if isinstance(entry, str | bytes) else "c" if isinstance(entry, complex) else ""
+
+
+def class_labels(y: Any) -> np.ndarray:
+    """Return the class of each example, (n,): numbers or words.
+
+    Raises:
+        InputError: what scikit-learn does not take for classes.
+    """
+    if np.ma.is_masked(y):
+        raise InputError(f"y: expected no masked entries, got {np.ma.count_masked(y)}")
+    try:
+        labels = column_or_1d(y, warn=True)
+        if labels.dtype.kind == "f":
+            assert_all_finite(labels, input_name="y")
+        check_classification_targets(labels)
+    except ValueError as error:
+        raise InputError(f"y: {str(error).splitlines()[0]}") from error
+    return labels
 
 
 def as_weights(weights: Any, examples: int) -> np.ndarray:
@@ -97,18 +142,12 @@ def as_weights(weights: Any, examples: int) -> np.ndarray:
     """
     if weights is None:
         return np.ones(examples)
-    try:
-        found = np.asarray(weights)
-        if found.dtype.kind not in "biuf":
-            raise TypeError
-        found = found.astype(np.float64, copy=False)
-    except (TypeError, ValueError):
-        got = type(weights).__name__
-        raise InputError(f"sample_weight: expected real numbers, got {got} that has others") from None
+    found = real_array("sample_weight", weights).astype(np.float64, copy=False)
     if found.ndim == 0:
         found = np.full(examples, float(found))
     if found.shape != (examples,):
         raise InputError(f"sample_weight: expected shape ({examples},), got {found.shape}")
     if not np.isfinite(found).all() or (found < 0).any() or not found.any():
         raise InputError("sample_weight: expected finite numbers >= 0, not all zero")
+    check_size("sample_weight", float(found.max()))
     return found

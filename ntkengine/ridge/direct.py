@@ -11,6 +11,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from ntkengine.arguments import number
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 from ntkengine.spectrum import as_matrix
@@ -57,9 +58,7 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
     """
     matrix = as_matrix(gram)
     right = as_columns("residual", residual, len(matrix))
-    check_block(block, *right.shape)
-    if not np.isfinite(ridge) or ridge < 0:
-        raise InputError(f"ridge: expected a finite number >= 0, got {ridge!r}")
+    block, ridge = check_block(block, *right.shape), number("ridge", ridge, 0)
     shifted = matrix.copy()
     shifted[np.diag_indices_from(shifted)] += ridge
     try:

@@ -9,13 +9,14 @@ from scipy.sparse.linalg import LinearOperator
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
+from ntkengine.arguments import choice, flag, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge.cg import conjugate_gradients
 from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
 from ntkengine.ridge.direct import cholesky_solve
 from ntkengine.ridge.nystrom import preconditioner
 from ntkengine.ridge.outofcore import cholesky_on_disk
-from ntkengine.ridge.solve import RidgePath, as_columns
+from ntkengine.ridge.solve import RidgePath, as_columns, fold_labels, restored
 from ntkengine.ridge.tuning import RidgeCurve, choose, draw_folds, ridge_curve, ridge_grid
 from ntkengine.spectrum import DenseOperator, noise_of
 from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, is_on_disk, operator_of
@@ -98,13 +99,13 @@ class KernelRidge(RegressorMixin, BaseEstimator):
 
         Cost: 9 n³ flops for "eigen" plus 2n² per grid point; n³ for "cholesky"; see `outofcore` and `cg`.
         """
-        if callable(X) and hasattr(X, "rows"):  # products of a model
+        if isinstance(X, LinearOperator) or (callable(X) and hasattr(X, "rows")):  # the latter products of a model
             X = operator_of(X)
         searched, solver = self._check_parameters(X)
         check_target(y, type(self).__name__)
         stored: Any = X if solver == "cg" or (solver == "out-of-core" and is_on_disk(X)) else kernel_of(X)
         rows = np.shape(getattr(stored, "values", stored))[0]
-        targets: np.ndarray = np.asarray(y)
+        targets = real_array("y", y)
         outputs = targets.shape[1] if targets.ndim == 2 else 1
         full = outputs > 1 and len(targets) * outputs == rows and len(targets) != rows
         block, examples = (outputs, len(targets)) if full else (1, rows)
@@ -167,7 +168,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
                 self.ridge_, self.edge_ = choice.ridge, choice.edge
             else:
                 self.ridge_ = self._given(mean)
-            solved, left = path.dual(self.ridge_), path.loo_residuals(self.ridge_)
+            solved = restored(part, w, flat[seen], path.dual(self.ridge_), self.ridge_)
+            left = path.left_out(self.ridge_, solved)
         else:
             self.ridge_ = self._given(mean)
             solution = cholesky_solve(scaled, w * flat[seen], self.ridge_, block)
@@ -204,14 +206,14 @@ class KernelRidge(RegressorMixin, BaseEstimator):
 
     def _check_parameters(self, X: Any) -> tuple[bool, str]:
         """Check the constructor's values; return whether the ridge is to be found, and the solver."""
-        if self.solver not in SOLVERS:
-            raise InputError(f"solver: expected one of {', '.join(map(repr, SOLVERS))}, got {self.solver!r}")
-        searched = isinstance(self.ridge, str)
-        number = isinstance(self.ridge, int | float | np.number) and 0 <= float(self.ridge) < np.inf
-        if not number and self.ridge not in ("loo", "gcv", "cv"):
-            raise InputError(f"ridge: expected 'loo', 'gcv', 'cv' or a number >= 0, got {self.ridge!r}")
-        if self.class_weight not in (None, "balanced"):
-            raise InputError(f"class_weight: expected None or 'balanced', got {self.class_weight!r}")
+        choice("solver", self.solver, SOLVERS)
+        searched = isinstance(self.ridge, str) and self.ridge in ("loo", "gcv", "cv")
+        if not searched:
+            number("ridge", self.ridge, 0, what="'loo', 'gcv', 'cv' or a number")
+        if self.class_weight is not None:
+            choice("class_weight", self.class_weight, ("balanced",))
+        flag("relative", self.relative)
+        number("tol", self.tol, above=0, below=1)
         if searched and self.solver not in ("auto", "eigen"):
             raise InputError(f"solver: {self.solver!r} needs a numeric ridge, got ridge={self.ridge!r}; use 'eigen'")
         operator = isinstance(X, LinearOperator)
@@ -232,10 +234,10 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         return with_classes("balanced", classes.reshape(-1), weights)
 
     def _folds(self, rows: int, block: int) -> np.ndarray:
-        if np.ndim(self.cv) == 0:
+        if not isinstance(self.cv, np.ndarray | list | tuple):
             return draw_folds(self.cv, rows, block)
-        folds = np.asarray(self.cv)
-        if folds.shape != (rows // block,) or len(np.unique(folds)) < 2:
+        folds = fold_labels("cv", self.cv, rows // block)
+        if len(np.unique(folds)) < 2:
             raise InputError(f"cv: expected a number of folds or the folds of {rows // block} examples")
         return np.repeat(folds, block)
 
@@ -245,6 +247,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
 
 def _like(name: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Return values as finite float64 of exactly that shape: broadcasting an offset would be silently wrong."""
-    if np.shape(values) != shape:
-        raise InputError(f"{name}: expected shape {shape}, got {np.shape(values)}")
-    return as_columns(name, values, shape[0]).reshape(shape)
+    found = real_array(name, values)
+    if found.shape != shape:
+        raise InputError(f"{name}: expected shape {shape}, got {found.shape}")
+    return as_columns(name, found, shape[0]).reshape(shape)

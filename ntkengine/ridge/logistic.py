@@ -11,14 +11,14 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import assert_all_finite
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 
+from ntkengine.arguments import flag, number, real_array, whole
 from ntkengine.errors import InputError, NotConverged
-from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
+from ntkengine.ridge.checks import as_weights, check_cross, check_target, class_labels, kernel_of, with_classes
 from ntkengine.ridge.crossentropy import CrossEntropy
 from ntkengine.ridge.solve import as_columns
+from ntkengine.spectrum.checks import SIZES
 from ntkengine.spectrum.operators import EPS
 
 _MOVED = 1e-3  # of f, relative to 1 + |f|: no prediction shows it
@@ -86,13 +86,10 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
 
         Cost: 9 rows³ flops once, then as `crossentropy` says.
         """
-        if not isinstance(self.ridge, int | float | np.number) or not 0 < float(self.ridge) < np.inf:
-            raise InputError(f"ridge: expected a finite number > 0, got {self.ridge!r}")
+        ridge, tol = number("ridge", self.ridge, above=0), number("tol", self.tol, above=0)
+        relative, max_iter = flag("relative", self.relative), whole("max_iter", self.max_iter, 1)
         check_target(y, type(self).__name__)
-        labels = column_or_1d(y, warn=True)
-        if labels.dtype.kind == "f":
-            assert_all_finite(labels, input_name="y")
-        check_classification_targets(labels)
+        labels = class_labels(y)
         self.classes_, codes = np.unique(labels, return_inverse=True)
         n, C = len(labels), len(self.classes_)
         if C < 2:
@@ -107,7 +104,10 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
             raise InputError(f"y: expected {rows} labels, one for each row of X, got {n}")
         columns = 1 if C == 2 and not self._full else C
         f0 = _offset(offset, n, columns)
-        self.ridge_ = float(self.ridge) * (float(np.trace(matrix)) / rows if self.relative else 1.0)
+        self.ridge_ = ridge * (float(np.trace(matrix)) / rows if relative else 1.0)
+        largest = float(matrix.diagonal().max())
+        if largest > SIZES[1] * self.ridge_:  # their ratio would be squared
+            raise InputError(f"ridge: expected at least {largest / SIZES[1]:.3g} for this kernel, got {self.ridge!r}")
         problem = CrossEntropy(matrix, codes, weights, f0, self.ridge_)
         theta, steps = np.zeros(problem.size), 0
         scale = float(np.linalg.norm(problem.gradient(theta)))
@@ -120,14 +120,14 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
                 hessp=problem.hessian,
                 method="trust-ncg",
                 options={
-                    "gtol": min(self.tol * scale, 0.1 * _MOVED / np.sqrt(problem.values[-1] / self.ridge_)),
-                    "maxiter": self.max_iter,
+                    "gtol": min(tol * scale, 0.1 * _MOVED / np.sqrt(problem.values[-1] / self.ridge_)),
+                    "maxiter": max_iter,
                     "initial_trust_radius": radius,
                     "max_trust_radius": 2.0 * radius,
                 },
             )
             steps = int(found.nit)
-            theta = problem.polished(found.x) if steps < self.max_iter else found.x
+            theta = problem.polished(found.x) if steps < max_iter else found.x
         gradient = float(np.linalg.norm(problem.gradient(theta)))
         # At the minimum ridge·α = w·(target − p): no division by small eigenvalues.
         self.dual_coef_ = problem.pull(theta).reshape(n, columns) / self.ridge_
@@ -141,9 +141,9 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
                 f"X: expected a positive semi-definite kernel, its smallest eigenvalue {negative:.3g} matters "
                 f"at the ridge {self.ridge_:.3g}"
             )
-        if not off <= _MOVED or (scale != 0 and not gradient <= 10.0 * max(self.tol, EPS) * scale):  # NaN is no minimum
+        if not off <= _MOVED or (scale != 0 and not gradient <= 10.0 * max(tol, EPS) * scale):  # NaN is no minimum
             message = (
-                f"logistic regression: gradient {gradient / scale:.3g} of the start's, {self.tol:.3g} wanted, "
+                f"logistic regression: gradient {gradient / scale:.3g} of the start's, {tol:.3g} wanted, "
                 f"f off by a relative {off:.2g}"
             )
             raise NotConverged(message, partial=self, residual=gradient / scale)
@@ -184,6 +184,7 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
 def _offset(offset: Any, n: int, columns: int) -> np.ndarray:
     if offset is None:
         return np.zeros((n, columns))
+    offset = real_array("offset", offset)
     if np.shape(offset) not in {(n, columns), (n,) if columns == 1 else (n, columns)}:
         raise InputError(f"offset: expected shape ({n}, {columns}), got {np.shape(offset)}")
     return as_columns("offset", offset, n).reshape(n, columns)

@@ -12,9 +12,10 @@ import scipy.linalg
 from numpy.typing import ArrayLike
 from scipy.sparse.linalg import LinearOperator
 
+from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError
 from ntkengine.ridge.pivoted import Columns, LowRank, random_cholesky
-from ntkengine.spectrum.operators import EPS, DenseOperator, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, multiply, noise_of, rounding_of
 from ntkengine.spectrum.panels import operator_of
 
 
@@ -22,7 +23,7 @@ def nystrom(operator: LinearOperator, rank: int, *, noise: float = 0.0, seed: in
     """Return the Nyström approximation from a random subspace: products with K in place of its columns.
 
     Args:
-        operator: (n, n) symmetric positive semi-definite.
+        operator: (n, n) symmetric positive semi-definite; or a matrix.
         rank: r.
         noise: how far below zero an eigenvalue may be, in the unit of K.
         seed: of the subspace.
@@ -36,12 +37,14 @@ def nystrom(operator: LinearOperator, rank: int, *, noise: float = 0.0, seed: in
     Cost: r products, 4nr² flops.
     Source: Frangella, Tropp and Udell 2021 (arXiv 2110.02820), algorithm 2.1.
     """
+    operator = operator_of(operator)
     n = operator.shape[0]
-    if not 1 <= rank <= n:
-        raise InputError(f"rank: expected 1 to {n}, got {rank!r}")
-    test = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, int(rank))))[0]
-    Y = operator.matmat(test)
-    rounding = np.sqrt(n) * max(EPS, getattr(operator, "rounding", EPS)) * float(np.linalg.norm(Y))
+    rank, noise, seed = whole("rank", rank, 1, n), number("noise", noise, 0), whole("seed", seed)
+    test = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, rank)))[0]
+    Y, unknown = multiply(operator, test), np.full(n, np.nan)
+    if not Y.any():
+        return LowRank(Y, np.empty(0, dtype=np.int64), unknown, float("nan"))
+    rounding = np.sqrt(n) * max(EPS, rounding_of(operator)) * float(np.linalg.norm(Y))
     core = test.T @ Y
     core = 0.5 * (core + core.T)
     lowest = float(scipy.linalg.eigvalsh(core, subset_by_index=[0, 0])[0])
@@ -53,7 +56,6 @@ def nystrom(operator: LinearOperator, rank: int, *, noise: float = 0.0, seed: in
     Y = Y + shift * test
     C = scipy.linalg.cholesky(core + shift * np.eye(len(core)), lower=True)
     U, s, _ = np.linalg.svd(scipy.linalg.solve_triangular(C, Y.T, lower=True).T, full_matrices=False)
-    unknown = np.full(n, np.nan)
     return LowRank(U * np.sqrt(np.maximum(s**2 - shift, 0.0)), np.empty(0, dtype=np.int64), unknown, float("nan"))
 
 
@@ -71,9 +73,9 @@ class Preconditioner(LinearOperator):
     """
 
     def __init__(self, low: LowRank, ridge: float) -> None:
-        if not (np.isfinite(ridge) and ridge > 0):
-            raise InputError(f"ridge: expected a finite number > 0, got {ridge!r}")
-        self.factor, self.ridge = low.factor, float(ridge)
+        if not isinstance(low, LowRank):
+            raise InputError(f"low: expected a LowRank, got {type(low).__name__}")
+        self.factor, self.ridge = low.factor, number("ridge", ridge, above=0)
         n = len(self.factor)
         # From the singular values: F Fᵀ and the ridge may be many orders of magnitude apart.
         self._U, s, _ = np.linalg.svd(self.factor, full_matrices=False)
@@ -120,7 +122,8 @@ def preconditioner(
         InputError: bad argument, or a K that is not positive semi-definite.
     """
     operator = operator_of(gram)
-    rank, noise = min(int(rank), operator.shape[0]), noise_of(operator)
+    ridge, rank = number("ridge", ridge, above=0), min(whole("rank", rank, 1), operator.shape[0])
+    noise, seed = noise_of(operator), whole("seed", seed)
     if columns is not None:
         if diagonal is None:
             raise InputError("diagonal: expected with columns, got None")

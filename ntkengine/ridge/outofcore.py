@@ -14,9 +14,12 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from ntkengine.arguments import flag, number
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
+from ntkengine.spectrum.checks import check_size, check_stored
+from ntkengine.spectrum.operators import EPS, declared_noise
 
 
 def cholesky_on_disk(
@@ -32,8 +35,8 @@ def cholesky_on_disk(
     """Solve (K + ridge·I) dual = residual by Cholesky, K and its factor on disk, with one step of refinement.
 
     Args:
-        gram: (n, n), or a Gram-like whose `.values` is: anything with `shape` and slices. Its upper triangle is read;
-            it is not checked for symmetry here (`spectrum.PanelOperator` does when it opens a file).
+        gram: (n, n), or a Gram-like whose `.values` is: anything with `shape` and slices. Its upper triangle is
+            factored; that the lower one gives the same product with a random vector is seen on the way.
         residual: (n,) or (n, m) float64.
         ridge: >= 0, in the unit of K.
         block: rows an example owns, as in `RidgePath`.
@@ -45,7 +48,8 @@ def cholesky_on_disk(
         As `direct.cholesky_solve`.
 
     Raises:
-        InputError: K + ridge·I is not positive definite, shapes do not fit, or a budget below four rows.
+        InputError: K + ridge·I is not positive definite, K is not symmetric, shapes do not fit, or a budget below four
+            rows.
         NonFinite: K is not finite.
         OSError: the disk is full; nothing is left on it.
 
@@ -53,14 +57,13 @@ def cholesky_on_disk(
     Source: Golub and Van Loan 2013, section 4.2 (left-looking blocks).
     """
     values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
-    if len(values.shape) != 2 or values.shape[0] != values.shape[1]:
-        raise InputError(f"gram: expected a square matrix (N, N), got shape {tuple(values.shape)}")
-    n = values.shape[0]
+    n, columns = check_stored("gram", values)
+    if n != columns:
+        raise InputError(f"gram: expected a square matrix (N, N), got shape {(n, columns)}")
     right = as_columns("residual", residual, n)
-    check_block(block, *right.shape)
-    if not np.isfinite(ridge) or ridge < 0:
-        raise InputError(f"ridge: expected a finite number >= 0, got {ridge!r}")
-    rows = min(n, int(budget_mib * 2**20 // (4 * 8 * n)) // block * block)
+    block, ridge = check_block(block, *right.shape), number("ridge", ridge, 0)
+    flag("loo", loo)
+    rows = min(n, int(number("budget_mib", budget_mib, above=0) * 2**20 // (4 * 8 * n)) // block * block)
     if rows < 1:
         need = 4 * 8 * n * block / 2**20
         raise InputError(f"budget_mib: expected at least {need:.3g} for panels of {block} rows, got {budget_mib!r}")
@@ -70,8 +73,9 @@ def cholesky_on_disk(
             factor = _Factor(R, rows)
             factor.fill(values, ridge)
             dual = factor.solve(right)
-            left = right - _times(values, dual, ridge, rows)
-            dual += factor.solve(left)
+            images = _times(values, np.hstack([dual, factor.x]), ridge, rows)
+            factor.check_symmetry(images[:, -1:], values, 2.0 * (declared_noise(gram) or 0.0))
+            dual += factor.solve(right - images[:, :-1])
             norm = float(np.linalg.norm(right))
             error = float(np.linalg.norm(right - _times(values, dual, ridge, rows))) / norm if norm else 0.0
             if not np.isfinite(dual).all():
@@ -87,10 +91,17 @@ def cholesky_on_disk(
 
 
 class _Factor:
-    """Upper triangular R with RᵀR = K + ridge·I, on disk, in panels of b rows."""
+    """Upper triangular R with RᵀR = K + ridge·I, on disk, in panels of b rows.
+
+    Attributes:
+        x: (n, 1) random.
+        image: (n, 1) of x under the matrix whose upper triangle was read.
+        norm: ‖K + ridge·I‖_F.
+    """
 
     def __init__(self, R: np.ndarray, rows: int) -> None:
-        self.R, self.rows, self.n = R, rows, len(R)
+        self.R, self.rows, self.n, self.norm = R, rows, len(R), 0.0
+        self.x, self.image = np.random.default_rng(0).standard_normal((self.n, 1)), np.zeros((self.n, 1))
 
     def panels(self) -> Iterator[tuple[int, int]]:
         """Yield (first row, last row + 1) of each panel."""
@@ -99,15 +110,18 @@ class _Factor:
 
     def fill(self, values: Any, ridge: float) -> None:
         """Factor, panel by panel: each subtracts what those before it explain."""
-        pivots, trace, squares = np.empty(self.n), 0.0, 0.0
+        pivots, trace, squares, largest = np.empty(self.n), 0.0, 0.0, 0.0
         for start, stop in self.panels():
             panel = np.asarray(values[start:stop, start:], dtype=np.float64).copy()
             if not np.isfinite(panel).all():
                 bad = start + int(np.flatnonzero(~np.isfinite(panel).all(axis=1))[0])
                 raise NonFinite(f"gram: row {bad} has NaN or infinity")
+            largest = max(largest, float(np.abs(panel).max()))
             width = stop - start
             panel[np.arange(width), np.arange(width)] += ridge
             trace += float(panel.trace())
+            self.image[start:] += panel.T @ self.x[start:stop]
+            self.image[start:stop] += panel[:, width:] @ self.x[stop:]
             squares += 2.0 * float(np.vdot(panel, panel)) - float(np.vdot(panel[:, :width], panel[:, :width]))
             for before, end in self.panels():
                 if before == start:
@@ -124,7 +138,25 @@ class _Factor:
             pivots[start:stop] = corner.diagonal() ** 2
             self.R[start:stop, start:stop] = corner
             self.R[start:stop, stop:] = _below(corner, panel[:, width:])
-        check_pivots(pivots, trace, float(np.sqrt(squares)), ridge)
+        check_size("gram", largest)
+        self.norm = float(np.sqrt(squares))
+        check_pivots(pivots, trace, self.norm, ridge)
+
+    def check_symmetry(self, image: np.ndarray, values: Any, allowed: float) -> None:
+        """Refuse a matrix whose product with x, all entries read, differs by more than rounding from `image`.
+
+        Args:
+            image: (n, 1) the product.
+            values: for the type it is stored in.
+            allowed: difference, beside rounding.
+        """
+        dtype = np.asarray(values[:1]).dtype
+        off = float(np.abs(image - self.image).max())
+        if off > allowed + 10.0 * (np.finfo(dtype).eps if dtype.kind == "f" else EPS) * self.norm:
+            raise InputError(
+                f"gram: expected a symmetric matrix, got triangles whose products with a random vector differ by "
+                f"{off:.3g} with the norm {self.norm:.3g}"
+            )
 
     def solve(self, right: np.ndarray) -> np.ndarray:
         """Return (RᵀR)⁻¹ right, two passes over the factor."""

@@ -12,7 +12,9 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
+from ntkengine.spectrum.checks import check_size
 from ntkengine.spectrum.operators import EPS
 
 Columns = Callable[[np.ndarray], np.ndarray]
@@ -75,13 +77,13 @@ def random_cholesky(
     Cost: up to r + block columns of K a kept one or so, and n·r² flops; n·r numbers.
     Source: Chen, Epperly, Tropp and Webber 2022 (arXiv 2207.06503); in blocks, arXiv 2410.03969.
     """
-    start = np.asarray(diagonal, dtype=np.float64)
+    start = real_array("diagonal", diagonal).astype(np.float64)
     if start.ndim != 1 or not start.size or not np.isfinite(start).all() or (start < 0).any():
         raise InputError("diagonal: expected (n,) finite numbers >= 0")
+    check_size("diagonal", float(start.max()))
     n, trace = len(start), float(start.sum())
-    if not rank >= 1 or block < 1:
-        raise InputError(f"rank, block: expected at least 1, got {rank!r} and {block!r}")
-    rank, rng = min(int(rank), n), np.random.default_rng(seed)
+    rank, block = min(whole("rank", rank, 1), n), whole("block", block, 1)
+    tol, noise, rng = number("tol", tol, 0), number("noise", noise, 0), np.random.default_rng(whole("seed", seed))
     F, residual, pivots = np.zeros((n, rank), order="F"), start.copy(), np.empty(rank, dtype=np.int64)
     floor = max(10.0 * n * EPS * float(start.max()), noise)
     kept = 0

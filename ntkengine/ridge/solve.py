@@ -11,8 +11,10 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
 
+from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
+from ntkengine.spectrum.checks import check_size
 from ntkengine.spectrum.operators import EPS
 
 
@@ -45,8 +47,7 @@ class RidgePath:
     def __init__(self, gram: object, residual: ArrayLike, block: int = 1) -> None:
         matrix = as_matrix(gram)
         self.residual = as_columns("residual", residual, len(matrix))
-        check_block(block, *self.residual.shape)
-        self.block = block
+        self.block = check_block(block, *self.residual.shape)
         self.eigenvalues, self.vectors = scipy.linalg.eigh(matrix)
         self.coefficients = self.vectors.T @ self.residual
 
@@ -83,8 +84,11 @@ class RidgePath:
         Cost: 2n²(m + b) flops.
         Source: Allen 1974 (PRESS); the block form is the Schur complement of the same system.
         """
+        return self.left_out(ridge, self.dual(ridge))
+
+    def left_out(self, ridge: float, dual: np.ndarray) -> np.ndarray:
+        """Return the leave-one-out residuals that belong to dual coefficients, (n, m), as `loo_residuals` does."""
         inverse = 1.0 / self._shifted(ridge)
-        dual = self.vectors @ (self.coefficients * inverse[:, None])
         if self.block == 1:
             return dual / (self.vectors**2 @ inverse)[:, None]
         rows = self.vectors.reshape(-1, self.block, len(inverse))
@@ -107,11 +111,7 @@ class RidgePath:
 
         Cost: 2n³/folds flops.
         """
-        labels = np.asarray(folds)
-        if labels.shape != (len(self.eigenvalues),):
-            raise InputError(f"folds: expected shape ({len(self.eigenvalues)},), got {labels.shape}")
-        if (labels != labels).any():
-            raise InputError(f"folds: expected a fold for every row, row {int(np.argmax(labels != labels))} has NaN")
+        labels = fold_labels("folds", folds, len(self.eigenvalues))
         inverse = 1.0 / self._shifted(ridge)
         dual = self.vectors @ (self.coefficients * inverse[:, None])
         left = np.empty_like(dual)
@@ -144,57 +144,72 @@ class RidgePath:
         return self.train_mse(values) / shrink**2
 
     def effective_dimension(self, ridges: ArrayLike) -> np.ndarray:
-        """Return tr K Q for each ridge, (R,): between 0 and n."""
-        return np.array([np.sum(self.eigenvalues / self._shifted(r)) for r in _ridges(ridges)])
+        """Return tr K Q for each ridge, (R,): between 0 and n. A negative eigenvalue, which is error, counts as 0."""
+        kept = np.maximum(self.eigenvalues, 0.0)
+        return np.array([np.sum(kept / self._shifted(r)) for r in _ridges(ridges)])
 
     def _power(self) -> np.ndarray:
         return (self.coefficients**2).sum(axis=1)
 
     def _shifted(self, ridge: float) -> np.ndarray:
+        ridge = number("ridge", ridge, 0)
         low, high = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
-        if not np.isfinite(ridge) or ridge < 0 or low + ridge <= np.sqrt(len(self.eigenvalues)) * EPS * abs(high):
+        if low + ridge <= np.sqrt(len(self.eigenvalues)) * EPS * abs(high):
             raise InputError(
                 f"ridge: expected a value that makes K + ridge*I positive definite (smallest eigenvalue {low:.3g}, "
                 f"largest {high:.3g}), got {ridge!r}"
             )
-        return self.eigenvalues + float(ridge)
+        return self.eigenvalues + ridge
 
 
-def as_columns(name: str, values: ArrayLike, rows: int) -> np.ndarray:
+def as_columns(name: str, values: ArrayLike, rows: int, *, any_size: bool = False) -> np.ndarray:
     """Return values as finite float64 columns, (rows, m).
 
     Args:
         name: what to call it in a message.
         values: (rows,) or (rows, m).
         rows: how many rows it must have.
+        any_size: also numbers whose squares leave float64.
 
     Returns:
         (rows, m) float64.
 
     Raises:
-        InputError: another shape, not numeric, or not finite.
+        InputError: another shape, not numeric, not finite, or too small or large to be squared.
     """
-    try:
-        array = np.asarray(values)
-        array = array if array.dtype.kind == "c" else array.astype(np.float64, copy=False)
-    except (TypeError, ValueError):
-        raise InputError(f"{name}: expected numbers, got {type(values).__name__} that is not numeric") from None
-    if array.dtype.kind == "c":  # NumPy would drop the imaginary part
-        raise InputError(f"{name}: expected real numbers, got {array.dtype}")
+    array = real_array(name, values).astype(np.float64, copy=False)
     if array.ndim not in (1, 2) or array.shape[0] != rows or not array.size:
         raise InputError(f"{name}: expected shape ({rows},) or ({rows}, m), got {array.shape}")
     if not np.isfinite(array).all():
         raise InputError(f"{name}: expected finite numbers, row {int(np.argwhere(~np.isfinite(array))[0][0])} is not")
+    if not any_size:
+        check_size(name, float(np.abs(array).max()))
     return array.reshape(rows, -1)
 
 
-def check_block(block: int, rows: int, columns: int) -> None:
-    """Refuse rows an example owns that do not divide the rows there are."""
-    if block < 1 or rows % block or (block > 1 and columns != 1):
+def fold_labels(name: str, folds: ArrayLike, rows: int) -> np.ndarray:
+    """Return the fold of each row, (rows,) numbers or words.
+
+    Raises:
+        InputError: another shape, or a row without one.
+    """
+    labels = folds if isinstance(folds, np.ndarray) and folds.dtype.kind in "US" else real_array(name, folds)
+    if labels.shape != (rows,):
+        raise InputError(f"{name}: expected shape ({rows},), got {labels.shape}")
+    if (labels != labels).any():
+        raise InputError(f"{name}: expected a fold for every row, row {int(np.argmax(labels != labels))} has NaN")
+    return labels
+
+
+def check_block(block: int, rows: int, columns: int) -> int:
+    """Return the rows an example owns; InputError where they do not divide the rows there are."""
+    block = whole("block", block, 1)
+    if rows % block or (block > 1 and columns != 1):
         raise InputError(
             f"block: expected a divisor of {rows} rows, with one column when above 1; "
             f"got {block} with {columns} columns"
         )
+    return block
 
 
 def solve_blocks(blocks: np.ndarray, dual: np.ndarray) -> np.ndarray:
@@ -202,5 +217,24 @@ def solve_blocks(blocks: np.ndarray, dual: np.ndarray) -> np.ndarray:
     return np.linalg.solve(blocks, dual.reshape(len(blocks), -1, 1)).reshape(dual.shape)
 
 
+def restored(matrix: np.ndarray, w: np.ndarray, r: np.ndarray, dual: np.ndarray, ridge: float) -> np.ndarray:
+    """Return a weighted problem's dual coefficients, those of little weight not lost in the rounding of the others.
+
+    At the solution ridge·dual = w·(r − K w·dual): where that rounds less, they are taken from there.
+
+    Args:
+        matrix: (n, n) K.
+        w: (n, 1) square roots of the weights, > 0.
+        r: (n, m).
+        dual: (n, m) coefficients of (w K w + ridge·I) dual = w·r.
+        ridge: >= 0.
+    """
+    if (w == 1.0).all() or not ridge:
+        return dual
+    fitted, rounding = matrix @ (w * dual), w * (np.abs(matrix) @ np.abs(w * dual))
+    lost = rounding < ridge * np.abs(dual).max(axis=0)
+    return np.where(lost, w * (r - fitted) / ridge, dual)
+
+
 def _ridges(ridges: ArrayLike) -> np.ndarray:
-    return np.atleast_1d(np.asarray(ridges, dtype=np.float64))
+    return np.atleast_1d(real_array("ridges", ridges).astype(np.float64, copy=False))

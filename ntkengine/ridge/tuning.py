@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ntkengine.arguments import choice, number, real_array, whole
 from ntkengine.errors import InputError
-from ntkengine.ridge.solve import RidgePath
+from ntkengine.ridge.solve import RidgePath, check_block
+from ntkengine.spectrum.checks import check_size
 from ntkengine.spectrum.operators import EPS
 
 
@@ -68,20 +70,18 @@ def ridge_grid(eigenvalues: ArrayLike, noise: float, n: int = 60) -> np.ndarray:
     Raises:
         InputError: noise so large, or K so small, that no ridge is left.
     """
-    values = np.asarray(eigenvalues, dtype=np.float64).reshape(-1)
-    if n < 2:
-        raise InputError(f"n: expected at least 2 grid points, got {n!r}")
+    values = real_array("eigenvalues", eigenvalues).astype(np.float64).reshape(-1)
+    n, noise = whole("n", n, 2), number("noise", noise, 0)
     if not values.size or not np.isfinite(values).all():
         raise InputError(f"eigenvalues: expected finite numbers, got {values.size} values")
-    if not np.isfinite(noise) or noise < 0:
-        raise InputError(f"noise: expected a finite number >= 0, got {noise!r}")
+    check_size("eigenvalues", float(np.abs(values).max()))
     top, bottom = float(values.max()), float(values.min())
     rounding = np.sqrt(values.size) * EPS * abs(top)
-    floor = max(float(noise), 2.0 * max(-bottom, 0.0), 2.0 * rounding)
+    floor = max(noise, 2.0 * max(-bottom, 0.0), 2.0 * rounding)
     if top <= floor:
         raise InputError(f"eigenvalues: expected one above the noise {floor:.3g}, the largest is {top:.3g}")
     low = max(floor, 0.1 * float(values[values > floor].min()))
-    return np.geomspace(low, 10.0 * top, int(n))
+    return np.geomspace(low, 10.0 * top, n)
 
 
 def ridge_curve(path: RidgePath, ridges: ArrayLike, folds: ArrayLike | None = None) -> RidgeCurve:
@@ -95,9 +95,16 @@ def ridge_curve(path: RidgePath, ridges: ArrayLike, folds: ArrayLike | None = No
     Returns:
         The curve.
 
+    Raises:
+        InputError: ridges that are no list of numbers, or too small.
+
     Cost: R·2n²(m + block) flops, for leave-one-out; R·2n³/folds for cross-validation.
     """
-    grid = np.sort(np.atleast_1d(np.asarray(ridges, dtype=np.float64)))
+    if not isinstance(path, RidgePath):
+        raise InputError(f"path: expected a RidgePath, got {type(path).__name__}")
+    grid = np.sort(np.atleast_1d(real_array("ridges", ridges).astype(np.float64)))
+    if grid.ndim != 1 or not grid.size:
+        raise InputError(f"ridges: expected numbers (R,), got shape {grid.shape}")
     held = None if folds is None else path.held_out_mse(grid, folds)
     return RidgeCurve(
         grid, path.train_mse(grid), path.loo_mse(grid), path.gcv(grid), path.effective_dimension(grid), held
@@ -118,10 +125,11 @@ def choose(curve: RidgePath | RidgeCurve, criterion: str = "loo", ridges: ArrayL
     Raises:
         InputError: unknown criterion, or "cv" without folds.
     """
-    if criterion not in ("loo", "gcv", "cv"):
-        raise InputError(f"criterion: expected 'loo', 'gcv' or 'cv', got {criterion!r}")
+    choice("criterion", criterion, ("loo", "gcv", "cv"))
     if isinstance(curve, RidgePath):
         curve = ridge_curve(curve, ridge_grid(curve.eigenvalues, 0.0) if ridges is None else ridges)
+    if not isinstance(curve, RidgeCurve):
+        raise InputError(f"curve: expected a RidgeCurve or RidgePath, got {type(curve).__name__}")
     scores = {"loo": curve.loo_mse, "gcv": curve.gcv, "cv": curve.cv_mse}[criterion]
     if scores is None:
         raise InputError("criterion: 'cv' needs a curve made with folds")
@@ -143,9 +151,10 @@ def draw_folds(folds: int, rows: int, block: int = 1, seed: int = 0) -> np.ndarr
     Raises:
         InputError: a number of folds that does not fit.
     """
+    rows = whole("rows", rows, 1)
+    block = check_block(block, rows, 1)
     examples = rows // block
-    if isinstance(folds, bool) or not isinstance(folds, int | np.integer) or not 2 <= folds <= examples:
-        raise InputError(f"cv: expected a number of folds from 2 to {examples}, got {folds!r}")
+    folds, seed = whole("cv", folds, 2, examples), whole("seed", seed)
     return np.repeat(np.random.default_rng(seed).permutation(np.arange(examples) % folds), block)
 
 
@@ -158,7 +167,12 @@ def pick(ridges: np.ndarray, scores: np.ndarray) -> Choice:
 
     Returns:
         The choice; ties go to the larger ridge, the smoother fit.
+
+    Raises:
+        InputError: scores that are no finite numbers, among which there is no least.
     """
+    if not np.isfinite(scores).all():
+        raise InputError(f"scores: expected finite numbers, got {int((~np.isfinite(scores)).sum())} that are not")
     last = len(scores) - 1
     index = last - int(np.argmin(scores[::-1]))
     edge = "" if 0 < index < last else ("upper" if index else "lower")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
-from ntkengine.errors import NotConverged
+from ntkengine.arguments import number, real_array
+from ntkengine.errors import InputError, NotConverged
 from ntkengine.spectrum.lanczos import eigsh
 from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of
 from ntkengine.spectrum.panels import operator_of
@@ -24,7 +25,8 @@ class ConditionNumber:
         lambda_max: largest computed eigenvalue. Unit of K.
         lambda_min: smallest computed eigenvalue.
         noise: how far each of the two may be off: the Gram's noise + the solver's residual; at least −λ_min, since a
-            true Gram has no negative eigenvalue and a negative one therefore shows an error of that size (Weyl).
+            true Gram has no negative eigenvalue and a negative one therefore shows an error of that size (Weyl); at
+            least λ_min where an operator's low end has not settled, as the true one may then be anything below.
         lower: smallest condition number compatible with the noise, >= 1.
         upper: largest one; infinite when unresolved.
         resolved: whether λ_min − noise > 0.
@@ -40,7 +42,7 @@ class ConditionNumber:
     def __str__(self) -> str:
         if self.resolved:
             return f"{self.lambda_max / self.lambda_min:.3g} ({self.lower:.3g} to {self.upper:.3g})"
-        if self.lambda_min > self.noise:
+        if self.lambda_min >= self.noise:
             return f"> {self.lower:.3g} (unresolved: the smallest eigenvalue is at most {self.lambda_min:.2g})"
         return (
             f"> {self.lower:.3g} (unresolved: the smallest eigenvalue {self.lambda_min:.2g} is not above "
@@ -52,8 +54,8 @@ def condition_number(gram: Any) -> ConditionNumber:
     """Return λ_max/λ_min with its error, or a lower bound where the noise hides λ_min.
 
     Args:
-        gram: (N, N) array-like, Gram-like object, or symmetric LinearOperator; a Gram on disk of more than 12,000 rows
-            is streamed as one.
+        gram: (N, N) array-like, Gram-like object, or symmetric LinearOperator, whose products are taken to be right to
+            its `rounding`, else to that of its dtype; a Gram on disk of more than 12,000 rows is streamed as one.
 
     Returns:
         The condition number; `str()` of it prints only what is known.
@@ -73,7 +75,7 @@ def condition_number(gram: Any) -> ConditionNumber:
             ritz = stopped.partial
             error = float((ritz.bounds - ritz.residuals).max())
             found = condition_from_eigenvalues(ritz.values, noise=error, rounding=0.0)
-            return replace(found, upper=float("inf"), resolved=False)
+            return replace(found, noise=max(found.noise, found.lambda_min), upper=float("inf"), resolved=False)
         return condition_from_eigenvalues(ritz.values, noise=float(ritz.bounds.max()), rounding=0.0)
     return condition_from_eigenvalues(eigenvalues_of(operator.matrix), operator.noise)
 
@@ -83,16 +85,24 @@ def condition_from_eigenvalues(eigenvalues: np.ndarray, noise: float, rounding: 
 
     Args:
         eigenvalues: (N,) float64 in any order. Unit of K.
-        noise: error of the matrix in the spectral norm, same unit.
+        noise: error of the matrix in the spectral norm, same unit; NaN where it is not known: then nothing is resolved.
         rounding: error of the solver, same unit; default √N · eps · |λ|_max, LAPACK's in practice.
 
     Returns:
         As `condition_number`.
+
+    Raises:
+        InputError: eigenvalues, noise or rounding that are no finite numbers.
     """
-    top, bottom = float(np.max(eigenvalues)), float(np.min(eigenvalues))
+    values = real_array("eigenvalues", eigenvalues).astype(np.float64)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise InputError(f"eigenvalues: expected finite numbers (N,), got shape {values.shape}")
+    top, bottom = float(values.max()), float(values.min())
     if rounding is None:
-        rounding = float(np.sqrt(len(eigenvalues)) * EPS * np.abs(eigenvalues).max())
-    error = max(float(noise) + rounding, -bottom)
+        rounding = float(np.sqrt(len(values)) * EPS * np.abs(values).max())
+    if not (isinstance(noise, float) and np.isnan(noise)):
+        number("noise", noise, 0)
+    error = max(noise + number("rounding", rounding, 0), -bottom)
     resolved = bottom > error
     floor = max(bottom, 0.0) + error
     lower = max((top - error) / floor, 1.0) if floor > 0 else 1.0

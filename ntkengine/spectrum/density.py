@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 
+from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum.condition import condition_from_eigenvalues
 from ntkengine.spectrum.functions import is_small
-from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of, noise_of, rounding_of
 from ntkengine.spectrum.panels import operator_of
-from ntkengine.spectrum.quadrature import quadrature, spread
+from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class SpectralDensity:
         unresolved: number of eigenvalues at or below the noise, left out; from probes, an estimate.
         noise: the error of each eigenvalue. Unit of K.
         error: (points,) how far off `density` may be: 0 when exact, else the half-width of its 99 % confidence interval
-            over probes plus its change from half of the Lanczos steps to all.
+            over probes plus what the Lanczos steps leave open.
+        unresolved_error: how far off `unresolved` may be, likewise. Eigenvalues that so few steps do not tell apart may
+            lie left of the grid, which begins at the lowest Ritz value above the noise: they are counted here.
     """
 
     grid: np.ndarray
@@ -39,6 +42,7 @@ class SpectralDensity:
     unresolved: float
     noise: float
     error: np.ndarray
+    unresolved_error: float
 
 
 def spectral_density(
@@ -72,10 +76,9 @@ def spectral_density(
 
     Cost: (4/3)N³ flops, or probes·steps products; plus N·points.
     """
-    if points < 2:
-        raise InputError(f"points: expected at least 2, got {points!r}")
-    if width is not None and not width > 0:
-        raise InputError(f"width: expected a number of decades > 0, got {width!r}")
+    points, (probes, steps, seed) = whole("points", points, 2), sampling(probes, steps, seed)
+    if width is not None:
+        width = number("width", width, above=0, what="a number of decades")
     exact = is_small(gram, method)
     if exact:
         values = eigenvalues_of(gram.matrix if isinstance(gram, DenseOperator) else gram)
@@ -83,27 +86,41 @@ def spectral_density(
     else:
         operator = operator_of(gram)
         found = quadrature(operator, probes, steps, seed)
-        rows, error = found.rows, max(noise_of(gram), 10.0 * np.sqrt(found.rows) * EPS * found.scale)
+        rows, error = (
+            found.rows,
+            max(noise_of(gram), 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale),
+        )
         values = np.sort(np.concatenate([eigh_tridiagonal(a, b[:-1], eigvals_only=True) for a, b in found.pairs()]))
     resolved = values[values > error]
     if not len(resolved):
         raise InputError(f"gram: expected an eigenvalue above its noise {error:.3g}, the largest is {values[-1]:.3g}")
     low, high = np.log10(resolved[[0, -1]])
     sigma = max((high - low) / 40.0, 0.05 if exact else 0.25) if width is None else float(width)
-    axis = np.linspace(low - 4.0 * sigma, high + 4.0 * sigma, int(points))
+    axis = np.linspace(low - 4.0 * sigma, high + 4.0 * sigma, points)
 
     def bumps(x: np.ndarray) -> np.ndarray:
-        logs = np.log10(np.where(x > error, x, 1.0))
+        logs = np.log10(np.where(x > error, x, error or 1.0))
         height = np.exp(-0.5 * ((axis[None, :] - logs[:, None]) / sigma) ** 2) / (sigma * np.sqrt(2.0 * np.pi))
         return np.where(x[:, None] > error, height, 0.0)
 
     if exact:
         density = sum(bumps(part).sum(axis=0) for part in np.array_split(values, max(1, rows // 256))) / rows
-        unresolved, bars = float(rows - len(resolved)), np.zeros(len(axis))
+        unresolved, open_, bars = float(rows - len(resolved)), 0.0, np.zeros(len(axis))
     else:
-        means = found.means(bumps)
-        density = means.mean(axis=0)
-        coarse = found.means(bumps, max(1, steps // 2)).mean(axis=0)
-        bars = spread(means, found.deviation(bumps)) + np.abs(density - coarse)
-        unresolved = rows * float(found.means(lambda x: (x <= error).astype(np.float64)).mean())
-    return SpectralDensity(10.0**axis, np.asarray(density), sigma, rows, unresolved, error, bars)
+        density, share = found.means(bumps).mean(axis=0), found.means(_at_most(error)).mean(axis=0)
+        bars = _reach(density, found.hats(bumps, 10.0**axis), found.deviation(bumps)) + 10.0 * EPS / sigma
+        open_ = rows * float(_reach(share, found.below(error), found.deviation(_at_most(error))))
+        unresolved = rows * float(share)
+        open_ = min(open_, max(unresolved, rows - unresolved))  # between none and all
+    return SpectralDensity(10.0**axis, np.asarray(density), sigma, rows, unresolved, error, bars, open_)
+
+
+def _at_most(limit: float) -> Function:
+    return lambda x: (x <= limit).astype(np.float64)
+
+
+def _reach(value: np.ndarray, limits: tuple[np.ndarray, np.ndarray], deviation: np.ndarray) -> np.ndarray:
+    """Return how far from a value the confidence intervals of each probe's lowest and highest value reach."""
+    low, high = limits
+    above = high.mean(axis=0) + spread(high, deviation) - value
+    return np.maximum(above, value - low.mean(axis=0) + spread(low, deviation))

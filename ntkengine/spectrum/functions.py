@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
+from ntkengine.arguments import choice, number, real_array
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of, rounding_of
 from ntkengine.spectrum.panels import operator_of
-from ntkengine.spectrum.quadrature import Function, quadrature, spread
+from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 
 _EXACT_ROWS = 4_000  # half a minute of LAPACK on one core
 
@@ -63,20 +64,13 @@ def effective_dimension(
         Between 0 and N: a sum over eigenvalues, not divided; `.error` is its error.
 
     Raises:
-        InputError: bad argument, or an operator with an eigenvalue below −noise or −ridge/2.
+        InputError: bad argument, or an eigenvalue below −noise, which no Gram has.
 
     Cost: (4/3)N³ flops, or probes·steps products.
     Source: Ubaru, Chen and Saad 2017; Golub and Meurant 2010.
     """
-    if not (np.isfinite(ridge) and ridge > 0):
-        raise InputError(f"ridge: expected a finite number > 0, got {ridge!r}")
-    return _trace(
-        gram,
-        ridge,
-        lambda x: np.maximum(x, 0.0) / (np.maximum(x, 0.0) + ridge),
-        lambda x: x / (x + ridge),
-        (method, probes, steps, seed),
-    )
+    ridge = number("ridge", ridge, above=0)
+    return _trace(gram, lambda x: np.maximum(x, 0.0) / (np.maximum(x, 0.0) + ridge), (method, probes, steps, seed))
 
 
 def log_determinant(
@@ -100,15 +94,8 @@ def log_determinant(
 
     Cost: as `effective_dimension`.
     """
-    if not (np.isfinite(ridge) and ridge > 0):
-        raise InputError(f"ridge: expected a finite number > 0, got {ridge!r}")
-    return _trace(
-        gram,
-        ridge,
-        lambda x: np.log(np.maximum(x, 0.0) + ridge),
-        lambda x: np.log(x + ridge),
-        (method, probes, steps, seed),
-    )
+    ridge = number("ridge", ridge, above=0)
+    return _trace(gram, lambda x: np.log(np.maximum(x, 0.0) + ridge), (method, probes, steps, seed))
 
 
 def effective_rank(gram: Any) -> float:
@@ -138,35 +125,45 @@ def is_small(gram: Any, method: str) -> bool:
     Raises:
         InputError: an unknown method, or "exact" for an operator.
     """
-    if method not in ("auto", "exact", "lanczos"):
-        raise InputError(f"method: expected 'auto', 'exact' or 'lanczos', got {method!r}")
+    choice("method", method, ("auto", "exact", "lanczos"))
     matrix = isinstance(gram, DenseOperator) or not (isinstance(gram, LinearOperator) or callable(gram))
     if method == "exact" and not matrix:
         raise InputError("method: 'exact' needs a matrix, got a LinearOperator")
-    rows = max(np.shape(getattr(gram, "values", gram)), default=0) if matrix else np.inf
+    if not matrix:
+        return False
+    values = getattr(gram, "values", gram)
+    rows = max(getattr(values, "shape", None) or real_array("gram", values).shape, default=0)
     return method == "exact" or (method == "auto" and rows <= _EXACT_ROWS)
 
 
-def _trace(gram: Any, ridge: float, clipped: Function, f: Function, how: tuple[str, int, int, int]) -> Estimate:
-    """Return tr f(K) for an increasing f that Gauss and Gauss–Radau rules bracket; `clipped` is f(max(λ, 0))."""
-    method, probes, steps, seed = how
+def _trace(gram: Any, f: Function, how: tuple[str, int, int, int]) -> Estimate:
+    """Return Σ f(λ) for an f(max(λ, 0)) that increases and that, on λ >= 0, Gauss and Gauss–Radau rules bracket."""
+    method, *drawn = how
+    probes, steps, seed = sampling(*drawn)
     noise = noise_of(gram)
 
     def moved(x: np.ndarray, by: float) -> np.ndarray:
-        return np.stack([clipped(x + by) - clipped(x), clipped(x) - clipped(x - by)], axis=-1)
+        return np.stack([f(x + by) - f(x), f(x) - f(x - by)], axis=-1)
 
     if is_small(gram, method):
         values = eigenvalues_of(gram.matrix if isinstance(gram, DenseOperator) else gram)
         off = noise + 10.0 * np.sqrt(len(values)) * EPS * float(np.abs(values).max())
         if values.min() < -off:
             raise InputError(f"gram: expected no eigenvalue below {-off:.3g}, found one at {values.min():.3g}")
-        return Estimate(clipped(values).sum(), moved(values, off).sum(axis=0).max(), exact=True)
+        summed = 10.0 * EPS * float(np.abs(f(values)).sum())
+        return Estimate(f(values).sum(), moved(values, off).sum(axis=0).max() + summed, exact=True)
     operator = operator_of(gram)
     found = quadrature(operator, probes, steps, seed)
-    rounding = 10.0 * np.sqrt(found.rows) * max(EPS, getattr(operator, "rounding", EPS)) * found.scale
-    left = -min(max(noise, rounding), 0.5 * ridge)
-    lower, upper = found.floor(f, left), found.means(f)
-    middle = 0.5 * (upper + lower)
-    off = found.means(lambda x: moved(x, noise + rounding)).mean(axis=0).max()
-    error = float(spread(middle, found.deviation(clipped))) + 0.5 * float((upper - lower).mean()) + off
+    rounding = 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale
+    off = noise + rounding
+    change = float(found.means(lambda x: moved(x, off)).mean(axis=0).max())
+
+    def shifted(x: np.ndarray) -> np.ndarray:
+        return f(x + off)  # smooth down to the lowest eigenvalue that noise can make, where f has a kink
+
+    gap = found.means(shifted) - found.floor(shifted, -off)
+    middle = found.means(f) - 0.5 * gap
+    # The rules bracket tr f(K + off·I); what tells it from tr f(K) is `change`, by quadrature as by noise.
+    error = float(spread(middle, found.deviation(f))) + 0.5 * float(gap.mean()) + 2.0 * change
+    error += 10.0 * EPS * float(found.means(lambda x: np.abs(f(x))).mean())
     return Estimate(found.rows * float(middle.mean()), found.rows * error, exact=False)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ntkengine.errors import InputError
+from ntkengine.spectrum.checks import check_size, check_stored
 from ntkengine.spectrum.operators import EPS, GramOperator, as_matrix, noise_of
 
 _ROWS = 4096  # of Φ turned to float64 at a time
@@ -31,10 +32,7 @@ class FactorOperator(GramOperator):
     """
 
     def __init__(self, features: Any, noise: float = 0.0) -> None:
-        if len(features.shape) != 2 or 0 in features.shape:
-            raise InputError(f"features: expected shape (N, P), got {tuple(features.shape)}")
-        if np.asarray(features[:1]).dtype.kind not in "fiu":
-            raise InputError(f"features: expected real numbers, got dtype {np.asarray(features[:1]).dtype}")
+        check_stored("features", features, "P")
         self.features = features
         super().__init__(features.shape[0], noise)
         for start, rows in self._rows():
@@ -74,6 +72,8 @@ class ImplicitOperator(GramOperator):
         block: int = 1,
         rounding: float = EPS,
     ) -> None:
+        if not callable(product):
+            raise InputError(f"product: expected a function, got {type(product).__name__}")
         super().__init__(rows, noise, block=block, rounding=rounding)
         self._product = product
 
@@ -105,6 +105,11 @@ class DeviceOperator(GramOperator):
     """
 
     def __init__(self, gram: Any, device: str | torch.device | None = None, noise: float | None = None) -> None:
+        if device is not None:
+            try:
+                device = torch.device(device)
+            except (RuntimeError, TypeError):
+                raise InputError(f"device: expected one that torch knows, got {device!r}") from None
         if isinstance(gram, torch.Tensor):
             if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.is_floating_point():
                 raise InputError(f"gram: expected a square matrix (N, N), got {tuple(gram.shape)} of {gram.dtype}")
@@ -112,6 +117,7 @@ class DeviceOperator(GramOperator):
             largest, skew = float(matrix.abs().max()), float((matrix - matrix.T).abs().max())
             if not np.isfinite(largest):
                 raise InputError("gram: expected finite entries, got NaN or infinity")
+            check_size("gram", largest)
             eps = float(torch.finfo(gram.dtype).eps)
             if skew > 100.0 * eps * largest:
                 raise InputError(f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g}")

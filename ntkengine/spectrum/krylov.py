@@ -9,9 +9,9 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import LinearOperator
 
-from ntkengine.errors import InputError, NotConverged
+from ntkengine.errors import NotConverged
 from ntkengine.spectrum.certify import Ritz, pair_bounds
-from ntkengine.spectrum.operators import EPS, DenseOperator, check_symmetry
+from ntkengine.spectrum.operators import DenseOperator, check_symmetry, multiply, rounding_of
 
 
 class Krylov:
@@ -48,7 +48,7 @@ class Krylov:
         self.operator, self.k, self.which, self.tol, self.limit, self.noise = operator, k, which, tol, limit, noise
         self.rows = operator.shape[0]
         self.block = min(block, self.rows)
-        self.rounding = np.sqrt(self.rows) * getattr(operator, "rounding", EPS)
+        self.rounding = np.sqrt(self.rows) * rounding_of(operator)
         self.capacity = min(self.rows, max(2 * k + 20, 40, k + 8 * block))
         self.random = np.random.default_rng(seed)
         self.products = 0
@@ -198,10 +198,4 @@ class Krylov:
 
     def _product(self, X: np.ndarray) -> np.ndarray:
         self.products += X.shape[1]
-        W = self.operator.matvec(X[:, 0]) if X.shape[1] == 1 else self.operator.matmat(X)
-        if np.iscomplexobj(W):
-            raise InputError("gram: expected real products, got complex ones")
-        W = np.array(W, dtype=np.float64, order="F").reshape(X.shape)
-        if not np.isfinite(W).all():
-            raise InputError(f"gram: expected finite products, got NaN or infinity in product {self.products}")
-        return W
+        return multiply(self.operator, X)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-from scipy.sparse.linalg import LinearOperator
 
+from ntkengine.arguments import choice, flag, number, whole
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.spectrum.certify import Ritz, certified_bounds, pair_bounds
 from ntkengine.spectrum.inverse import smallest
@@ -75,25 +75,18 @@ def eigsh(
         orthogonalise, and N·m numbers with m = max(2k + 20, 40, k + 8·block); shift-invert and certificate N³/3 each.
     Source: Wu and Simon 2000 (thick restart); Parlett 1998, theorems 4.5.1 and 11.5.1 (bounds).
     """
-    operator, matrix, noise = _prepare(gram)
-    rows = operator.shape[0]
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= rows:
-        raise InputError(f"k: expected an integer from 1 to {rows}, got {k!r}")
-    if which not in ("LA", "SA", "BE"):
-        raise InputError(f"which: expected 'LA', 'SA' or 'BE', got {which!r}")
-    if not 0 < tol < 1:
-        raise InputError(f"tol: expected a number between 0 and 1, got {tol!r}")
-    if method not in ("auto", "dense", "lanczos", "shift-invert"):
-        raise InputError(f"method: expected 'auto', 'dense', 'lanczos' or 'shift-invert', got {method!r}")
-    if max_products is not None and int(max_products) < 1:
-        raise InputError(f"max_products: expected at least 1, got {max_products!r}")
-    if block is not None and int(block) < 1:
-        raise InputError(f"block: expected at least 1, got {block!r}")
+    operator = operator_of(gram, _DENSE_ROWS)
+    matrix = operator.matrix if isinstance(operator, DenseOperator) else None
+    rows, noise = operator.shape[0], noise_of(operator)
+    k, tol, seed = whole("k", k, 1, rows), number("tol", tol, above=0, below=1), whole("seed", seed)
+    choice("which", which, ("LA", "SA", "BE"))
+    choice("method", method, ("auto", "dense", "lanczos", "shift-invert"))
+    limit = max(1000, 4 * rows) if max_products is None else whole("max_products", max_products, 1)
+    width = getattr(operator, "block", 1) if block is None else whole("block", block, 1)
+    flag("certify", certify)
     if method == "shift-invert" and which == "LA":
         raise InputError("method: 'shift-invert' is for the low end, which='SA' or 'BE'")
-    k, low = int(k), {"LA": 0, "SA": int(k), "BE": int(k) // 2}[which]
-    limit = max(1000, 4 * rows) if max_products is None else int(max_products)
-    width = int(getattr(operator, "block", 1) if block is None else block)
+    low = {"LA": 0, "SA": k, "BE": k // 2}[which]
     if matrix is None:
         for hit, what in ((method in ("dense", "shift-invert"), f"method: {method!r}"), (certify, "certify")):
             if hit:
@@ -117,13 +110,6 @@ def eigsh(
         if not fallback:
             raise
         return _dense(matrix, k, which, noise)
-
-
-def _prepare(gram: Any) -> tuple[LinearOperator, np.ndarray | None, float]:
-    if isinstance(gram, LinearOperator) and gram.shape[0] != gram.shape[1]:
-        raise InputError(f"gram: expected a square operator, got shape {gram.shape}")
-    operator = operator_of(gram, _DENSE_ROWS)
-    return operator, operator.matrix if isinstance(operator, DenseOperator) else None, noise_of(operator)
 
 
 def _dense(matrix: np.ndarray, k: int, which: str, noise: float) -> Ritz:

@@ -19,10 +19,13 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 from scipy.linalg.blas import dsymv
 from scipy.sparse.linalg import LinearOperator
 
+from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
+from ntkengine.spectrum.checks import SIZES, check_size
 
 EPS = float(np.finfo(np.float64).eps)
 _TILE = 512  # symmetry is compared tile by tile: no second N×N array, and transposed reads stay in cache
@@ -41,17 +44,17 @@ def as_matrix(gram: Any) -> np.ndarray:
         (N, N) float64. Not a copy when the input is already float64 and exactly symmetric: treat it as read-only.
 
     Raises:
-        InputError: not square, not real, not finite, or not symmetric.
+        InputError: not square, not real, not finite, not symmetric, or its largest entry outside 1e-70..1e70.
 
     Cost: one pass over N² entries.
     """
     raw = _stored(gram)
     if raw.ndim != 2 or raw.shape[0] != raw.shape[1] or not raw.size:
         raise InputError(f"gram: expected a square matrix (N, N), got shape {raw.shape}")
-    if raw.dtype.kind not in "fiu":
+    if raw.dtype.kind == "b":
         raise InputError(f"gram: expected real numbers, got dtype {raw.dtype}")
     matrix = np.asarray(raw, dtype=np.float64)
-    skew = 0.0
+    skew = largest = 0.0
     for start in range(0, len(matrix), _TILE):
         rows = matrix[start : start + _TILE]
         for j in range(0, start + 1, _TILE):
@@ -61,9 +64,10 @@ def as_matrix(gram: Any) -> np.ndarray:
             if not np.isfinite(high - low):  # what is not finite shows in the difference, even infinity - infinity
                 raise InputError(f"gram: expected finite entries, row {_first_bad(matrix)} has NaN or infinity")
             skew = max(skew, high, -low)
+        largest = max(largest, float(rows.max()), -float(rows.min()))
+    check_size("gram", largest)
     if skew == 0.0:
         return matrix
-    largest = float(np.abs(matrix).max())
     if skew > max(100.0 * _eps(raw) * largest, 2.0 * (declared_noise(gram) or 0.0)):
         raise InputError(
             f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g} with max|K| = {largest:.3g}"
@@ -93,7 +97,12 @@ def noise_of(gram: Any) -> float:
     if isinstance(gram, LinearOperator):
         return 0.0
     raw = _stored(gram)
-    return 0.5 * _eps(raw) * float(np.linalg.norm(np.asarray(raw, dtype=np.float64)))
+    matrix = np.asarray(raw, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = float(np.linalg.norm(matrix))
+    if matrix.size and not SIZES[0] <= norm <= SIZES[1]:
+        check_size("gram", float(np.abs(matrix).max()))  # squares that are no numbers
+    return 0.5 * _eps(raw) * norm
 
 
 def eigenvalues_of(gram: Any) -> np.ndarray:
@@ -113,11 +122,8 @@ class GramOperator(LinearOperator):
     """
 
     def __init__(self, rows: int, noise: float = 0.0, *, block: int = 1, rounding: float = EPS) -> None:
-        given = {"rows": (rows, 1), "noise": (noise, 0), "block": (block, 1), "rounding": (rounding, 0)}
-        for name, (value, least) in given.items():
-            if not least <= value < np.inf:
-                raise InputError(f"{name}: expected a finite number >= {least}, got {value!r}")
-        self.noise, self.block, self.rounding = float(noise), block, rounding
+        rows, self.block = whole("rows", rows, 1), whole("block", block, 1)
+        self.noise, self.rounding = number("noise", noise, 0), number("rounding", rounding, 0)
         self.products = self.passes = 0
         super().__init__(dtype=np.dtype(np.float64), shape=(rows, rows))  # type: ignore[call-arg]
 
@@ -155,6 +161,28 @@ class DenseOperator(GramOperator):
         return self.matrix @ X
 
 
+def rounding_of(operator: LinearOperator) -> float:
+    """Return what one product may be off, relative to ‖K‖·‖x‖: what the operator tells, else its type's rounding."""
+    told = getattr(operator, "rounding", None)
+    dtype = np.dtype(operator.dtype)
+    return float(told) if told is not None else float(np.finfo(dtype).eps) if dtype.kind == "f" else EPS
+
+
+def multiply(operator: LinearOperator, X: np.ndarray) -> np.ndarray:
+    """Return an operator's product with X, (N, k) float64.
+
+    Raises:
+        InputError: products that are complex or not finite.
+    """
+    Y = operator.matvec(X[:, 0]) if X.shape[1] == 1 else operator.matmat(X)
+    if np.iscomplexobj(Y):
+        raise InputError("gram: expected real products, got complex ones")
+    Y = np.array(Y, dtype=np.float64, order="F").reshape(X.shape)
+    if not np.isfinite(Y).all():
+        raise InputError("gram: expected finite products, got NaN or infinity")
+    return Y
+
+
 def check_symmetry(
     product: Callable[[np.ndarray], np.ndarray], operator: LinearOperator, random: np.random.Generator
 ) -> None:
@@ -162,18 +190,19 @@ def check_symmetry(
 
     Args:
         product: (N, k) -> (N, k), the operator's.
-        operator: for its size and `rounding`.
+        operator: for its size and rounding.
         random: of the vectors.
 
     Raises:
-        InputError: not symmetric.
+        InputError: not symmetric, or products too large or too small to be squared.
 
     Cost: two products.
     """
     u, v = X = random.standard_normal((operator.shape[0], 2)).T
     Ku, Kv = product(X.T).T
+    check_size("gram", max(float(np.abs(Ku).max()), float(np.abs(Kv).max())))
     size = np.linalg.norm(u) * np.linalg.norm(Kv) + np.linalg.norm(v) * np.linalg.norm(Ku)
-    if abs(u @ Kv - v @ Ku) > max(1e-10, 100.0 * getattr(operator, "rounding", EPS)) * size:
+    if abs(u @ Kv - v @ Ku) > max(1e-10, 100.0 * rounding_of(operator)) * size:
         raise InputError(f"gram: expected a symmetric operator, got u.Kv = {u @ Kv:.9g} and v.Ku = {v @ Ku:.9g}")
 
 
@@ -182,10 +211,9 @@ def _stored(gram: Any) -> np.ndarray:
     if isinstance(gram, LinearOperator):
         raise InputError("gram: expected a matrix, got a LinearOperator; give its dense matrix")
     values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
-    raw = np.asarray(values)
-    if raw.dtype.kind == "O" and not raw.ndim:
-        raise InputError(f"gram: expected a dense square matrix of numbers, got {type(values).__name__}")
-    return raw
+    if scipy.sparse.issparse(values):
+        raise InputError(f"gram: expected a dense square matrix, got {type(values).__name__}")
+    return real_array("gram", values)
 
 
 def _first_bad(matrix: np.ndarray) -> int:
@@ -201,6 +229,4 @@ def declared_noise(gram: Any) -> float | None:
     noise = getattr(gram, "noise", None)
     if noise is None:
         return None
-    if not np.isscalar(noise) or not np.isfinite(noise) or noise < 0:  # type: ignore[operator]
-        raise InputError(f"noise: expected a finite number >= 0, got {noise!r}")
-    return float(noise)  # type: ignore[arg-type]
+    return number("noise", noise, 0)

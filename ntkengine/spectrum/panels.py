@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
+from ntkengine.arguments import number
 from ntkengine.errors import InputError
+from ntkengine.spectrum.checks import check_size, check_stored
 from ntkengine.spectrum.implicit import ImplicitOperator
 from ntkengine.spectrum.operators import DenseOperator, GramOperator, declared_noise
 
@@ -27,8 +29,15 @@ def operator_of(gram: Any, in_memory: int = IN_MEMORY) -> LinearOperator:
     Args:
         gram: LinearOperator, (N, N) array-like, Gram-like, or a function with `rows` as `ImplicitOperator.of` takes.
         in_memory: rows up to which a stored matrix is read into memory.
+
+    Raises:
+        InputError: what is neither a square operator of real products nor a matrix that `as_matrix` takes.
     """
     if isinstance(gram, LinearOperator):
+        if gram.shape[0] != gram.shape[1] or not gram.shape[0]:
+            raise InputError(f"gram: expected a square operator (N, N), got shape {gram.shape}")
+        if np.issubdtype(gram.dtype, np.complexfloating):
+            raise InputError(f"gram: expected an operator with real products, got dtype {gram.dtype}")
         return gram
     if callable(gram) and hasattr(gram, "rows"):
         return ImplicitOperator.of(gram)
@@ -64,21 +73,22 @@ class PanelOperator(GramOperator):
         bytes_read: so far.
 
     Raises:
-        InputError: not square, not real, not finite, not symmetric, or a budget below one row of tiles.
+        InputError: not square, not real, not finite, not symmetric, entries so small or large that their squares are no
+            numbers, or a budget below one row of tiles.
 
     Cost: opening reads N² entries; a product N²/2 of them, and 2N²k flops.
     """
 
     def __init__(self, gram: Any, budget_mib: float = 512.0, noise: float | None = None) -> None:
         values = gram if hasattr(gram, "dtype") else getattr(gram, "values", gram)
-        shape = tuple(values.shape)
-        if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+        shape = check_stored("gram", values)
+        if shape[0] != shape[1]:
             raise InputError(f"gram: expected a square matrix (N, N), got shape {shape}")
         if values.dtype.kind != "f":
             raise InputError(f"gram: expected real numbers, got dtype {values.dtype}")
         n, itemsize = shape[0], values.dtype.itemsize
         tile = min(n, (getattr(values, "chunks", None) or (1,))[0])  # HDF5 reads whole chunks
-        budget = budget_mib * 2**20
+        budget = number("budget_mib", budget_mib, above=0) * 2**20
         fits = int(min(_PANEL_BYTES, budget / 2) // (n * itemsize)) // tile * tile
         if fits < 1:
             need = 2 * tile * n * itemsize / 2**20
@@ -87,7 +97,7 @@ class PanelOperator(GramOperator):
         self._buffers = [np.empty((self.rows, n), dtype=values.dtype) for _ in range(2)]
         super().__init__(n, 0.0, block=8)
         self.diagonal, self.norm = np.empty(n), 0.0
-        declared = declared_noise(gram) if noise is None else noise
+        declared = declared_noise(gram) if noise is None else number("noise", noise, 0)
         self._open(2.0 * (declared or 0.0))
         self.noise = 0.5 * float(np.finfo(values.dtype).eps) * self.norm if declared is None else declared
 
@@ -144,6 +154,7 @@ class PanelOperator(GramOperator):
                 total += float(np.einsum("ij,ij->", strip, strip))
             _accumulate(panel[:, :stop], start, stop, x, triangle)
             self.diagonal[start:stop] = panel[:, start:stop].diagonal()
+        check_size("gram", float(np.abs(rows).max()))
         self.norm = float(np.sqrt(total))
         # A difference within the rounding of the entries, or within their noise, is left: the lower triangle is read.
         allowed += 10.0 * float(np.finfo(self.values.dtype).eps) * self.norm

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ntkengine.errors import InputError
+from ntkengine.spectrum.checks import check_stored
 from ntkengine.spectrum.operators import GramOperator
 
 Result = TypeVar("Result")
@@ -40,10 +41,15 @@ class ShardedOperator(GramOperator):
 
     def __init__(self, panel: Any, comm: Any, noise: float = 0.0) -> None:
         self.panel, self.comm = panel, comm
-        shape = tuple(panel.shape)
-        bad = len(shape) != 2 or not np.isfinite(np.asarray(panel)).all() or not noise >= 0
-        found = comm.allgather((shape, bad, float(noise)))
-        counts = [s[0] for s, _, _ in found]
+        shape = tuple(getattr(panel, "shape", ()))
+        known = isinstance(noise, int | float) and noise >= 0
+        try:  # every rank must reach the gathering
+            check_stored("panel", panel)
+            bad = not known or not np.isfinite(np.asarray(panel)).all()
+        except InputError:
+            bad = True
+        found = comm.allgather((shape, bad, float(noise) if known else 0.0))
+        counts = [s[0] if s else 0 for s, _, _ in found]
         rows = sum(counts)
         for rank, (theirs, wrong, _) in enumerate(found):
             if wrong or len(theirs) != 2 or theirs[1] != rows:

@@ -1,0 +1,120 @@
+"""Checks of arguments, which every room makes: one line that names the argument, what was expected, and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from reprlib import repr as shown
+from typing import TYPE_CHECKING, Any
+
+from ntkengine.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+    """Return an integer as an int; true, false and 2.0 are none.
+
+    Args:
+        name: what to call it in a message.
+        value: Python's or NumPy's.
+        least: the smallest it may be.
+        most: the largest.
+
+    Raises:
+        InputError: anything else.
+    """
+    value = _scalar(value)
+    good = isinstance(value, Integral) and not isinstance(value, bool)
+    if not good or value < least or (most is not None and value > most):
+        span = f">= {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name}: expected an integer {span}, got {shown(value)}")
+    return int(value)
+
+
+def number(
+    name: str,
+    value: Any,
+    least: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    what: str = "a finite number",
+) -> float:
+    """Return a finite real number as a float; true and false are none.
+
+    Args:
+        name: what to call it in a message.
+        value: Python's or NumPy's.
+        least: the smallest it may be.
+        above: what it must exceed.
+        below: what it must stay under.
+        what: it is, for the message.
+
+    Raises:
+        InputError: anything else.
+    """
+    value = _scalar(value)
+    good = isinstance(value, Real) and not isinstance(value, bool)
+    try:
+        found = float(value) if good else math.nan
+    except OverflowError:  # an integer beyond float64
+        found = math.inf
+    limits = ((">=", least), (">", above), ("<", below))
+    inside = all(
+        limit is None or {">=": found >= limit, ">": found > limit, "<": found < limit}[sign] for sign, limit in limits
+    )
+    if not math.isfinite(found) or not inside:
+        span = " and".join(f" {sign} {limit:g}" for sign, limit in limits if limit is not None)
+        raise InputError(f"{name}: expected {what}{span}, got {shown(value)}")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return true or false; InputError for anything else, which would count as true."""
+    value = _scalar(value)
+    if type(value).__name__ not in ("bool", "bool_"):  # NumPy's too
+        raise InputError(f"{name}: expected true or false, got {shown(value)}")
+    return bool(value)
+
+
+def choice(name: str, value: Any, options: Sequence[str]) -> str:
+    """Return one of some words; InputError for anything else."""
+    if not isinstance(value, str) or value not in options:
+        raise InputError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(value)}")
+    return value
+
+
+def real_array(name: str, values: Any) -> np.ndarray:
+    """Return array-like values as an array of bools, integers or floats, in the type they have.
+
+    Args:
+        name: what to call it in a message.
+        values: array-like; an array of objects must hold numbers only.
+
+    Raises:
+        InputError: words, even of digits; complex numbers; masked entries, whose numbers mean nothing; or what makes no
+            array.
+    """
+    import numpy as np  # here: a job file is read without it
+
+    if np.ma.is_masked(values):
+        raise InputError(f"{name}: expected no masked entries, got {np.ma.count_masked(values)}")
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists; tensors that NumPy cannot have
+        array = np.empty(0, dtype="V")
+    if array.dtype.kind == "c":  # NumPy would drop the imaginary part
+        raise InputError(f"{name}: expected real numbers, got dtype {array.dtype}")
+    if array.dtype.kind == "O" and array.ndim and all(isinstance(x, Real) for x in array.flat):
+        array = array.astype(np.float64)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name}: expected numbers, got {type(values).__name__} that is not numeric")
+    return array
+
+
+def _scalar(value: Any) -> Any:
+    """Return what an array without axes holds, anything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
