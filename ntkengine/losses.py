@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,7 +23,8 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
         outputs: C.
 
     Raises:
-        InputError: another shape, numbers that are not finite, classes out of range, or scores that name no one class.
+        InputError: another shape, numbers that are not finite, classes out of range, 0 and 1 as squared-loss targets
+            of one output, or scores that name no one class.
     """
     try:
         y = torch.as_tensor(targets)
@@ -38,6 +41,7 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     if not bool(torch.isfinite(y.double()).all()):
         raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got NaN or infinity")
     if loss == "squared":
+        refuse_bits(name, y)
         return y.double()
     if not classes and outputs > 1:
         top = y.double().topk(2, dim=1).values
@@ -50,6 +54,26 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     if int(y.min()) < 0 or int(y.max()) >= max(2, outputs):
         raise InputError(f"{name}: expected classes in 0..{max(2, outputs) - 1}, got {int(y.min())}..{int(y.max())}")
     return y.long()
+
+
+def refuse_bits(name: str, targets: Any) -> None:
+    """Refuse classes as 0 and 1 for one output, whose sign is the class everywhere.
+
+    Args:
+        name: what messages call them.
+        targets: (N, C) array or tensor.
+
+    Raises:
+        InputError: one column of zeros and ones, both of them.
+    """
+    if targets.shape[1] != 1:
+        return
+    ones, zeros = targets == 1, targets == 0
+    if bool((ones | zeros).all()) and bool(ones.any()) and bool(zeros.any()):
+        raise InputError(
+            f"{name}: expected -1 and +1 for two classes of one output, got 0 and 1; 2 * targets - 1 makes them, or "
+            "encode_targets(labels, 'margin', 2)"
+        )
 
 
 def losses(f: Tensor, y: Tensor, loss: str) -> Tensor:

@@ -18,7 +18,7 @@ ALLOWED = {
     "inputs": {"errors", "products", "textfile"},
     "tangents": {"errors", "products", "inputs"},
     "cluster": {"errors", "inputs", "tangents"},
-    "gram": {"errors", "display", "products", "inputs", "tangents", "cluster", "store"},
+    "gram": {"errors", "display", "losses", "products", "inputs", "tangents", "cluster", "store"},
     "store": {"errors", "gram", "textfile"},
     "spectrum": {"errors"},
     "ridge": {"errors", "spectrum"},

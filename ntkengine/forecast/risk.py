@@ -19,6 +19,7 @@ from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
 from ntkengine.forecast.system import Flow, Kernel, cut
 from ntkengine.forecast.trained import simulated, training_notes
+from ntkengine.losses import refuse_bits
 from ntkengine.recipe import Recipe
 from ntkengine.report.tables import sketch_note
 from ntkengine.ridge import RidgePath, ridge_grid
@@ -55,7 +56,7 @@ def forecast(
     Args:
         gram: (N, N), (N·C, N·C) or (C, N, N) array, or a Gram-like object with `.values`, and as far as known `.noise`,
             `.outputs`, `.contraction`, `.cross`, `.eval_outputs`.
-        targets: (N,) or (N, C), for instance ±1.
+        targets: (N,) or (N, C); two classes of one output are ±1, and 0 with 1 is refused.
         offset: (N, C), f0 on the training examples as training really starts; default `gram.outputs`, else 0.
         held_out_offset: (N, C), f0 of each training example from a head that was not fitted on it (out-of-fold).
             Leave-one-out and GCV then use y − held_out_offset; the training curve and eval still use `offset`.
@@ -206,6 +207,7 @@ def _targets(name: str, values: ArrayLike, outputs: int | None = None) -> np.nda
     array = as_columns(name, values, shape[0] if shape else 1)
     if outputs is not None and array.shape[1] != outputs:
         raise InputError(f"{name}: expected {outputs} columns, as in targets, got {array.shape[1]}")
+    refuse_bits(name, array)
     return array
 
 

@@ -36,6 +36,7 @@ from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import Source, as_inputs
+from ntkengine.losses import refuse_bits
 
 Progress = Callable[[float, float, str], None]
 
@@ -106,7 +107,7 @@ def compute_gram(
         check: compare with plain autograd before and after the sweep, and estimate the noise by recomputing in float64.
         progress: called with (flops done, flops in all, stage).
         eval_inputs: further inputs swept along: adds `cross` (eval × train) and `eval_outputs`.
-        targets: (N, C) kept in the result and the file.
+        targets: (N, C) kept in the result and the file; of a margin ±1, not 0 and 1 (`encode_targets`).
         eval_targets: (M, C) likewise.
         example_ids: N names kept in the file.
         eval_ids: M names.
@@ -150,6 +151,9 @@ def compute_gram(
         check_rows("example_ids", example_ids, task.samples.sizes[0])
         check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
         check_rows("eval_ids", eval_ids, task.samples.sizes[-1] if eval_inputs is not None else None)
+        for name, y in (("targets", targets), ("eval_targets", eval_targets)):
+            if readout == "margin" and y is not None:
+                refuse_bits(name, np.asarray(y).reshape(len(y), -1))
         check_seconds(checkpoint_s)
         path = None if out is None else writable(Path(out)) if root else Path(out)
         if path is not None or team is not None:
