@@ -202,14 +202,6 @@ def job_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def readme_names() -> dict[str, object]:
-    """Return what the README's second example takes as given."""
-    model = ntk.load_model("MODEL_DIR")
-    dev = ntk.read_examples("dev.tsv", text="sentence", label="label")
-    targets = ntk.encode_targets(dev.labels, "margin", 2)
-    return {"bare_model": model, "dev_inputs": ntk.tokenize(dev, model), "dev_targets": targets}
-
-
 @pytest.mark.parametrize("kind", ["python", "bash", "toml"])
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run_as_printed(page, kind, job_folder, tmp_path, monkeypatch, run):
@@ -218,7 +210,7 @@ def test_examples_run_as_printed(page, kind, job_folder, tmp_path, monkeypatch, 
         name = "k.h5" if page.name == "file-format.md" and item.name == "all.h5" else item.name
         (tmp_path / name).symlink_to(item)
     monkeypatch.chdir(tmp_path)
-    names = readme_names() if page.parent == ROOT and kind == "python" else {}
+    names: dict[str, object] = {}
     for mark, code in found:
         assert not mark or re.match("file: .|not run: .", mark), mark
         waits = mark.startswith("not run")

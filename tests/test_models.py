@@ -39,6 +39,13 @@ def test_new_heads_are_reproducible_and_leave_the_random_state_alone(tmp_path):
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
 
 
+@pytest.mark.parametrize(("task", "kind"), [("causal-lm", "llama"), ("masked-lm", "bert")])
+def test_the_words_of_a_language_model_are_never_random(tmp_path, task, kind):
+    saved = save_tiny(tmp_path / kind, kind)  # a classifier's weights
+    with pytest.raises(InputError, match=rf"{kind}: its weights hold no head for task '{task}': .* would be random"):
+        load_model(saved, task=task)
+
+
 def test_adapter_is_all_that_is_trainable(saved):
     model = load_model(saved, peft=LORA)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]

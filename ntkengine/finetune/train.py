@@ -84,7 +84,10 @@ def fine_tune(
         groups = {"train": _group(stepper, "targets", inputs, targets)}
         if eval_inputs is not None:
             groups["eval"] = _group(stepper, "eval_targets", eval_inputs, eval_targets)
-        return _trained(stepper, groups, measure_every, progress)
+        run = _trained(stepper, groups, measure_every, progress)
+    if getattr(model, "ntk_head_new", False):
+        model.ntk_head_new = False  # type: ignore[assignment]
+    return run
 
 
 def _group(stepper: Stepper, name: str, inputs: Mapping[str, Tensor], targets: Any) -> tuple[Examples, Tensor]:

@@ -32,6 +32,7 @@ from ntkengine.gram.task import Task, check_rows, refuse
 from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
@@ -147,6 +148,7 @@ def compute_gram(
         task = Task.prepare(
             model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
         )
+        warn_of_new_head(model, readout)
         check_rows("targets", targets, task.samples.sizes[0])
         check_rows("example_ids", example_ids, task.samples.sizes[0])
         check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import logits_of
 from ntkengine.inputs.running import call_model, evaluation
 
+log = logging.getLogger(__name__)
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _NO_LINEAR = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
 
 
@@ -46,6 +50,18 @@ class HeadFit:
             linear.weight.copy_(torch.from_numpy(W))
             if linear.bias is not None:
                 linear.bias.copy_(torch.from_numpy(b))
+        model.ntk_head_new = False  # type: ignore[assignment]
+
+
+def warn_of_new_head(model: nn.Module, readout: object) -> None:
+    """Say once that a model's outputs are those of a random head, which neither `fit_head` nor `fine_tune` has seen."""
+    if isinstance(readout, str) and getattr(model, "ntk_head_new", False) and model not in _told:
+        _told.add(model)
+        log.warning(
+            "%s: its classification head is new, that is random, and so are the outputs; fit it on labels first "
+            "(fit_head; commands do unless told not to), or train it",
+            getattr(model, "ntk_source", "model"),
+        )
 
 
 def fit_head(

@@ -43,7 +43,8 @@ def load_model(
     """Return a pretrained Hugging Face model in eval mode, ready for `compute_gram`.
 
     The tokenizer, where there is one, is kept as `model.ntk_tokenizer`, the source as `model.ntk_source`, and whether
-    the classification head is newly initialised as `model.ntk_head_new`.
+    the classification head is new, that is random, as `model.ntk_head_new`: `fit_head` fits it. The head of a language
+    model is never made up: weights without one are refused.
 
     Args:
         path_or_id: a model directory, or a hub id.
@@ -78,6 +79,8 @@ def load_model(
         tokenizer = _tokenizer(source, trust_remote_code)
         if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
+        if task in ("causal-lm", "masked-lm"):
+            _refuse_random_words(model, missing, source, task)
         config: Any = model.config
         if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -172,6 +175,15 @@ def _load(
         msg = f"{source}: its weights do not cover the model: {body[0]} is missing"
         raise InputError(msg)
     return model, missing
+
+
+def _refuse_random_words(model: nn.Module, missing: list[str], source: str, task: str) -> None:
+    """Refuse a language model whose logits would be a random matrix's; biases may be missing, they start at zero."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    random = next((name for name in missing if name in there and there[name].ndim > 1), None)
+    if random is not None:
+        msg = f"{source}: its weights hold no head for task {task!r}: {random} is missing and would be random"
+        raise InputError(msg)
 
 
 def _tokenizer(source: str, trust_remote_code: bool) -> Any:
