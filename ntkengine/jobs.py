@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntkengine.errors import InputError
+from ntkengine.jobchecks import check_early, check_file
 from ntkengine.jobfile import Job
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float, float, str], None]
 Pair = tuple["Examples", "Examples | None"]
-_ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 
 
 def run_gram(
@@ -95,8 +95,11 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
         ranks: `ranks`, `gpus_per_node` and `network` of `plan_gram`.
     """
     from ntkengine.gram.engine import plan_gram
+    from ntkengine.gram.scaling import check_ranks
 
-    check_early(replace(job, out=None))
+    job = replace(job, out=None)
+    check_early(job)
+    check_ranks(ranks.get("ranks", 1), ranks.get("gpus_per_node"), ranks.get("network"))
     prepared = Prepared(job, progress or quiet, None)
     call = prepared.arguments()
     plan = plan_gram(prepared.model, prepared.inputs, **call, memory_gib=job.gram.memory_gib, **ranks)
@@ -123,6 +126,7 @@ class Prepared:
                 f"got {self.num_labels}"
             )
         self.targets(self.train)
+        check_file(job)  # once the job is known to be one
         tell(0.0, 1.0, "loading the model")
         part = job.model
         self.model = load_model(
@@ -346,34 +350,6 @@ def _read(job: Job) -> Pair:
         return train, None
     names = None if train.labels is None else train.label_names
     return train, read_examples(part.eval, **columns, limit=part.eval_limit, label_names=names, shuffle=part.shuffle)
-
-
-def check_early(job: Job) -> None:
-    """Refuse what can be refused without reading anything large, and a file that another job has written or begun."""
-    from ntkengine.gram.identity import writable
-    from ntkengine.gram.task import refuse
-    from ntkengine.inputs.readout import resolve_readout
-    from ntkengine.report.tables import flat
-    from ntkengine.store import parts_of, saved_states
-    from ntkengine.store import read_job as stored_job
-
-    part = job.gram
-    refuse(part.transform, part.precision, part.backend, part.contraction, None, None, part.sketch, part.check)
-    resolve_readout(part.readout, part.contraction)
-    if job.out is None:
-        return
-    if writable(job.out).exists():
-        stored, where = stored_job(job.out), f"{job.out} holds another job"
-    else:
-        stored = next((state["job"] for state in saved_states(job.out)), {})
-        where = f"{parts_of(job.out)} holds an unfinished run of another job"
-        if not stored:
-            return
-    there, here = dict(flat(stored.get("settings") or {})), dict(flat(job.settings()))
-    for name in [*here, *(n for n in there if n not in (*here, *_ADDED))]:
-        if there.get(name) != here.get(name):
-            found, wanted = (repr(s[name]) if name in s else "not set" for s in (there, here))
-            raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
 
 
 def quiet(_done: float, _total: float, _stage: str) -> None:

@@ -95,8 +95,9 @@ def fit_head(
     if targets.ndim != 2 or len(targets) != n or not np.isfinite(targets).all():
         msg = f"targets: expected ({n}, C) finite numbers, got shape {targets.shape}"
         raise InputError(msg)
-    if n < 2 or folds < 2:
-        msg = f"fit_head: expected at least 2 examples and 2 folds, got {n} and {folds}"
+    check_fit(ridge, folds)
+    if n < 2:
+        msg = f"fit_head: expected at least 2 examples, got {n}"
         raise InputError(msg)
     name, features = _features(model, samples)
     linear: Any = model.get_submodule(name)
@@ -104,9 +105,6 @@ def fit_head(
         msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
         raise InputError(msg)
     bias = linear.bias is not None
-    if ridge != "loo" and not (isinstance(ridge, int | float) and 0 < ridge < np.inf):
-        msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
-        raise InputError(msg)
     chosen = _best_ridge(features, targets, bias) if ridge == "loo" else float(ridge)
     held_out = np.full_like(targets, np.nan)
     fold = np.empty(n, dtype=np.int64)
@@ -120,6 +118,20 @@ def fit_head(
     fit = HeadFit(held_out, features @ W.T + b, chosen, fold, [*weights, (W, b)], name)
     fit.write(model, -1)
     return fit
+
+
+def check_fit(ridge: float | str, folds: int) -> None:
+    """Refuse a penalty or a number of folds that no head can be fitted with.
+
+    Raises:
+        InputError: naming it.
+    """
+    if ridge != "loo" and not (isinstance(ridge, int | float) and 0 < ridge < np.inf):
+        msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
+        raise InputError(msg)
+    if folds < 2:
+        msg = f"folds: expected at least 2 folds, got {folds}"
+        raise InputError(msg)
 
 
 def _features(model: nn.Module, samples: Samples) -> tuple[str, np.ndarray]:
