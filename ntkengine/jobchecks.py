@@ -18,7 +18,6 @@ def check_early(job: Job) -> None:
     from ntkengine.gram.identity import writable
     from ntkengine.gram.planning import check_budget
     from ntkengine.gram.task import refuse
-    from ntkengine.inputs.adapters import peft_config
     from ntkengine.inputs.heads import check_fit
     from ntkengine.inputs.hub import check_source
     from ntkengine.inputs.models import check_model
@@ -31,8 +30,6 @@ def check_early(job: Job) -> None:
     check_budget(part.memory_gib)
     check_model(1 if model.num_labels is None else model.num_labels, model.dtype, model.device)
     check_source(model.path, model.allow_pickle)
-    if model.peft is not None:
-        peft_config(model.peft)
     check_fit(head.ridge, head.folds)
     if job.out is not None:
         writable(job.out)
@@ -42,12 +39,15 @@ def check_file(job: Job) -> None:
     """Refuse an `out` that another job has written or begun, naming the first setting that differs.
 
     Raises:
-        InputError: it is another job's.
+        InputError: it is another job's, or the adapter, whose library takes seconds to load, is none.
     """
+    from ntkengine.inputs.adapters import peft_config
     from ntkengine.report.tables import flat
     from ntkengine.store import parts_of, saved_states
     from ntkengine.store import read_job as stored_job
 
+    if job.model.peft is not None:
+        peft_config(job.model.peft)
     if job.out is None:
         return
     if job.out.exists():

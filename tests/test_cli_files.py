@@ -34,7 +34,10 @@ def test_verify_repairs_or_opens_tiles_for_the_next_run(run, gram_file, tmp_path
         file["cross"][0, 0] += 1.0
     code, out, err = run("verify", damaged, "--repair")
     assert (code, out) == (1, "")
-    assert err == f"error: {damaged}: 0 tiles repaired, 2 opened: run the same job again to compute them\n"
+    assert err == (
+        f"error: {damaged}: damaged tiles repaired: 0, still to be computed: 2; run the same job again, it computes "
+        "only those\n"
+    )
     code, out, err = run("info", damaged)
     assert (code, err) == (0, "")
     assert "damaged tiles are open" in out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,6 +40,7 @@ from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import Source, as_inputs
 from ntkengine.losses import refuse_bits
 
+log = logging.getLogger(__name__)
 Progress = Callable[[float, float, str], None]
 
 
@@ -250,6 +252,8 @@ def plan_gram(
     """
     refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch)
     check_ranks(ranks, gpus_per_node, network)
+    if network is not None and ranks <= (gpus_per_node or 1):
+        log.warning("network: not used, it is the rate between hosts, and all ranks (%d) are on one", ranks)
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
