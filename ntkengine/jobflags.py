@@ -16,7 +16,7 @@ import typer
 from ntkengine.choices import completing
 from ntkengine.errors import InputError
 from ntkengine.jobfile import Job, make_job, merged, read_job
-from ntkengine.textfile import parse_json
+from ntkengine.textfile import parse_json, reason_of
 
 _MODEL, _DATA, _HEAD, _GRAM, TRAINING = "Model", "Data", "Head", "Gram", "Training"
 
@@ -242,7 +242,7 @@ def _adapter(given: str | None) -> dict[str, Any]:
     try:
         text = Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InputError(f"--peft: {given}: {error}") from None
+        raise InputError(f"--peft: {given}: {reason_of(error)}") from None
     found = parse_json(text, f"--peft: {given}", dict, "an adapter's fields by name")
     return {"peft_type": "LORA", **found}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.inputs.labels import class_indices, label_text
 from ntkengine.inputs.memory import class_names, missing, plain, rows_in
+from ntkengine.inputs.parameters import require_module
 from ntkengine.inputs.tables import Row, no_column, rows_of
 from ntkengine.inputs.tokenised import collated, is_tokenised
 
@@ -124,6 +125,8 @@ def tokenize(
     Raises:
         InputError: no tokenizer, no examples, a text over the limit, ids the model's embedding lacks.
     """
+    if model is not None:
+        require_module(model)
     if is_tokenised(examples):
         inputs = collated(examples, model)
         _check_vocabulary(inputs["input_ids"], model)

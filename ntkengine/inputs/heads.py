@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import Chunk, Samples
+from ntkengine.inputs.parameters import require_module
 from ntkengine.inputs.readout import logits_of
 from ntkengine.inputs.running import call_model, evaluation
 
@@ -89,6 +90,7 @@ def fit_head(
         InputError: no such Linear, targets of another shape, or fewer than two examples.
     Cost: one forward pass of all examples, and one SVD of N × d features for each fold and for the penalty.
     """
+    require_module(model)
     targets = np.asarray(targets, dtype=np.float64)
     samples = Samples([inputs])
     n = samples.total

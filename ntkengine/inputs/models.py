@@ -151,13 +151,14 @@ def _load(
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it needs code of its own: pass trust_remote_code if you trust it"
-        msg = f"{source}: cannot be loaded ({reason[:300]})"
+        reason = reason if len(reason) < 300 else f"{reason[:300].rpartition('. ')[0] or reason[:300]} …"
+        msg = f"{source}: cannot be loaded ({reason})"
         if known["local_files_only"] and "cached files" in reason:
             msg = (
                 f"{source}: is no local directory, the hub does not answer (or is off), and its cache has no such model"
             )
         elif not Path(source).is_dir():
-            msg = f"{source}: is no local directory, and the hub gave no such model ({reason[:300]})"
+            msg = f"{source}: is no local directory, and the hub gave no such model ({reason})"
         raise InputError(msg) from error
     prefix = getattr(model, "base_model_prefix", "") + "."
     # A pooler is part of the head when the weights come from a model trained without one.
