@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
 import ntkengine as ntk
@@ -240,3 +241,22 @@ def test_errors_of_the_faq_are_said_somewhere():
     quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
     assert len(quoted) > 10
     assert [words for words in quoted if words not in said] == []
+
+
+def test_the_fetched_files_may_be_fetched_again(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from ntkengine import assets
+
+    part = ntk.Examples(tiny_sentences(1000), np.arange(1000) % 2, ["negative", "positive"], [""] * 1000, "x")
+    demo = SimpleNamespace(model_dir=save_tiny(tmp_path / "cached"), snippets=tmp_path / "texts")
+    monkeypatch.setattr(assets, "fetch_demo", lambda: demo)
+    monkeypatch.setattr(assets, "movie_snippets", lambda *_, **__: (part[:384], part))
+    monkeypatch.chdir(tmp_path)
+    mark, kind, code = next(blocks(ROOT / "docs" / "tutorial.md"))
+    assert (mark[:7], kind) == ("not run", "python")
+    for _ in range(2):
+        exec(compile(code, "tutorial.md", "exec"), {})
+    assert b"\r" not in (tmp_path / "train.tsv").read_bytes()
+    assert ntk.read_examples("dev.tsv", text="sentence", label="label").label_names == ["negative", "positive"]
+    assert (tmp_path / "MODEL_DIR" / "config.json").is_file()
