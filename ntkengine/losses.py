@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ntkengine.errors import InputError
+from ntkengine.targets import refuse_bits
 
 
 def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -> Tensor:
@@ -54,26 +53,6 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     if int(y.min()) < 0 or int(y.max()) >= max(2, outputs):
         raise InputError(f"{name}: expected classes in 0..{max(2, outputs) - 1}, got {int(y.min())}..{int(y.max())}")
     return y.long()
-
-
-def refuse_bits(name: str, targets: Any) -> None:
-    """Refuse classes as 0 and 1 for one output, whose sign is the class everywhere.
-
-    Args:
-        name: what messages call them.
-        targets: (N, C) array or tensor.
-
-    Raises:
-        InputError: one column of zeros and ones, both of them.
-    """
-    if targets.shape[1] != 1:
-        return
-    ones, zeros = targets == 1, targets == 0
-    if bool((ones | zeros).all()) and bool(ones.any()) and bool(zeros.any()):
-        raise InputError(
-            f"{name}: expected -1 and +1 for two classes of one output, got 0 and 1; 2 * targets - 1 makes them, or "
-            "encode_targets(labels, 'margin', 2)"
-        )
 
 
 def losses(f: Tensor, y: Tensor, loss: str) -> Tensor:

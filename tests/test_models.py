@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.models import load_model
-from tests.tiny import save_tiny
+from tests.tiny import edit_config, save_tiny
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "query,value"}
 
@@ -108,6 +108,12 @@ def test_directories_that_are_no_models(tmp_path, saved):
     assert load_model(saved, allow_pickle=True) is not None
     weights.write_bytes(b"\x00" * 100)
     with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(saved)
+
+
+def test_a_wrong_field_of_the_configuration_is_named(saved):
+    edit_config(saved, hidden_size="wide")
+    with pytest.raises(InputError, match=r"cannot be loaded \(config.json: hidden_size: expected int, got 'wide'\)$"):
         load_model(saved)
 
 

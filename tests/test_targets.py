@@ -35,6 +35,14 @@ def test_zero_and_one_are_no_targets_of_a_margin(model):
         ntk.compute_gram(model, inputs, eval_inputs=inputs, readout="margin", targets=signs[:, None], eval_targets=BITS)
 
 
+def test_a_ridge_of_a_margins_gram_wants_signs(model):
+    gram = ntk.compute_gram(model, tiny_inputs(model, [3, 4, 5, 2], 5), readout="margin")
+    with pytest.raises(InputError, match=r"^y: expected -1 and \+1"):
+        ntk.KernelRidge(1.0).fit(gram, BITS)
+    assert ntk.KernelRidge(1.0).fit(gram, 2 * BITS - 1).ridge_ == 1.0
+    assert ntk.KernelRidge(1.0).fit(KERNEL, BITS).ridge_ == 1.0  # of what, nobody knows
+
+
 def test_other_zeros_and_ones_are_targets():
     assert as_targets("targets", BITS, "cross-entropy", 4, 1).tolist() == [0, 1, 1, 0]
     assert as_targets("targets", np.eye(4)[:, :2], "squared", 4, 2).shape == (4, 2)  # one column a class

@@ -19,13 +19,13 @@ from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
 from ntkengine.forecast.system import Flow, Kernel, cut
 from ntkengine.forecast.trained import simulated, training_notes
-from ntkengine.losses import refuse_bits
 from ntkengine.recipe import Recipe
 from ntkengine.report.tables import sketch_note
 from ntkengine.ridge import RidgePath, ridge_grid
 from ntkengine.ridge.solve import as_columns
 from ntkengine.ridge.tuning import pick
 from ntkengine.spectrum import condition_from_eigenvalues, noise_of
+from ntkengine.targets import refuse_bits
 
 
 def forecast(

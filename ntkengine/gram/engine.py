@@ -38,7 +38,7 @@ from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import Source, as_inputs
-from ntkengine.losses import refuse_bits
+from ntkengine.targets import refuse_bits
 
 log = logging.getLogger(__name__)
 Progress = Callable[[float, float, str], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -151,6 +152,9 @@ def _load(
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it needs code of its own: pass trust_remote_code if you trust it"
+        field = re.search(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*)\)", reason)
+        if field is not None:
+            reason = f"config.json: {field[1]}: expected {field[2]}, got {field[3]}"
         reason = reason if len(reason) < 300 else f"{reason[:300].rpartition('. ')[0] or reason[:300]} …"
         msg = f"{source}: cannot be loaded ({reason})"
         if known["local_files_only"] and "cached files" in reason:
