@@ -72,7 +72,7 @@ def test_dtype(saved):
         ({"dtype": "int8"}, "dtype: expected one of float32"),
         ({"task": "vision"}, "task: expected one of"),
         ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),
-        ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of"),
+        ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of .*, got 'LORAX'; did you mean 'LORA'.$"),
         ({"peft": LORA | {"rank": 3}}, "peft.rank: LORA has no such field"),
         ({"peft": LORA | {"target_modules": "q_proj"}}, "modules of this model are called .*query"),
         ({"peft": "lora"}, "peft: expected a peft config or a mapping of its fields, got 'lora'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import re
 from collections.abc import Mapping
@@ -63,7 +64,9 @@ def peft_config(given: Any) -> Any:
     fields = dict(given)
     kind = str(fields.pop("peft_type", "LORA")).upper()
     if kind not in PeftType.__members__ or PeftType[kind] not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        msg = f"peft.peft_type: expected one of {', '.join(sorted(PeftType.__members__))}, got {kind!r}"
+        close = difflib.get_close_matches(kind, PeftType.__members__, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        msg = f"peft.peft_type: expected one of {', '.join(sorted(PeftType.__members__))}, got {kind!r}{hint}"
         raise InputError(msg)
     chosen = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
     known = inspect.signature(chosen).parameters
