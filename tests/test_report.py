@@ -165,7 +165,7 @@ def test_spectrum_figure_with_an_unresolved_tail():
 
 def test_without_matplotlib_the_message_says_what_to_install(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"pip install ntkengine\[demo\]"):
+    with pytest.raises(InputError, match=r"pip install matplotlib"):
         found.figures()
 
 
