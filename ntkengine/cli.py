@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,9 @@ from ntkengine.helpexamples import epilog
 from ntkengine.jobflags import bandwidth, collect, job_of, takes_job
 from ntkengine.readcommands import forecast, report, ridge, spectrum
 from ntkengine.selectcommand import select
+
+# Warn, when another library imports them, of kernels that nothing here uses.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 app = typer.Typer(
     help="Exact empirical neural tangent kernels of language models, and what they forecast of fine-tuning.",
@@ -62,6 +66,8 @@ def options(
     logging.getLogger("ntkengine").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:
         warnings.simplefilter("ignore")
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @app.command(
@@ -70,7 +76,7 @@ def options(
     epilog=epilog("plan"),
 )
 @answered
-@takes_job
+@partial(takes_job, hides=("out", "resume", "checkpoint_s", "check"))
 def plan_command(
     *,
     ranks: Annotated[int, typer.Option(help="Also predict the job on so many MPI ranks.")] = 1,
@@ -142,8 +148,10 @@ def _tell(found: Any, as_json: bool, seconds: float) -> None:
         return
     show(gram_table(found))
     times = timing_table(found)
-    if times is not None:
-        show(times)
+    if times is None:
+        print(f"{found.path} was complete already: nothing was computed")
+        return
+    show(times)
     if found.meta.get("ranks"):
         print(ranks_line(found, seconds))
 

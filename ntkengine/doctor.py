@@ -21,7 +21,7 @@ _NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy"
 _COMPILED = {name: name for name in ("torch", "safetensors", "numpy", "scipy", "h5py")} | {"scikit-learn": "sklearn"}
 # package -> (what it gives, how to get it)
 _OPTIONAL = {
-    "matplotlib": ("figures, report and demo", "pip install 'ntkengine[demo]'"),
+    "matplotlib": ("figures, report and demo", "pip install matplotlib"),
     "pandas": ("frames and parquet files", "pip install pandas pyarrow"),
     "datasets": ("datasets.Dataset as a source", "pip install datasets"),
     "gguf": ("models in GGUF files", "pip install gguf"),
@@ -140,7 +140,7 @@ def _kernels(gpu: bool) -> Item:
 
     from ntkengine.gram.backend import try_kernels
 
-    version, how = _version("triton"), "pip install 'ntkengine[gpu]'"
+    version, how = _version("triton"), "pip install triton"
     if not gpu:
         note = "GPU kernels; not needed on the CPU" if version else "GPU kernels; of no use without a GPU"
         return Item("triton", "ok" if version else "missing", version, note)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 
-_GET = "pip install 'ntkengine[mpi]'"
+_GET = "pip install mpi4py mpich"
 # Asked in a process of its own: a library that is damaged, or set up for a cluster, may end or stop whoever loads it.
 _ASK = (
     "import mpi4py; mpi4py.rc.initialize = False\n"

@@ -41,7 +41,11 @@ def info(path: GramFile, as_json: Json = False) -> None:
 def verify(
     path: GramFile,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Repair damaged tiles, or open them for the next run of the same job.")
+        bool,
+        typer.Option(
+            "--repair",
+            help="Mend damaged tiles by their mirror image; the next run of the same job computes the others.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -53,9 +57,13 @@ def verify(
         if as_json:
             print_json({"path": str(path), "sound": not opened, "repaired": repaired, "open": opened})
         elif not opened:
-            print(f"{path}: {f'{repaired} tiles repaired' if repaired else 'sound'}")
+            mended = f"{repaired} damaged tiles repaired, now sound" if repaired else "sound"
+            print(f"{path}: {mended}")
         if opened:
-            msg = f"{path}: {repaired} tiles repaired, {opened} opened: run the same job again to compute them"
+            msg = (
+                f"{path}: damaged tiles repaired: {repaired}, still to be computed: {opened}; run the same job again, "
+                "it computes only those"
+            )
             raise typer.Exit(1 if as_json else say(msg, 1))
         return
     problems = verify_gram(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from ntkengine.console import answered, print_json, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.jobflags import (
+    GRAM_ONLY,
     TRAINING,
     BatchSize,
     Epochs,
@@ -37,7 +39,7 @@ _COLUMNS = {
 
 
 @answered
-@takes_job
+@partial(takes_job, hides=("out",), refuses=(*GRAM_ONLY, "memory_gib"))
 def finetune(
     *,
     learning_rate: LearningRate = None,

@@ -58,7 +58,8 @@ def run_finetune(
         NonFinite: training diverged; nothing is written.
     """
     from ntkengine.finetune import fine_tune
-    from ntkengine.jobs import Prepared, check_early, quiet
+    from ntkengine.jobchecks import check_early
+    from ntkengine.jobs import Prepared, quiet
 
     part = job.finetune
     if part is None:
@@ -70,7 +71,8 @@ def run_finetune(
         if path is not None:
             check_folder(path)
     tell = progress or quiet
-    check_early(replace(job, out=None))
+    job = replace(job, out=None)
+    check_early(job)
     prepared = Prepared(job, tell, None)
     targets = prepared.targets(prepared.train)
     if targets is None:

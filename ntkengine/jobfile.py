@@ -24,7 +24,7 @@ from typing import Any
 from ntkengine.errors import InputError
 from ntkengine.finetunejob import FinetunePart
 from ntkengine.recipe import is_number
-from ntkengine.textfile import check_plain
+from ntkengine.textfile import check_plain, reason_of
 
 _WORDS = {
     bool: "true or false",
@@ -197,13 +197,13 @@ def read_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Jo
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
-        raise InputError(f"{path}: not a readable TOML file: {error}") from error
+        raise InputError(f"{path}: not a readable TOML file: {reason_of(error)}") from error
     # Every key is checked as it stands in the file, before anything is laid over it.
     _check_names(found, Job, str(path))
     try:
         found = _resolved(found, path.parent)
     except (OSError, RuntimeError) as error:  # a name that is too long, ~ of an unknown user
-        raise InputError(f"{path}: a path in it cannot be used: {error}") from error
+        raise InputError(f"{path}: a path in it cannot be used: {reason_of(error)}") from error
     return make_job(merged(found, overrides or {}), str(path))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,7 @@ import typer
 from ntkengine.choices import completing
 from ntkengine.errors import InputError
 from ntkengine.jobfile import Job, make_job, merged, read_job
-from ntkengine.textfile import parse_json
+from ntkengine.textfile import parse_json, reason_of
 
 _MODEL, _DATA, _HEAD, _GRAM, TRAINING = "Model", "Data", "Head", "Gram", "Training"
 
@@ -147,20 +149,55 @@ def collect(
     return job, flags, as_json
 
 
-def takes_job(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command `collect`'s flags besides its own keyword-only ones; it gets them as keywords."""
+# Of a Gram's way and file alone: commands that make none have no use for them, whatever a job file says.
+GRAM_ONLY = (
+    "contraction",
+    "transform",
+    "per_module",
+    "precision",
+    "backend",
+    "sketch",
+    "check",
+    "resume",
+    "checkpoint_s",
+)
+
+
+def takes_job(
+    command: Callable[..., None], *, hides: Collection[str] = (), refuses: Collection[str] = ()
+) -> Callable[..., None]:
+    """Give a command `collect`'s flags besides its own keyword-only ones; it gets them as keywords.
+
+    Args:
+        command: which takes them.
+        hides: flags that its help leaves out.
+        refuses: flags that it has no use for, hidden as well.
+    """
     own = inspect.signature(command, eval_str=True).parameters.values()
-    shared = inspect.signature(collect, eval_str=True).parameters.values()
+    shared = [
+        _hidden(p) if p.name in (*hides, *refuses) else p
+        for p in inspect.signature(collect, eval_str=True).parameters.values()
+    ]
     every = [*shared, *(p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in own if p.kind is p.KEYWORD_ONLY)]
 
     @functools.wraps(command)
     def run(**flags: Any) -> None:
+        for name in refuses:
+            if flags[name] is not None:
+                raise InputError(f"--{name.replace('_', '-')}: is of a Gram, {command.__name__} has no use for it")
         command(**flags)
 
     del run.__wrapped__
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in every}
     return run
+
+
+def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
+    kind, option = typing.get_args(parameter.annotation)
+    option = copy.copy(option)
+    option.hidden = True
+    return parameter.replace(annotation=Annotated[kind, option])
 
 
 def job_of(path: Path | None, flags: dict[str, Any]) -> Job:
@@ -205,7 +242,7 @@ def _adapter(given: str | None) -> dict[str, Any]:
     try:
         text = Path(given).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise InputError(f"--peft: {given}: {error}") from None
+        raise InputError(f"--peft: {given}: {reason_of(error)}") from None
     found = parse_json(text, f"--peft: {given}", dict, "an adapter's fields by name")
     return {"peft_type": "LORA", **found}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntkengine.errors import InputError
+from ntkengine.jobchecks import check_early, check_file
 from ntkengine.jobfile import Job
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float, float, str], None]
 Pair = tuple["Examples", "Examples | None"]
-_ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 
 
 def run_gram(
@@ -62,7 +62,7 @@ def run_gram(
         if fit is not None and not team.root:
             fit.write(prepared.model, -1)
     head = job.settings()["head"] | {"fitted": fit is not None}
-    part = job.gram
+    part, whole = job.gram, None if progress is None else _Whole(progress, prepared.folds)
     prepared_s = time.perf_counter() - began
     gram = compute_gram(
         prepared.model,
@@ -73,13 +73,13 @@ def run_gram(
         checkpoint_s=part.checkpoint_s,
         check=part.check,
         out=job.out,
-        progress=progress,
+        progress=None if whole is None else whole.first,
         targets=prepared.targets(prepared.train),
         eval_targets=prepared.targets(prepared.eval),
         example_ids=prepared.train.ids,
         eval_ids=None if prepared.eval is None else prepared.eval.ids,
         job=job.settings() | {"head": head, "classes": list(prepared.train.label_names)},
-        extras=None if fit is None else lambda: prepared.cross_fit(fit, progress, team),
+        extras=None if fit is None or not prepared.folds else lambda: prepared.cross_fit(fit, whole, team),
         comm=team,
     )
     gram.meta |= {"prepare_seconds": prepared_s, "wall_seconds": time.perf_counter() - began}
@@ -95,8 +95,11 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
         ranks: `ranks`, `gpus_per_node` and `network` of `plan_gram`.
     """
     from ntkengine.gram.engine import plan_gram
+    from ntkengine.gram.scaling import check_ranks
 
-    check_early(replace(job, out=None))
+    job = replace(job, out=None)
+    check_early(job)
+    check_ranks(ranks.get("ranks", 1), ranks.get("gpus_per_node"), ranks.get("network"))
     prepared = Prepared(job, progress or quiet, None)
     call = prepared.arguments()
     plan = plan_gram(prepared.model, prepared.inputs, **call, memory_gib=job.gram.memory_gib, **ranks)
@@ -123,6 +126,7 @@ class Prepared:
                 f"got {self.num_labels}"
             )
         self.targets(self.train)
+        check_file(job)  # once the job is known to be one
         tell(0.0, 1.0, "loading the model")
         part = job.model
         self.model = load_model(
@@ -172,8 +176,9 @@ class Prepared:
 
     @property
     def folds(self) -> int:
-        """How many held-out heads the job fits, and so how many more Grams of the train examples it computes."""
-        return min(self.job.head.folds, len(self.train)) if self.fits else 0
+        """How many more Grams the job computes, of the train examples under held-out heads: none without targets."""
+        scored = self.fits and self.targets(self.train) is not None
+        return min(self.job.head.folds, len(self.train)) if scored else 0
 
     def fit_head(self, tell: Progress) -> HeadFit | None:
         """Fit the head where the job wants it."""
@@ -189,15 +194,15 @@ class Prepared:
         part = self.job.head
         return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
 
-    def cross_fit(self, fit: HeadFit, progress: Progress | None, team: Team | None = None) -> dict[str, Any]:
+    def cross_fit(self, fit: HeadFit, whole: _Whole | None, team: Team | None = None) -> dict[str, Any]:
         """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold.
 
         With an `out` each of them is a file among its parts until all are done, and stays there until it is copied.
 
         Args:
             fit: of the head.
-            progress: as `run_gram`.
-            team: likewise; only rank 0 has the arrays.
+            whole: what tells of it.
+            team: as `run_gram`; only rank 0 has the arrays.
         """
         from ntkengine.gram.engine import compute_gram
         from ntkengine.gram.result import Stacked
@@ -211,14 +216,13 @@ class Prepared:
         try:
             for k in range(folds):
                 fit.write(self.model, k)
-                stage = None if progress is None else _staged(progress, k, folds)
                 checked = call["sketch"] is not None  # the only way to a sketch
                 found = compute_gram(
                     self.model,
                     self.inputs,
                     **call,
                     check=checked,
-                    progress=stage,
+                    progress=None if whole is None else whole.fold(k),
                     out=None if out is None else parts_of(out) / f"held-out-{k}.h5",
                     checkpoint_s=part.checkpoint_s,
                     comm=team,
@@ -234,10 +238,28 @@ class Prepared:
         return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack(outputs)}
 
 
-def _staged(progress: Progress, k: int, folds: int) -> Progress:
-    """Return what tells of fold k as a part of all of them, so that rate and time left are those of the whole."""
-    stage = f"held-out head {k + 1} of {folds}"
-    return lambda done, total, _: progress(k * total + done, folds * total, stage)
+class _Whole:
+    """Tells of a Gram and of those under held-out heads as one piece of work, which never goes back."""
+
+    def __init__(self, tell: Progress, folds: int) -> None:
+        self.tell, self.folds, self.before = tell, folds, 0.0
+
+    def first(self, done: float, total: float, stage: str) -> None:
+        """Tell of the Gram itself; the others, which are no larger, are counted like it."""
+        if total > 1:
+            self.before, total = total, total * (1 + self.folds)
+        self.tell(done, total, stage)
+
+    def fold(self, k: int) -> Progress:
+        """Return what tells of fold k."""
+        stage = f"held-out head {k + 1} of {self.folds}"
+
+        def tell(done: float, total: float, _: str) -> None:
+            if total > 1:
+                done, total = self.before + k * total + done, self.before + self.folds * total
+            self.tell(done, total, stage)
+
+        return tell
 
 
 def forecast_file(
@@ -258,6 +280,12 @@ def forecast_file(
 
     gram = open_gram(path_or_gram) if isinstance(path_or_gram, str | Path) else path_or_gram
     name = gram.path or "gram"
+    readout = gram.meta.get("readout")
+    if gram.targets is None and readout not in ("logits", "margin", None):
+        raise InputError(
+            f"{name}: is of readout {readout!r}, which has no class targets to forecast; compute it with readout "
+            "'logits' or 'margin', or pass targets to forecast() in Python"
+        )
     if gram.targets is None:
         raise InputError(f"{name}: holds no targets, so there is nothing to forecast; compute it on labelled examples")
     outputs, wanted = np.shape(gram.outputs)[1], np.shape(gram.targets)[1]
@@ -346,34 +374,6 @@ def _read(job: Job) -> Pair:
         return train, None
     names = None if train.labels is None else train.label_names
     return train, read_examples(part.eval, **columns, limit=part.eval_limit, label_names=names, shuffle=part.shuffle)
-
-
-def check_early(job: Job) -> None:
-    """Refuse what can be refused without reading anything large, and a file that another job has written or begun."""
-    from ntkengine.gram.identity import writable
-    from ntkengine.gram.task import refuse
-    from ntkengine.inputs.readout import resolve_readout
-    from ntkengine.report.tables import flat
-    from ntkengine.store import parts_of, saved_states
-    from ntkengine.store import read_job as stored_job
-
-    part = job.gram
-    refuse(part.transform, part.precision, part.backend, part.contraction, None, None, part.sketch, part.check)
-    resolve_readout(part.readout, part.contraction)
-    if job.out is None:
-        return
-    if writable(job.out).exists():
-        stored, where = stored_job(job.out), f"{job.out} holds another job"
-    else:
-        stored = next((state["job"] for state in saved_states(job.out)), {})
-        where = f"{parts_of(job.out)} holds an unfinished run of another job"
-        if not stored:
-            return
-    there, here = dict(flat(stored.get("settings") or {})), dict(flat(job.settings()))
-    for name in [*here, *(n for n in there if n not in (*here, *_ADDED))]:
-        if there.get(name) != here.get(name):
-            found, wanted = (repr(s[name]) if name in s else "not set" for s in (there, here))
-            raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
 
 
 def quiet(_done: float, _total: float, _stage: str) -> None:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
+from ntkengine.targets import refuse_bits
 
 
 def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -> Tensor:
@@ -22,7 +23,8 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
         outputs: C.
 
     Raises:
-        InputError: another shape, numbers that are not finite, classes out of range, or scores that name no one class.
+        InputError: another shape, numbers that are not finite, classes out of range, 0 and 1 as squared-loss targets
+            of one output, or scores that name no one class.
     """
     found = targets if isinstance(targets, Tensor) else real_array(name, targets)
     try:
@@ -40,6 +42,7 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
     if not bool(torch.isfinite(y.double()).all()):
         raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got NaN or infinity")
     if loss == "squared":
+        refuse_bits(name, y)
         return y.double()
     if not classes and outputs > 1:
         top = y.double().topk(2, dim=1).values

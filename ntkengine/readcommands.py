@@ -35,7 +35,8 @@ def spectrum(
     from ntkengine.store import open_gram
 
     gram = open_gram(path)
-    ritz, condition = eigsh(gram, k=min(k, gram.shape[-1]), which=which), condition_number(gram)
+    there = gram.shape[-1]
+    ritz, condition = eigsh(gram, k=min(k, there), which=which), condition_number(gram)
     if as_json:
         found = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
         told = {name: getattr(condition, name) for name in ("lambda_max", "lambda_min", "lower", "resolved")}
@@ -44,7 +45,8 @@ def spectrum(
             {"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram), **_sketch(gram)}
         )
         return
-    show(spectrum_table(ritz, condition, sketch_note(gram)))
+    fewer = f"these are all {there} eigenvalues" if k > there else ""
+    show(spectrum_table(ritz, condition, sketch_note(gram), fewer))
 
 
 @answered

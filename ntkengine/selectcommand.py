@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from ntkengine.console import answered, print_json, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.jobflags import (
+    GRAM_ONLY,
     BatchSize,
     Epochs,
     LearningRate,
@@ -25,7 +27,7 @@ _PANEL = "Selection"
 
 
 @answered
-@takes_job
+@partial(takes_job, hides=("out",), refuses=GRAM_ONLY)
 def select(
     *,
     subsets: Annotated[

@@ -46,19 +46,26 @@ def run_select(
 
     Cost: a sweep for the factors (one a fold without held-out examples), one for the kernels; a rehearsal a subset.
     """
-    from ntkengine.forecast.candidates import layer_of
+    from ntkengine.forecast.candidates import SUBSETS, layer_of, named_subsets
     from ntkengine.forecast.subsets import rank_subsets
     from ntkengine.gram.engine import compute_gram
     from ntkengine.gram.linear import tangent_factors
     from ntkengine.inputs.parameters import select_parameters
-    from ntkengine.jobs import Prepared, check_early, quiet
+    from ntkengine.jobchecks import check_early
+    from ntkengine.jobs import Prepared, quiet
 
     if job.finetune is None:
         raise InputError("finetune: is missing; give the job a [finetune] table, or --learning-rate")
-    tell, adapter = progress or quiet, job.model.peft or {}
+    tell, adapter, recipe = progress or quiet, job.model.peft or {}, job.finetune.recipe()
     _refuse(adapter)
-    check_early(replace(job, out=None))
-    prepared = Prepared(replace(job, model=replace(job.model, peft=None)), tell, None)
+    if subsets not in SUBSETS:
+        raise InputError(f"subsets: expected one of {', '.join(SUBSETS)}, got {subsets!r}")
+    check_count("repeats", repeats)
+    if size is not None:
+        check_count("size", size)
+    job = replace(job, model=replace(job.model, peft=None), out=None)
+    check_early(job)
+    prepared = Prepared(job, tell, None)
     targets, held = prepared.targets(prepared.train), prepared.targets(prepared.eval)
     if targets is None:
         raise InputError("select: expected labelled examples and readout 'logits' or 'margin'")
@@ -70,6 +77,8 @@ def run_select(
     names = [n for n, p in chosen.items() if p.ndim == 2 and layer_of(n) != "outside"]
     if not names:
         raise InputError("gram.params: expected weights in numbered layers of the model among them, found none")
+    if subsets != "greedy":
+        named_subsets(subsets, [n.rpartition(".")[0] for n in names])  # too many are refused before the sweep
     room = job.gram.memory_gib
     call: dict[str, Any] = {"params": names, "readout": readout, "memory_gib": room}
     factors: Any = []
@@ -93,7 +102,7 @@ def run_select(
         gram,
         targets,
         subsets,
-        recipe=job.finetune.recipe(),
+        recipe=recipe,
         factors=factors,
         fold=fit.fold if held is None and fit is not None else None,
         rank=adapter.get("r", 8),

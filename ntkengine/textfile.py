@@ -14,6 +14,15 @@ from ntkengine.errors import InputError
 _DEEPEST = 64  # what walks through nested values afterwards recurses
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why something could not be read or written, without the codes and names that systems put around it."""
+    if isinstance(error, UnicodeDecodeError):
+        return "expected UTF-8 text"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def check_folder(path: Path) -> None:
     """Refuse a file that could not be written, before anything is computed for it.
 
@@ -28,7 +37,7 @@ def check_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass
     except OSError as error:
-        raise InputError(f"{path}: folder {path.parent} takes no file: {error.strerror}") from None
+        raise InputError(f"{path}: folder {path.parent} takes no file: {reason_of(error)}") from None
 
 
 def check_apart(**files: Path | None) -> None:

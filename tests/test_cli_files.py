@@ -34,7 +34,10 @@ def test_verify_repairs_or_opens_tiles_for_the_next_run(run, gram_file, tmp_path
         file["cross"][0, 0] += 1.0
     code, out, err = run("verify", damaged, "--repair")
     assert (code, out) == (1, "")
-    assert err == f"error: {damaged}: 0 tiles repaired, 2 opened: run the same job again to compute them\n"
+    assert err == (
+        f"error: {damaged}: damaged tiles repaired: 0, still to be computed: 2; run the same job again, it computes "
+        "only those\n"
+    )
     code, out, err = run("info", damaged)
     assert (code, err) == (0, "")
     assert "damaged tiles are open" in out
@@ -51,3 +54,19 @@ def test_merge(run, gram_file, tmp_path):
     np.testing.assert_array_equal(np.asarray(open_gram(out)), np.asarray(open_gram(gram_file)))
     code, _, err = run("merge", gram_file, "-o", out)
     assert (code, err) == (2, f"error: {out}: exists\n")
+
+
+def test_what_the_system_says_is_told_in_plain_words(run, gram_file, tmp_path):
+    cut, text, folder = tmp_path / "cut.h5", tmp_path / "text.h5", tmp_path / "folder.toml"
+    cut.write_bytes(gram_file.read_bytes()[:-10])
+    text.write_text("hello")
+    folder.mkdir()
+    size = gram_file.stat().st_size
+    for arguments, message in [
+        (["info", cut], f"{cut}: is cut off: {size - 10:,} of its {size:,} bytes are there"),
+        (["info", text], f"{text}: not an HDF5 file"),
+        (["info", folder], f"{folder}: is a folder, expected a Gram file"),
+        (["plan", folder], f"{folder}: not a readable TOML file: is a directory"),
+        (["plan", "--peft", tmp_path / "none.json"], f"--peft: {tmp_path / 'none.json'}: no such file or directory"),
+    ]:
+        assert run(*arguments) == (2, "", f"error: {message}\n")

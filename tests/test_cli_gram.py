@@ -40,7 +40,8 @@ def test_gram_from_flags_then_read(run, model_folder, data, tmp_path):
     assert "error" not in err
     code, out, _ = run("gram", *flags)
     assert code == 0
-    assert "time (s)" not in out  # it was only opened
+    assert out.rstrip().endswith(f"{tmp_path / 'k.h5'} was complete already: nothing was computed")
+    assert "time (s)" not in out
     code, out, err = run("gram", *flags, "--precision", "exact")
     assert (code, out) == (2, "")
     assert "gram.precision is 'high' there, 'exact' here" in err
@@ -111,3 +112,30 @@ def refused(run, folder, train, model, *more, says=""):
     assert err.startswith("error: ")
     assert says in err
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--peft", "lorra"], "peft.peft_type: expected one of"),
+        (["--dtype", "float23"], "dtype: expected one of float32"),
+        (["--device", "tpu9"], "device: 'tpu9' cannot be used here"),
+        (["--num-labels", "0"], "num_labels: expected at least 1, got 0"),
+        (["--num-labels", "1"], "model.num_labels: expected at least 2"),
+        (["--head-ridge", "best"], "ridge: expected 'loo' or a positive number, got 'best'"),
+        (["--memory-gib", "-1"], "memory_gib: expected a number above 0, got -1.0"),
+        (["--checkpoint-s", "-1"], "checkpoint_s: expected a number of seconds"),
+        (["--data", "none.tsv"], "none.tsv: no such file"),
+        (["--text-column", "sentense"], "train.tsv:1: no column 'sentense'; did you mean 'sentence'?"),
+        (["--model", "none/"], "none: no such model directory"),
+        ([], "k.h5 holds another job: "),
+    ],
+)
+def test_mistakes_are_told_before_a_file_of_another_job(run, data, model_folder, gram_file, tmp_path, flags, message):
+    write, rows = data
+    (tmp_path / "k.h5").write_bytes(gram_file.read_bytes())
+    usual = {"--model": model_folder, "--data": write("train.tsv", rows), "--text-column": "sentence"}
+    usual |= {"--readout": "margin", "--out": tmp_path / "k.h5"} | dict(zip(flags[::2], flags[1::2], strict=True))
+    code, out, err = run("gram", *(word for pair in usual.items() for word in pair))
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err

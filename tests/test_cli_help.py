@@ -83,6 +83,7 @@ def test_the_script_for_bash_falls_back_to_file_names():
 def test_choices_are_the_registries():
     import peft
 
+    from ntkengine.forecast import candidates
     from ntkengine.gram.backend import BACKENDS
     from ntkengine.gram.tiles import CONTRACTIONS
     from ntkengine.gram.transforms import TRANSFORMS
@@ -93,6 +94,7 @@ def test_choices_are_the_registries():
     assert CHOICES["--contraction"] == CONTRACTIONS
     assert CHOICES["--transform"] == TRANSFORMS
     assert CHOICES["--backend"] == BACKENDS
+    assert CHOICES["--subsets"] == candidates.SUBSETS
     assert set(CHOICES["--dtype"]) == set(models._DTYPES)
     assert (CHOICES["--optimizer"], CHOICES["--loss"]) == (_CHOICES["optimizer"], _CHOICES["loss"])
     assert {name.upper() for name in CHOICES["--peft"]} <= {kind.value for kind in peft.PeftType}
@@ -109,3 +111,23 @@ def test_choices_are_what_a_call_takes(name):
             refuse(**(usual | {name[2:]: value}), inputs2=None, eval_inputs=None)
     with pytest.raises(InputError, match=name[2:]):
         refuse(**(usual | {name[2:]: "none"}), inputs2=None, eval_inputs=None)
+
+
+@pytest.mark.parametrize(("command", "flag"), [("select", "--precision"), ("finetune", "--memory-gib")])
+def test_flags_of_a_gram_are_not_those_of_commands_that_make_none(run, command, flag):
+    shown = run(command, "--help")[1]
+    assert flag not in shown
+    assert "--out" not in shown
+    assert "--readout" in shown
+    assert "--out" not in run("plan", "--help")[1]
+    assert "--out" in run("gram", "--help")[1]
+    value = {"--precision": "exact", "--memory-gib": "1"}[flag]
+    code, _, err = run(command, "--model", "m", "--data", "d.tsv", flag, value)
+    assert (code, err) == (2, f"error: {flag}: is of a Gram, {command} has no use for it\n")
+
+
+def test_what_other_libraries_warn_of_is_left_out():
+    warned = "import logging; logging.getLogger('torchao').warning('x')"
+    code = f"from ntkengine import cli; cli.options(verbose=False); {warned}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

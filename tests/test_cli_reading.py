@@ -35,6 +35,8 @@ def test_spectrum_json_is_the_spectrum(run, gram_file):
     np.testing.assert_allclose(told["values"], ritz.values, rtol=1e-12)
     assert told["condition"]["lower"] == condition_number(gram).lower
     assert len(run("spectrum", gram_file)[1].splitlines()) > 9
+    assert "; these are all 7 eigenvalues" in run("spectrum", gram_file, "-k", 9999)[1]
+    assert "these are all" not in run("spectrum", gram_file, "-k", 7)[1]
     assert run("spectrum", gram_file, "-k", 0)[0] == 2
 
 

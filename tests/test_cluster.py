@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,19 @@ def test_the_command_line_writes_the_same_file(folder):
     assert spread.meta["job"]["settings"] == alone.meta["job"]["settings"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--ranks", "4", "--gpus-per-node", "4"]])
+def test_a_network_within_one_host_is_not_used_and_said_so(folder, capsys, caplog, flags):
+    from ntkengine.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(folder / "job.toml"), *flags, "--network", "1KB/s"])
+    assert stop.value.code == 0
+    assert "network: not used, it is the rate between hosts, and all ranks" in caplog.text
+    out = capsys.readouterr().out
+    assert "at 1e+03 bytes/s" not in out
+    assert re.search(r"s: probe [\d.]+, passes [\d.]+, contractions [\d.]+ at", out.replace("\n", " "))
+
+
 def test_a_plan_for_many_ranks(folder, capsys):
     from ntkengine.cli import main
 
@@ -273,6 +287,8 @@ def test_a_plan_for_many_ranks(folder, capsys):
     assert told[0]["sent_bytes"] == told[2]["sent_bytes"]
     assert min(told[0]["sent_bytes"]) > 0
     assert told[2]["communication_share"] > 0.9 > told[0]["communication_share"]
+    parts = ("probe_seconds", "pass_seconds", "contract_seconds", "wait_seconds")
+    assert told[0]["seconds"] == pytest.approx(sum(told[0][name] for name in parts))
     assert told[2]["wait_seconds"] >= max(told[2]["sent_bytes"]) / 1e3 / 2  # most of it hides behind nothing
     with pytest.raises(SystemExit) as stop:
         main([*line, "--network", "fast"])

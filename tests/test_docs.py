@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 
 import ntkengine as ntk
@@ -202,14 +203,6 @@ def job_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def readme_names() -> dict[str, object]:
-    """Return what the README's second example takes as given."""
-    model = ntk.load_model("MODEL_DIR")
-    dev = ntk.read_examples("dev.tsv", text="sentence", label="label")
-    targets = ntk.encode_targets(dev.labels, "margin", 2)
-    return {"bare_model": model, "dev_inputs": ntk.tokenize(dev, model), "dev_targets": targets}
-
-
 @pytest.mark.parametrize("kind", ["python", "bash", "toml"])
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_examples_run_as_printed(page, kind, job_folder, tmp_path, monkeypatch, run):
@@ -218,7 +211,7 @@ def test_examples_run_as_printed(page, kind, job_folder, tmp_path, monkeypatch, 
         name = "k.h5" if page.name == "file-format.md" and item.name == "all.h5" else item.name
         (tmp_path / name).symlink_to(item)
     monkeypatch.chdir(tmp_path)
-    names = readme_names() if page.parent == ROOT and kind == "python" else {}
+    names: dict[str, object] = {}
     for mark, code in found:
         assert not mark or re.match("file: .|not run: .", mark), mark
         waits = mark.startswith("not run")
@@ -248,3 +241,22 @@ def test_errors_of_the_faq_are_said_somewhere():
     quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
     assert len(quoted) > 10
     assert [words for words in quoted if words not in said] == []
+
+
+def test_the_fetched_files_may_be_fetched_again(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from ntkengine import assets
+
+    part = ntk.Examples(tiny_sentences(1000), np.arange(1000) % 2, ["negative", "positive"], [""] * 1000, "x")
+    demo = SimpleNamespace(model_dir=save_tiny(tmp_path / "cached"), snippets=tmp_path / "texts")
+    monkeypatch.setattr(assets, "fetch_demo", lambda: demo)
+    monkeypatch.setattr(assets, "movie_snippets", lambda *_, **__: (part[:384], part))
+    monkeypatch.chdir(tmp_path)
+    mark, kind, code = next(blocks(ROOT / "docs" / "tutorial.md"))
+    assert (mark[:7], kind) == ("not run", "python")
+    for _ in range(2):
+        exec(compile(code, "tutorial.md", "exec"), {})
+    assert b"\r" not in (tmp_path / "train.tsv").read_bytes()
+    assert ntk.read_examples("dev.tsv", text="sentence", label="label").label_names == ["negative", "positive"]
+    assert (tmp_path / "MODEL_DIR" / "config.json").is_file()

@@ -57,7 +57,7 @@ def without(monkeypatch, *names):
 def test_what_is_optional_is_missing_and_no_failure(run, monkeypatch):
     without(monkeypatch, "matplotlib")
     assert found("matplotlib") == doctor.Item(
-        "matplotlib", "missing", "", "figures, report and demo", "pip install 'ntkengine[demo]'"
+        "matplotlib", "missing", "", "figures, report and demo", "pip install matplotlib"
     )
     assert run("doctor")[0] == 0
 

@@ -69,7 +69,15 @@ def test_options(tmp_path):
         ("a.tsv", "text\tlabel\na\t1\n \t0\n", "a.tsv:3: column 'text' is empty"),
         ("a.tsv", "text\tlabel\na\t1\nb\t\n", "a.tsv:3: column 'label' has no label"),
         ("a.tsv", "text\tlabel\na\t1\nb\n", "a.tsv:3: expected 2 fields, got 1"),
-        ("a.tsv", "sentence\tlabel\na\t1\n", "no column 'text'; the columns are sentence, label"),
+        ("a.tsv", "sentence\tlabel\na\t1\n", "a.tsv:1: no column 'text'; the columns are sentence, label"),
+        ("a.tsv", "\ntexts\tlabel\na\t1\n", "a.tsv:2: no column 'text'; did you mean .texts.. the columns are texts"),
+        ("a.jsonl", '{"test": "a", "label": 1}\n', "a.jsonl:1: no column 'text'; did you mean .test.."),
+        ("a.tsv", "text\tlabel\na\t1\nb\t1.25\n", "a.tsv:3: column 'label' holds decimal numbers .1.25., expected cl"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 0.5}\n{"text": "b", "label": 1}\n',
+            "a.jsonl:1: column 'label' holds decimal",
+        ),
         ("a.tsv", "text\tlabel\na\t1\nb\t1\n", "one class only"),
         ("a.tsv", "text\tlabel\n", "expected at least one example, found none"),
         ("a.tsv", "", "expected at least one example, found none"),
@@ -86,6 +94,15 @@ def test_options(tmp_path):
 def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         read_examples(write(tmp_path / name, content))
+
+
+def test_decimal_numbers_are_classes_when_named(tmp_path):
+    path = write(tmp_path / "a.tsv", "text\tlabel\na\t1.5\nb\t2.25\n")
+    examples = read_examples(path, label_names=["1.5", "2.25"])
+    assert examples.labels.tolist() == [0, 1]
+    rows = [{"text": "a", "label": "1.0"}, {"text": "b", "label": "2.0"}, {"text": "c", "label": "v1.5"}]
+    assert read_examples(rows[:2]).label_names == ["1.0", "2.0"]  # whole numbers
+    assert len(read_examples(rows).label_names) == 3  # not numbers alone
 
 
 def test_other_refusals(tmp_path):
@@ -109,7 +126,7 @@ def test_other_refusals(tmp_path):
 
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
 def test_class_order_is_the_same_in_every_run(seed):
-    code = "from ntkengine.inputs.examples import _class_names as f; print(f(['1', '1.0', '0']), f(['2', 'nan', '10']))"
+    code = "from ntkengine.inputs.labels import _class_names as f; print(f(['1', '1.0', '0']), f(['2', 'nan', '10']))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONHASHSEED": seed},
@@ -182,7 +199,7 @@ def test_tokenize_takes_texts_pairs_and_tables_only(model):
         (["w1", None], "example 1: expected a text like the others, got None"),
         (["w1", ("w2", "w3")], r"example 1: expected a text like the others, got \('w2', 'w3'\)"),
         ([("w1", "w2"), "w3"], "example 1: expected a pair of texts like the others, got 'w3'"),
-        ([{"txt": "w1"}], "list row 0: no column 'text'; the columns are txt"),
+        ([{"txt": "w1"}], "list row 0: no column .text.; did you mean .txt.. the columns are txt"),
         (["w1", {"text": "w1"}], "example 1: expected a text like the others"),
     ]:
         with pytest.raises(InputError, match=message):

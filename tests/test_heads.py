@@ -8,6 +8,9 @@ import torch
 from sklearn.linear_model import Ridge
 
 from ntkengine.errors import InputError
+from ntkengine.finetune import fine_tune
+from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.linear import tangent_factors
 from ntkengine.inputs.heads import fit_head
 from ntkengine.inputs.models import load_model
 from tests.brute import KINDS, tiny_inputs, tiny_model
@@ -131,3 +134,27 @@ def test_penalty_is_the_best_leave_one_out(kind):
     best = leave_one_out(fit.ridge)
     assert best == pytest.approx(np.mean((fit.held_out - targets) ** 2))
     assert all(best <= leave_one_out(fit.ridge * factor) for factor in (0.1, 0.5, 2.0, 10.0))
+
+
+def test_a_new_head_is_told_of_once_until_it_is_fitted(tmp_path, caplog):
+    saved = save_tiny(tmp_path / "body", head=False)
+    model = load_model(saved)
+    inputs = tiny_inputs(model, [3, 4, 5, 6], 6)
+    for _ in range(2):
+        compute_gram(model, inputs, readout="margin", params="*.layer.*", check=False)
+    assert [record.message for record in caplog.records] == [
+        f"{saved}: its classification head is new, that is random, and so are the outputs; fit it on labels first "
+        "(fit_head; commands do unless told not to), or train it"
+    ]
+    caplog.clear()
+    other, third = load_model(saved), load_model(saved)
+    fit_head(other, inputs, np.eye(2)[[0, 1, 0, 1]], folds=2)
+    compute_gram(other, inputs, params="*.layer.*", check=False)
+    compute_gram(third, inputs, readout=lambda out, _: out.logits, params="*.layer.*", check=False)
+    fine_tune(third, inputs, np.eye(2)[[0, 1, 0, 1]], learning_rate=1e-3)
+    compute_gram(third, inputs, params="*.layer.*", check=False)
+    assert not caplog.records
+    tangent_factors(load_model(saved), inputs, params="*.layer.*")
+    adapted = load_model(saved, peft={"peft_type": "LORA", "r": 2, "target_modules": "query"})
+    fine_tune(adapted, inputs, np.eye(2)[[0, 1, 0, 1]], learning_rate=1e-3)
+    assert len(caplog.records) == 2

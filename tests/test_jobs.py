@@ -142,6 +142,10 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
     assert gram.meta["example_id"][0].startswith("train.tsv:")
     assert {stage for _, total, stage in told if total <= 1} >= {"reading examples", "loading the model"}
     assert told[-1][0] == told[-1][1] > 1
+    shares = [done / total for done, total, _ in told if total > 1]
+    assert shares == sorted(shares)  # the Gram and those under held-out heads are one piece of work
+    assert shares[-1] == 1
+    assert 0 < next(done / total for done, total, stage in told if stage == "held-out head 1 of 5") < 0.5
 
     found = jobs.forecast_file(folder / "k.h5")
     cross_fit = CrossFit(fold, gram.extras["fold_grams"], gram.extras["fold_outputs"])
@@ -165,6 +169,18 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
         with pytest.raises(InputError, match=message):
             jobs.run_gram(read_job(folder / "job.toml", change))
     assert (folder / "k.h5").read_bytes() == written
+
+
+def test_without_class_targets_there_are_no_held_out_grams_and_no_forecast(folder, run):
+    job = read_job(folder / "job.toml", {"gram": {"readout": "loss"}})
+    assert jobs.run_plan(job).held_out_grams == 0
+    gram = jobs.run_gram(job)
+    assert (dict(gram.extras), gram.targets) == ({}, None)
+    assert gram.meta["settings"]["head"]["fitted"] is True
+    message = "k.h5: is of readout 'loss', which has no class targets to forecast; compute it with readout 'logits' or"
+    for command in ("forecast", "ridge"):
+        code, _, err = run(command, folder / "k.h5")
+        assert (code, message in err) == (2, True), err
 
 
 def test_a_job_that_ended_among_its_held_out_heads_goes_on_there(folder, monkeypatch):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.models import load_model
-from tests.tiny import save_tiny
+from tests.tiny import edit_config, save_tiny
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": "query,value"}
 
@@ -39,12 +41,25 @@ def test_new_heads_are_reproducible_and_leave_the_random_state_alone(tmp_path):
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
 
 
+@pytest.mark.parametrize(("task", "kind"), [("causal-lm", "llama"), ("masked-lm", "bert")])
+def test_the_words_of_a_language_model_are_never_random(tmp_path, task, kind):
+    saved = save_tiny(tmp_path / kind, kind)  # a classifier's weights
+    with pytest.raises(InputError, match=rf"{kind}: its weights hold no head for task '{task}': .* would be random"):
+        load_model(saved, task=task)
+
+
 def test_adapter_is_all_that_is_trainable(saved):
     model = load_model(saved, peft=LORA)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 3 * 2 * 2
     assert all("lora_" in name for name in trainable)
     assert model.ntk_tokenizer is not None
+
+
+@pytest.mark.parametrize("targets", ["query", "query, value", ["query"], r".*\.layer\.1\..*query", "all-linear"])
+def test_modules_of_an_adapter_are_a_name_names_or_a_pattern(saved, targets):
+    model = load_model(saved, peft={"peft_type": "LORA", "r": 2.0, "lora_alpha": 3.5, "target_modules": targets})
+    assert any("query.lora_A" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_dtype(saved):
@@ -57,12 +72,16 @@ def test_dtype(saved):
         ({"dtype": "int8"}, "dtype: expected one of float32"),
         ({"task": "vision"}, "task: expected one of"),
         ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),
-        ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of"),
+        ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of .*, got 'LORAX'; did you mean 'LORA'.$"),
         ({"peft": LORA | {"rank": 3}}, "peft.rank: LORA has no such field"),
         ({"peft": LORA | {"target_modules": "q_proj"}}, "modules of this model are called .*query"),
         ({"peft": "lora"}, "peft: expected a peft config or a mapping of its fields, got 'lora'"),
         ({"peft": LORA | {"r": 0}}, "peft: `r` should be a positive integer"),
-        ({"peft": LORA | {"r": "x"}}, "peft: .*not supported between"),
+        ({"peft": LORA | {"r": "x"}}, "^peft.r: expected a number, got 'x'$"),
+        ({"peft": LORA | {"r": 1.5}}, "^peft.r: expected a whole number, got 1.5$"),
+        ({"peft": LORA | {"use_rslora": "yes"}}, "^peft.use_rslora: expected true or false, got 'yes'$"),
+        ({"peft": LORA | {"target_modules": 5}}, "^peft.target_modules: expected a list of names, got 5$"),
+        ({"peft": LORA | {"bias": "some"}}, "^peft: [^;]*$"),
         ({"num_labels": 0}, "num_labels: expected at least 1, got 0"),
         ({"num_labels": 5}, "classifier.* has another shape than num_labels=5"),
     ],
@@ -92,6 +111,12 @@ def test_directories_that_are_no_models(tmp_path, saved):
         load_model(saved)
 
 
+def test_a_wrong_field_of_the_configuration_is_named(saved):
+    edit_config(saved, hidden_size="wide")
+    with pytest.raises(InputError, match=r"cannot be loaded \(config.json: hidden_size: expected int, got 'wide'\)$"):
+        load_model(saved)
+
+
 def test_weights_that_cannot_be_used(saved):
     weights = saved / "model.safetensors"
     tensors = load_file(weights)
@@ -107,7 +132,22 @@ def test_weights_that_cannot_be_used(saved):
 
 
 def test_hub_out_of_reach(monkeypatch):
-    # The libraries read the environment once, at import; without this the test waits for a network.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="no local directory"):
-        load_model("nobody/no-such-model-anywhere")
+    def nobody(*_, **__):
+        raise OSError("no network")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: asked.append(1) or nobody())
+    began = time.perf_counter()
+    with pytest.raises(
+        InputError, match=r"such-model: is no local directory, the hub does not answer .* no such model$"
+    ):
+        load_model("nobody/no-such-model")
+    assert time.perf_counter() - began < 10  # the hub's client would wait for half a minute, twice
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["models/of/mine", "mine/", "my model", "~nobody-at-all/m", "m" * 300, "a\0b", ""])
+def test_names_of_no_hub_are_directories(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="no such model directory|expected a model directory"):
+        load_model(name)

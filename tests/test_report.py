@@ -108,8 +108,8 @@ def test_plan_table_folds_layers():
     plan = SimpleNamespace(
         parameters=[row("e.0.q.weight"), row("e.1.q.weight"), row("e.2.q.weight", "ghost"), row("head.weight")],
         samples=5, tokens=50, outputs=2, microbatches=1, pass_flops=2e9, flops=6e9, peak_bytes=2.0**21, seconds=3.0,
-        rate=2e9, pass_seconds=1.0, layout={"hidden": "disk", "factor_bytes": 2.0**20, "tile": 3}, sweeps=3,
-        scaling=None, held_out_grams=5,
+        rate=2e9, probe_seconds=0.5, pass_seconds=1.0, layout={"hidden": "disk", "factor_bytes": 2.0**20, "tile": 3},
+        sweeps=3, scaling=None, held_out_grams=5,
         unused=["pooler.bias"], negligible=["key.bias"], frozen=["e.weight", "f.weight"],
     )  # fmt: skip
     shown = tables.plan_table(plan)
@@ -165,7 +165,7 @@ def test_spectrum_figure_with_an_unresolved_tail():
 
 def test_without_matplotlib_the_message_says_what_to_install(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r"pip install ntkengine\[demo\]"):
+    with pytest.raises(InputError, match=r"pip install matplotlib"):
         found.figures()
 
 

@@ -71,7 +71,9 @@ def test_without_held_out_text_folds_are_used(job):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--subsets", "best"], "subsets: expected single"),
+        (["--subsets", "best"], "subsets: expected one of single"),
+        (["--repeats", "0"], "repeats: expected an integer >= 1, got 0"),
+        (["--size", "0"], "size: expected an integer >= 1, got 0"),
         (["--peft", "ia3"], "peft_type: expected LORA"),
         (["--readout", "loss"], "expected labelled examples and readout"),
         (["--out", "k.h5"], "name the file of the best configuration with --emit"),
@@ -90,6 +92,22 @@ def test_bad_input_is_one_line(job, run, arguments, message):  # noqa: F811
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--subsets", "best"], "subsets: expected one of single, layers, types, greedy, all, got 'best'"),
+        (["--subsets", "all"], "subsets 'all': expected at most 1, these are"),
+        (["--repeats", "0"], "repeats: expected an integer >= 1"),
+        (["--size", "0"], "size: expected an integer >= 1"),
+    ],
+)
+def test_what_is_searched_is_checked_before_the_sweep(job, run, arguments, message, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("ntkengine.gram.linear.tangent_factors", lambda *_, **__: pytest.fail("swept"))
+    monkeypatch.setattr("ntkengine.forecast.candidates._LARGEST", 1)
+    code, _, err = run("select", job, *arguments)
+    assert (code, message in err) == (2, True), err
 
 
 @pytest.mark.parametrize(

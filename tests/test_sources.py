@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import ntkengine as ntk
 from ntkengine.errors import InputError
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.inputs.examples import read_examples, tokenize
@@ -278,3 +279,25 @@ def test_a_gram_is_the_same_from_every_form(loaded):
     for given in (None, 5, torch.ones(2, 2), {}):
         with pytest.raises(InputError, match="inputs: expected a mapping of tensors"):
             compute_gram(loaded, given, **options)
+
+
+def test_a_path_is_no_model(tmp_path):
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+    for call in (
+        lambda m: ntk.compute_gram(m, inputs),
+        lambda m: ntk.compute_gram(m, ["w1 w2"]),
+        lambda m: ntk.plan_gram(m, inputs),
+        lambda m: ntk.tangent_factors(m, inputs),
+        lambda m: ntk.fine_tune(m, inputs, [[1.0], [-1.0]], learning_rate=1e-3),
+        lambda m: ntk.fit_head(m, inputs, np.eye(2)),
+        lambda m: ntk.linearize(m),
+        lambda m: ntk.tokenize(["w1 w2"], m),
+    ):
+        with pytest.raises(
+            InputError, match=r"^model: expected a torch.nn.Module, as load_model\(path\) returns, got "
+        ):
+            call("MODEL_DIR")
+    with pytest.raises(InputError, match="got str 'MODEL_DIR'$"):
+        ntk.compute_gram("MODEL_DIR", inputs)
+    with pytest.raises(InputError, match="got dict$"):
+        ntk.compute_gram(inputs, None)

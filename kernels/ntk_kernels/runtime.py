@@ -114,7 +114,7 @@ def jit(function: Callable[..., Any]) -> Any:
 def why_not(device: torch.device) -> str | None:
     """Return why kernels cannot run on a device, and what would help; None where they can."""
     if triton is None:
-        return "Triton is not installed; pip install 'ntkengine[gpu]'"
+        return "Triton is not installed; pip install triton"
     if INTERPRETED:
         return None
     if device.type != "cuda" or torch.version.hip is not None:

@@ -43,7 +43,7 @@ def launched() -> Team | None:
         if count == 1:
             return None
         msg = f"started by an MPI launcher, but mpi4py cannot be used ({str(error).splitlines()[0]}); "
-        raise InputError(msg + "pip install 'ntkengine[mpi]'") from error
+        raise InputError(msg + "pip install mpi4py mpich") from error
     if count > comm.Get_size():
         msg = (
             f"the launcher started {count} processes, but {name}, which mpi4py has loaded, sees {comm.Get_size()}: use "

@@ -15,6 +15,7 @@ from ntkengine.errors import InputError
 from ntkengine.finetune.history import FineTuning, Measured
 from ntkengine.finetune.measuring import Examples, measure
 from ntkengine.finetune.stepping import Stepper
+from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation, wanting_gradients
@@ -79,12 +80,17 @@ def fine_tune(
         raise InputError("eval_targets: expected together with eval_inputs, got one without the other")
     if measure_every is not None and measure_every < 1:
         raise InputError(f"measure_every: expected a number of steps >= 1, got {measure_every!r}")
+    if hasattr(model, "peft_config") and params == "trainable" and not any("modules_to_save" in n for n in selected):
+        warn_of_new_head(model, readout)  # which an adapter does not train
     with evaluation(model):
         stepper = Stepper(model, selected, resolve_readout(readout, "full"), chosen, linear)
         groups = {"train": _group(stepper, "targets", inputs, targets)}
         if eval_inputs is not None:
             groups["eval"] = _group(stepper, "eval_targets", eval_inputs, eval_targets)
-        return _trained(stepper, groups, measure_every, progress)
+        run = _trained(stepper, groups, measure_every, progress)
+    if getattr(model, "ntk_head_new", False):
+        model.ntk_head_new = False  # type: ignore[assignment]
+    return run
 
 
 def _group(stepper: Stepper, name: str, inputs: Mapping[str, Tensor], targets: Any) -> tuple[Examples, Tensor]:

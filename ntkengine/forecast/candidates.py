@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from ntkengine.errors import InputError
 
+SUBSETS = ("single", "layers", "types", "greedy", "all")  # by name
 _LARGEST = 4096  # subsets an exhaustive search may have
 
 
@@ -72,7 +73,7 @@ def named_subsets(subsets: str | Mapping[str, Iterable[str]], names: list[str]) 
                 if chosen:
                     found[f"{'+'.join(kind)} of {'+'.join(some)}"] = chosen
         return found
-    raise InputError(f"subsets: expected single, layers, types, greedy, all or a mapping, got {subsets!r}")
+    raise InputError(f"subsets: expected {', '.join(SUBSETS)} or a mapping, got {subsets!r}")
 
 
 def _unions(items: list[str]) -> list[tuple[str, ...]]:

@@ -27,6 +27,7 @@ from ntkengine.ridge.solve import as_columns
 from ntkengine.ridge.tuning import pick
 from ntkengine.spectrum import condition_from_eigenvalues, noise_of
 from ntkengine.spectrum.operators import EPS
+from ntkengine.targets import refuse_bits
 
 
 def forecast(
@@ -57,7 +58,7 @@ def forecast(
     Args:
         gram: (N, N), (N·C, N·C) or (C, N, N) array, or a Gram-like object with `.values`, and as far as known `.noise`,
             `.outputs`, `.contraction`, `.cross`, `.eval_outputs`.
-        targets: (N,) or (N, C), for instance ±1.
+        targets: (N,) or (N, C); two classes of one output are ±1, and 0 with 1 is refused.
         offset: (N, C), f0 on the training examples as training really starts; default `gram.outputs`, else 0.
         held_out_offset: (N, C), f0 of each training example from a head that was not fitted on it (out-of-fold).
             Leave-one-out and GCV then use y − held_out_offset; the training curve and eval still use `offset`.
@@ -219,6 +220,7 @@ def _targets(name: str, values: ArrayLike, outputs: int | None = None) -> np.nda
     array = as_columns(name, given, len(given) if given.ndim else 1)
     if outputs is not None and array.shape[1] != outputs:
         raise InputError(f"{name}: expected {outputs} columns, as in targets, got {array.shape[1]}")
+    refuse_bits(name, array)
     return array
 
 

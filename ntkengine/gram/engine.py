@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -32,11 +33,14 @@ from ntkengine.gram.task import Task, check_rows, refuse
 from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import Source, as_inputs
+from ntkengine.targets import refuse_bits
 
+log = logging.getLogger(__name__)
 Progress = Callable[[float, float, str], None]
 
 
@@ -107,7 +111,7 @@ def compute_gram(
         check: compare with plain autograd before and after the sweep, and estimate the noise by recomputing in float64.
         progress: called with (flops done, flops in all, stage).
         eval_inputs: further inputs swept along: adds `cross` (eval × train) and `eval_outputs`.
-        targets: (N, C) kept in the result and the file.
+        targets: (N, C) kept in the result and the file; of a margin ±1, not 0 and 1 (`encode_targets`).
         eval_targets: (M, C) likewise.
         example_ids: N names kept in the file.
         eval_ids: M names.
@@ -147,10 +151,14 @@ def compute_gram(
         task = Task.prepare(
             model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
         )
+        warn_of_new_head(model, readout)
         check_rows("targets", targets, task.samples.sizes[0])
         check_rows("example_ids", example_ids, task.samples.sizes[0])
         check_rows("eval_targets", eval_targets, task.samples.sizes[-1] if eval_inputs is not None else None)
         check_rows("eval_ids", eval_ids, task.samples.sizes[-1] if eval_inputs is not None else None)
+        for name, y in (("targets", targets), ("eval_targets", eval_targets)):
+            if readout == "margin" and y is not None:
+                refuse_bits(name, np.asarray(y).reshape(len(y), -1))
         check_seconds(checkpoint_s)
         path = None if out is None else writable(Path(out)) if root else Path(out)
         if path is not None or team is not None:
@@ -245,6 +253,8 @@ def plan_gram(
     """
     refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch)
     check_ranks(ranks, gpus_per_node, network)
+    if network is not None and ranks <= (gpus_per_node or 1):
+        log.warning("network: not used, it is the rate between hosts, and all ranks (%d) are on one", ranks)
     task = Task.prepare(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )

@@ -21,6 +21,7 @@ from ntkengine.gram.check import Check
 from ntkengine.gram.planning import planned
 from ntkengine.gram.task import Task
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
@@ -101,6 +102,7 @@ def tangent_factors(
     adapter = next((n for n in task.selected if module_of(n) != n.rpartition(".")[0]), None)
     if adapter is not None:
         raise InputError(f"params: expected a model before adapters are put on, {adapter} is an adapter's")
+    warn_of_new_head(model, readout)
     limit = None if memory_gib is None else memory_gib * 2**30
     maps: dict[str, LinearFactors] = {}
     held = 0

@@ -30,6 +30,13 @@ BUNDLE_BYTES = 32 << 20  # small parameters travel together up to this, so that 
 WINDOW_BYTES = 1 << 30  # parcels of other ranks, the window in use and the next; own features are filled anew for each
 
 
+def check_budget(memory_gib: float | None) -> None:
+    """Refuse a bound on memory that is none."""
+    if memory_gib is not None and not memory_gib > 0:
+        msg = f"memory_gib: expected a number above 0, got {memory_gib}"
+        raise InputError(msg)
+
+
 def planned(
     task: Task,
     precision: str,
@@ -58,9 +65,7 @@ def planned(
         InputError: nothing fits.
         CheckFailed: ranks disagree.
     """
-    if memory_gib is not None and not memory_gib > 0:
-        msg = f"memory_gib: expected a number above 0, got {memory_gib}"
-        raise InputError(msg)
+    check_budget(memory_gib)
     dtype = torch.bfloat16 if precision == "fast" else task.dtype
     before = bounds(memory_gib, task.dtype.itemsize)
     RESIDENT.limit = before.resident_bytes

@@ -38,7 +38,8 @@ class Scaling:
     Attributes:
         ranks: R.
         seconds: of the run: the probe, then what the busiest rank does.
-        pass_seconds: of that, in passes.
+        probe_seconds: of that, in the probe, which every rank runs whole.
+        pass_seconds: in passes.
         contract_seconds: in contractions.
         wait_seconds: in communication that no contraction hides.
         sent_bytes: by rank, on the ring.
@@ -48,6 +49,7 @@ class Scaling:
 
     ranks: int
     seconds: float
+    probe_seconds: float
     pass_seconds: float
     contract_seconds: float
     wait_seconds: float
@@ -126,7 +128,7 @@ def predict(
     probing, passes, contract = (crowd * x for x in (plan.probe_seconds, passes, sum(map(sum, contracting))))
     seconds = probing + passes + contract + waiting
     return Scaling(
-        ranks, seconds, passes, contract, waiting, [int(x) for x in sent], waiting / seconds, float(bandwidth)
+        ranks, seconds, probing, passes, contract, waiting, [int(x) for x in sent], waiting / seconds, float(bandwidth)
     )
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.labels import class_indices, label_text
 from ntkengine.inputs.memory import class_names, missing, plain, rows_in
-from ntkengine.inputs.tables import Row, rows_of
+from ntkengine.inputs.parameters import require_module
+from ntkengine.inputs.tables import Row, no_column, rows_of
 from ntkengine.inputs.tokenised import collated, is_tokenised
 
 Text = str | tuple[str, str]
@@ -73,7 +75,8 @@ def read_examples(
 
     Raises:
         InputError: naming file, line and what was expected: no such file, unknown kind, missing column, empty text,
-            missing or unknown label, one class only, malformed row, nothing to read.
+            missing or unknown label, decimal numbers in place of classes, one class only, malformed row, nothing to
+            read.
     """
     if limit is not None and limit < 1:
         msg = f"limit: expected at least 1, got {limit}"
@@ -94,24 +97,7 @@ def read_examples(
     texts, values, ids = (list(part) for part in zip(*found, strict=True))
     if label is None:
         return Examples(texts, None, [], ids, name)
-    given = class_names(source, label)
-    if given is not None and (label_names is None or set(label_names) <= set(given)):
-        values = [_named(value, given, where, label) for value, where in zip(values, ids, strict=True)]
-        if len(set(values)) > 1:
-            label_names = label_names or given
-    names = [_label(n) for n in label_names] if label_names is not None else _class_names(values)
-    if len(set(names)) != len(names):
-        msg = f"label_names: expected distinct names, got {', '.join(names)}"
-        raise InputError(msg)
-    index = {n: i for i, n in enumerate(names)}
-    for value, where in zip(values, ids, strict=True):
-        if _label(value) not in index:
-            msg = f"{where}: unknown label {value!r} in column {label!r}, expected one of {', '.join(names)}"
-            raise InputError(msg)
-    labels = np.array([index[_label(v)] for v in values], dtype=np.int64)
-    if label_names is None and len(names) < 2:
-        msg = f"{name}: column {label!r} holds one class only ({names[0]!r}), expected two or more"
-        raise InputError(msg)
+    labels, names = class_indices(values, ids, label, name, class_names(source, label), label_names)
     return Examples(texts, labels, names, ids, name)
 
 
@@ -139,6 +125,8 @@ def tokenize(
     Raises:
         InputError: no tokenizer, no examples, a text over the limit, ids the model's embedding lacks.
     """
+    if model is not None:
+        require_module(model)
     if is_tokenised(examples):
         inputs = collated(examples, model)
         _check_vocabulary(inputs["input_ids"], model)
@@ -218,8 +206,7 @@ def _examples_of(source: Any) -> Examples:
 def _example(row: Row, columns: list[str], text: str, label: str | None, pair: str | None) -> tuple[Text, Any, str]:
     for column in columns:
         if column not in row.values:
-            msg = f"{row.where}: no column {column!r}; the columns are {', '.join(map(str, row.values)) or 'none'}"
-            raise InputError(msg)
+            raise no_column(row.named_at or row.where, column, row.values)
     parts = []
     for column in (text,) if pair is None else (text, pair):
         value = row.values[column]
@@ -230,39 +217,13 @@ def _example(row: Row, columns: list[str], text: str, label: str | None, pair: s
             raise InputError(msg)
         parts.append(value)
     value = None if label is None else plain(row.values[label])
-    if label is not None and (missing(value) or _label(value) == ""):
+    if label is not None and (missing(value) or label_text(value) == ""):
         msg = f"{row.where}: column {label!r} has no label"
         raise InputError(msg)
     if label is not None and not isinstance(value, str | int | float | np.generic):
         msg = f"{row.where}: column {label!r} is {type(value).__name__}, expected a class, as text or a number"
         raise InputError(msg)
     return (parts[0] if pair is None else (parts[0], parts[1])), value, row.where
-
-
-def _named(value: Any, names: Sequence[str], where: str, label: str) -> str:
-    """Return the name of a class that a data set has by its number."""
-    if isinstance(value, str):
-        return value
-    if not 0 <= value < len(names):
-        msg = f"{where}: column {label!r} has no label: {value} is none of the classes {', '.join(names)}"
-        raise InputError(msg)
-    return names[int(value)]
-
-
-def _label(value: Any) -> str:
-    """Return a label as text: 1, "1" and 1.0 are one class."""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        value = int(value)
-    return str(value).strip()
-
-
-def _class_names(values: Iterable[Any]) -> list[str]:
-    names = sorted({_label(v) for v in values})  # as text first: an order of equal numbers must not vary between runs
-    try:
-        numbers = [float(name) for name in names]
-    except ValueError:
-        return names
-    return sorted(names, key=float) if all(x == x for x in numbers) else names  # NaN has no order
 
 
 def _tokenizer_of(model: nn.Module | None) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,12 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import Chunk, Samples
+from ntkengine.inputs.parameters import require_module
 from ntkengine.inputs.readout import logits_of
 from ntkengine.inputs.running import call_model, evaluation
 
+log = logging.getLogger(__name__)
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _NO_LINEAR = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
 
 
@@ -46,6 +51,18 @@ class HeadFit:
             linear.weight.copy_(torch.from_numpy(W))
             if linear.bias is not None:
                 linear.bias.copy_(torch.from_numpy(b))
+        model.ntk_head_new = False  # type: ignore[assignment]
+
+
+def warn_of_new_head(model: nn.Module, readout: object) -> None:
+    """Say once that a model's outputs are those of a random head, which neither `fit_head` nor `fine_tune` has seen."""
+    if isinstance(readout, str) and getattr(model, "ntk_head_new", False) and model not in _told:
+        _told.add(model)
+        log.warning(
+            "%s: its classification head is new, that is random, and so are the outputs; fit it on labels first "
+            "(fit_head; commands do unless told not to), or train it",
+            getattr(model, "ntk_source", "model"),
+        )
 
 
 def fit_head(
@@ -73,14 +90,16 @@ def fit_head(
         InputError: no such Linear, targets of another shape, or fewer than two examples.
     Cost: one forward pass of all examples, and one SVD of N × d features for each fold and for the penalty.
     """
+    require_module(model)
     targets = np.asarray(targets, dtype=np.float64)
     samples = Samples([inputs])
     n = samples.total
     if targets.ndim != 2 or len(targets) != n or not np.isfinite(targets).all():
         msg = f"targets: expected ({n}, C) finite numbers, got shape {targets.shape}"
         raise InputError(msg)
-    if n < 2 or folds < 2:
-        msg = f"fit_head: expected at least 2 examples and 2 folds, got {n} and {folds}"
+    check_fit(ridge, folds)
+    if n < 2:
+        msg = f"fit_head: expected at least 2 examples, got {n}"
         raise InputError(msg)
     name, features = _features(model, samples)
     linear: Any = model.get_submodule(name)
@@ -88,9 +107,6 @@ def fit_head(
         msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
         raise InputError(msg)
     bias = linear.bias is not None
-    if ridge != "loo" and not (isinstance(ridge, int | float) and 0 < ridge < np.inf):
-        msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
-        raise InputError(msg)
     chosen = _best_ridge(features, targets, bias) if ridge == "loo" else float(ridge)
     held_out = np.full_like(targets, np.nan)
     fold = np.empty(n, dtype=np.int64)
@@ -104,6 +120,20 @@ def fit_head(
     fit = HeadFit(held_out, features @ W.T + b, chosen, fold, [*weights, (W, b)], name)
     fit.write(model, -1)
     return fit
+
+
+def check_fit(ridge: float | str, folds: int) -> None:
+    """Refuse a penalty or a number of folds that no head can be fitted with.
+
+    Raises:
+        InputError: naming it.
+    """
+    if ridge != "loo" and not (isinstance(ridge, int | float) and 0 < ridge < np.inf):
+        msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
+        raise InputError(msg)
+    if folds < 2:
+        msg = f"folds: expected at least 2 folds, got {folds}"
+        raise InputError(msg)
 
 
 def _features(model: nn.Module, samples: Samples) -> tuple[str, np.ndarray]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ntkengine.errors import InputError
-from ntkengine.inputs.tables import Row
+from ntkengine.inputs.tables import Row, no_column
 
 _NO_VALUE = ("NAType", "NaTType")  # of pandas
 
@@ -105,5 +105,4 @@ def _records(source: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
 def _expect(columns: Sequence[str], names: Sequence[Any], where: str) -> None:
     for column in columns:
         if column not in names:
-            msg = f"{where}: no column {column!r}; the columns are {', '.join(map(str, names)) or 'none'}"
-            raise InputError(msg)
+            raise no_column(where, column, names)

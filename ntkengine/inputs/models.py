@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.adapters import adapted, peft_config
+from ntkengine.inputs.hub import check_source, hub_answers
 from ntkengine.inputs.streaming import converted, entry_of, load_streamed
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ def load_model(
     """Return a pretrained Hugging Face model in eval mode, ready for `compute_gram`.
 
     The tokenizer, where there is one, is kept as `model.ntk_tokenizer`, the source as `model.ntk_source`, and whether
-    the classification head is newly initialised as `model.ntk_head_new`.
+    the classification head is new, that is random, as `model.ntk_head_new`: `fit_head` fits it. The head of a language
+    model is never made up: weights without one are refused.
 
     Args:
         path_or_id: a model directory, or a hub id.
@@ -62,31 +66,42 @@ def load_model(
         InputError: no such model, no weights, pickled weights, missing or non-finite weights, an adapter that fits
             nothing, an unknown name.
     """
-    if num_labels < 1:
-        msg = f"num_labels: expected at least 1, got {num_labels}"
-        raise InputError(msg)
-    _one_of("dtype", dtype, _DTYPES)
     _one_of("task", task, _TASKS)
-    where = _device(device)
-    source = str(path_or_id)
-    if Path(source).exists() or source.startswith((".", "/", "~")):
-        _check_directory(Path(source).expanduser(), allow_pickle)
-        source = str(Path(source).expanduser())
+    where = check_model(num_labels, dtype, device)
+    source = check_source(path_or_id, allow_pickle)
+    adapter = None if peft is None else peft_config(peft)
+    cached = not Path(source).is_dir() and not hub_answers()
+    known = {"trust_remote_code": trust_remote_code, "local_files_only": cached}
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
-        model, missing = _load(source, num_labels, dtype, task, trust_remote_code, allow_pickle, stream)
-        tokenizer = _tokenizer(source, trust_remote_code)
+        model, missing = _load(source, num_labels, dtype, task, known, allow_pickle, stream)
+        tokenizer = _tokenizer(source, known)
         if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
+        if task in ("causal-lm", "masked-lm"):
+            _refuse_random_words(model, missing, source, task)
         config: Any = model.config
         if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
             config.pad_token_id = tokenizer.pad_token_id
         _check_finite(model, source)
-        if peft is not None:
-            model = _adapt(model, peft)
+        if adapter is not None:
+            model = adapted(model, adapter)
     for name, value in (("ntk_tokenizer", tokenizer), ("ntk_source", source), ("ntk_head_new", bool(missing))):
         setattr(model, name, value)
     return (converted(model, _DTYPES[dtype], where) if stream else model.to(where)).eval()
+
+
+def check_model(num_labels: int, dtype: str, device: str) -> torch.device:
+    """Return the device of that name, after refusing arguments that are wrong whatever the model is.
+
+    Raises:
+        InputError: saying what was expected.
+    """
+    if num_labels < 1:
+        msg = f"num_labels: expected at least 1, got {num_labels}"
+        raise InputError(msg)
+    _one_of("dtype", dtype, _DTYPES)
+    return _device(device)
 
 
 def _one_of(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
@@ -105,30 +120,8 @@ def _device(name: str) -> torch.device:
         raise InputError(msg) from error
 
 
-def _check_directory(path: Path, allow_pickle: bool) -> None:
-    if not path.is_dir():
-        what = "is a file, expected a model directory" if path.exists() else "no such model directory"
-        msg = f"{path}: {what}"
-        raise InputError(msg)
-    if not (path / "config.json").is_file():
-        msg = f"{path}: expected a model directory with a config.json, found none"
-        raise InputError(msg)
-    if any(path.glob("*.safetensors")):
-        return
-    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-    if not pickled:
-        msg = f"{path}: holds no weights; expected model.safetensors"
-        raise InputError(msg)
-    if not allow_pickle:
-        msg = (
-            f"{path}: holds its weights in pickle form ({pickled[0]}), which can run any code when loaded; convert "
-            "them to safetensors, or pass allow_pickle if you trust them"
-        )
-        raise InputError(msg)
-
-
 def _load(
-    source: str, num_labels: int, dtype: str, task: str, trust_remote_code: bool, allow_pickle: bool, stream: bool
+    source: str, num_labels: int, dtype: str, task: str, known: dict[str, bool], allow_pickle: bool, stream: bool
 ) -> tuple[nn.Module, list[str]]:
     """Return the model and the head parameters its weights did not hold."""
     import transformers
@@ -137,18 +130,20 @@ def _load(
     if not allow_pickle:
         options["use_safetensors"] = True
     auto = getattr(transformers, _TASKS[task])
+    if known["local_files_only"]:
+        options["adapter_kwargs"] = {"local_files_only": True}  # it is looked for separately
     if stream and not any(Path(source).glob("*.safetensors")):
         msg = f"{source}: stream=True needs a model directory with safetensors files"
         raise InputError(msg)
     try:
         if stream:
-            return load_streamed(Path(source), auto, _DTYPES[dtype], trust_remote_code, options)
+            return load_streamed(Path(source), auto, _DTYPES[dtype], known["trust_remote_code"], options)
         model, info = auto.from_pretrained(
             source,
             dtype=_DTYPES[dtype],
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
+            **known,
             **options,
         )
     except InputError:
@@ -157,8 +152,17 @@ def _load(
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:
             reason = "it needs code of its own: pass trust_remote_code if you trust it"
-        kind = "cannot be loaded" if Path(source).is_dir() else "is no local directory and the hub gave no such model"
-        msg = f"{source}: {kind} ({reason[:300]})"
+        field = re.search(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*)\)", reason)
+        if field is not None:
+            reason = f"config.json: {field[1]}: expected {field[2]}, got {field[3]}"
+        reason = reason if len(reason) < 300 else f"{reason[:300].rpartition('. ')[0] or reason[:300]} …"
+        msg = f"{source}: cannot be loaded ({reason})"
+        if known["local_files_only"] and "cached files" in reason:
+            msg = (
+                f"{source}: is no local directory, the hub does not answer (or is off), and its cache has no such model"
+            )
+        elif not Path(source).is_dir():
+            msg = f"{source}: is no local directory, and the hub gave no such model ({reason})"
         raise InputError(msg) from error
     prefix = getattr(model, "base_model_prefix", "") + "."
     # A pooler is part of the head when the weights come from a model trained without one.
@@ -174,7 +178,16 @@ def _load(
     return model, missing
 
 
-def _tokenizer(source: str, trust_remote_code: bool) -> Any:
+def _refuse_random_words(model: nn.Module, missing: list[str], source: str, task: str) -> None:
+    """Refuse a language model whose logits would be a random matrix's; biases may be missing, they start at zero."""
+    there = dict(model.named_parameters(remove_duplicate=False))
+    random = next((name for name in missing if name in there and there[name].ndim > 1), None)
+    if random is not None:
+        msg = f"{source}: its weights hold no head for task {task!r}: {random} is missing and would be random"
+        raise InputError(msg)
+
+
+def _tokenizer(source: str, known: dict[str, bool]) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(source)
@@ -182,7 +195,7 @@ def _tokenizer(source: str, trust_remote_code: bool) -> Any:
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, **known)
     except Exception as error:  # a model without a tokenizer is fine: inputs may be tensors already
         log.debug("%s: no tokenizer (%s)", source, error)
         return None
@@ -194,52 +207,6 @@ def _check_finite(model: nn.Module, source: str) -> None:
         if entry_of(tensor) is None and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             msg = f"{source}: weights are not finite: {name} holds NaN or infinity"
             raise InputError(msg)
-
-
-def _adapt(model: nn.Module, peft: Any) -> nn.Module:
-    from peft import PeftConfig, get_peft_model
-
-    if not isinstance(peft, PeftConfig | Mapping):
-        msg = f"peft: expected a peft config or a mapping of its fields, got {peft!r}"
-        raise InputError(msg)
-    config = peft if isinstance(peft, PeftConfig) else _peft_config(dict(peft))
-    rank, widest = getattr(config, "r", None), max(max(p.shape, default=1) for p in model.parameters())
-    if isinstance(rank, int) and rank > widest:  # before it is allocated
-        msg = f"peft.r: expected at most {widest}, the model's widest layer, got {rank}"
-        raise InputError(msg)
-    try:
-        adapted: nn.Module = get_peft_model(model, config)
-    except Exception as error:  # a field of another type shows up only here, as many kinds
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight") and "." in n})
-        reason = " ".join(str(error).split())[:200]
-        msg = f"peft: {reason}; modules of this model are called {', '.join(linear[:20])}"
-        raise InputError(msg) from error
-    return adapted
-
-
-def _peft_config(fields: dict[str, Any]) -> Any:
-    import inspect
-
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
-
-    kind = str(fields.pop("peft_type", "LORA")).upper()
-    if kind not in PeftType.__members__ or PeftType[kind] not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        msg = f"peft.peft_type: expected one of {', '.join(sorted(PeftType.__members__))}, got {kind!r}"
-        raise InputError(msg)
-    chosen = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
-    known = inspect.signature(chosen).parameters
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        msg = f"peft.{unknown[0]}: {kind} has no such field; it has {', '.join(sorted(known))}"
-        raise InputError(msg)
-    for name in ("target_modules", "modules_to_save"):
-        if isinstance(fields.get(name), str) and "," in fields[name]:
-            fields[name] = [part.strip() for part in fields[name].split(",") if part.strip()]
-    try:
-        return chosen(**fields)
-    except Exception as error:  # the library's own checks raise many kinds
-        msg = f"peft: {' '.join(str(error).split())[:200]}"
-        raise InputError(msg) from error
 
 
 @contextmanager

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ntkengine.errors import InputError
+
+
+def require_module(model: Any) -> None:
+    """Refuse what is no model, such as its path.
+
+    Raises:
+        InputError: saying what makes one.
+    """
+    if not isinstance(model, nn.Module):
+        msg = f"model: expected a torch.nn.Module, as load_model(path) returns, got {type(model).__name__}"
+        raise InputError(f"{msg} {str(model)[:80]!r}" if isinstance(model, str | Path) else msg)
 
 
 def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str, nn.Parameter]:
@@ -23,6 +36,7 @@ def select_parameters(model: nn.Module, params: str | Iterable[str]) -> dict[str
         InputError: a pattern that matches nothing, nothing left, a selected parameter that is not floating point, or
             parameters that the model makes anew at each look.
     """
+    require_module(model)
     entries = [params] if isinstance(params, str) or not isinstance(params, Iterable) else list(params)
     if not all(isinstance(entry, str) for entry in entries):
         msg = f"params: expected 'trainable', 'all', a glob, or a list of names, got {params!r}"

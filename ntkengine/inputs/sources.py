@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.examples import tokenize
+from ntkengine.inputs.parameters import require_module
 from ntkengine.inputs.tokenised import collated, is_tokenised
 
 Source = Mapping[str, Tensor] | Iterable[Any]
@@ -23,8 +24,9 @@ def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
         model: that will run on them.
 
     Raises:
-        InputError: as `collated` and `tokenize`.
+        InputError: no model, or as `collated` and `tokenize`.
     """
+    require_module(model)
     if isinstance(source, Mapping) and ("text" not in source or any(isinstance(v, Tensor) for v in source.values())):
         return source
     if source is None or isinstance(source, Tensor | int | float | str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,22 @@ _LONGEST_FIELD = 1 << 24
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its place, such as `train.tsv:17` (1-based line of the file), and its values by column."""
+    """One row: its place, such as `train.tsv:17` (1-based line of the file), and its values by column.
+
+    `named_at` is where its columns get their names, the row itself if that is empty.
+    """
 
     where: str
     values: Mapping[str, Any]
+    named_at: str = ""
+
+
+def no_column(where: str, column: str, names: Iterable[Any]) -> InputError:
+    """Return the refusal of a column that is not there, with the nearest that is."""
+    there = [str(name) for name in names]
+    close = difflib.get_close_matches(column, there, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return InputError(f"{where}: no column {column!r}; {hint}the columns are {', '.join(there) or 'none'}")
 
 
 def rows_of(source: str | Path, header: Sequence[str] | None = None) -> tuple[str, Iterator[Row]]:
@@ -76,6 +89,7 @@ def _separated(delimiter: str, quoting: int) -> Any:
         csv.field_size_limit(_LONGEST_FIELD)
         reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
         names = list(header) if header is not None else None
+        named_at = "header"
         while True:
             try:
                 fields = next(reader)
@@ -87,15 +101,15 @@ def _separated(delimiter: str, quoting: int) -> Any:
             if not fields or (len(fields) == 1 and not fields[0].strip()):
                 continue
             if names is None:
-                names = [f.strip() for f in fields]
+                names, named_at = [f.strip() for f in fields], f"{path.name}:{reader.line_num}"
                 if len(set(names)) != len(names):
-                    msg = f"{path.name}:1: expected distinct column names, got {', '.join(names)}"
+                    msg = f"{named_at}: expected distinct column names, got {', '.join(names)}"
                     raise InputError(msg)
                 continue
             if len(fields) != len(names):
                 msg = f"{path.name}:{reader.line_num}: expected {len(names)} fields, got {len(fields)}"
                 raise InputError(msg)
-            yield Row(f"{path.name}:{reader.line_num}", dict(zip(names, fields, strict=True)))
+            yield Row(f"{path.name}:{reader.line_num}", dict(zip(names, fields, strict=True)), named_at)
 
     return read
 

@@ -236,7 +236,7 @@ def require() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("figures: matplotlib is not installed; pip install ntkengine[demo]") from error
+        raise InputError("figures: matplotlib is not installed; pip install matplotlib") from error
     return Figure
 
 

@@ -128,9 +128,10 @@ def scaling_note(scaling: Mapping[str, Any]) -> str:
         scaling: `Plan.scaling`.
     """
     return (
-        f"on {scaling['ranks']} ranks like this one about {scaling['seconds']:.1f} s: passes "
-        f"{scaling['pass_seconds']:.1f}, contractions {scaling['contract_seconds']:.1f}, communication "
-        f"{scaling['wait_seconds']:.2f} ({scaling['communication_share']:.1%}); each sends up to "
+        f"on {scaling['ranks']} ranks like this one about {scaling['seconds']:.1f} s: probe "
+        f"{scaling['probe_seconds']:.1f}, passes {scaling['pass_seconds']:.1f}, contractions "
+        f"{scaling['contract_seconds']:.1f}, communication {scaling['wait_seconds']:.2f} "
+        f"({scaling['communication_share']:.1%}); each sends up to "
         f"{max(scaling['sent_bytes']):.3g} bytes at {scaling['bandwidth']:.3g} bytes/s"
     )
 
@@ -156,7 +157,8 @@ def plan_table(plan: Any) -> Table:
     note = (
         f"{plan.samples:,} examples, {plan.tokens:,} tokens, {plan.outputs} outputs, {plan.microbatches} microbatches; "
         f"passes {plan.pass_flops / 1e9:,.1f} of {plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
-        f"MiB above the model; about {plan.seconds:.1f} s: passes {plan.pass_seconds:.1f}, contractions at "
+        f"MiB above the model; about {plan.seconds:.1f} s: probe {plan.probe_seconds:.1f}, passes "
+        f"{plan.pass_seconds:.1f}, contractions {plan.seconds - plan.probe_seconds - plan.pass_seconds:.1f} at "
         f"{plan.rate / 1e9:,.0f} GFLOP/s"
     )
     if plan.held_out_grams:
@@ -198,13 +200,14 @@ def sketch_note(gram: Any) -> str:
     return f"sketched, k={found['features']:,}, {error}, {found['parameters']:,} parameters projected"
 
 
-def spectrum_table(ritz: Any, condition: Any, approximation: str = "") -> Table:
+def spectrum_table(ritz: Any, condition: Any, approximation: str = "", fewer: str = "") -> Table:
     """Return Ritz values, largest first, each with its bound.
 
     Args:
         ritz: from `eigsh`.
         condition: of the same Gram.
         approximation: of `sketch_note`.
+        fewer: why there are fewer than were asked for.
     """
     order = np.argsort(ritz.values)[::-1]
     rows = [
@@ -212,7 +215,7 @@ def spectrum_table(ritz: Any, condition: Any, approximation: str = "") -> Table:
         for i, j in enumerate(order)
     ]
     note = f"condition number {condition}; {ritz.method}, {ritz.products} products"
-    note += f"; {approximation}" if approximation else ""
+    note += "".join(f"; {more}" for more in (fewer, approximation) if more)
     columns = ("no.", "eigenvalue (gradient²)", "± bound (gradient²)", "residual (gradient²)")
     return Table("Spectrum", columns, rows, note)
 

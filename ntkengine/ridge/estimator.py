@@ -20,6 +20,7 @@ from ntkengine.ridge.solve import RidgePath, as_columns, fold_labels, restored
 from ntkengine.ridge.tuning import RidgeCurve, choose, draw_folds, ridge_curve, ridge_grid
 from ntkengine.spectrum import DenseOperator, noise_of
 from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, is_on_disk, operator_of
+from ntkengine.targets import refuse_bits
 
 SOLVERS = ("auto", "eigen", "cholesky", "out-of-core", "cg")
 
@@ -86,7 +87,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         Args:
             X: K(X, X), (n, n) or (n·m, n·m) float64, symmetric; array-like, Gram-like, or for "cg" a LinearOperator or
                 a model's `TangentProducts`.
-            y: (n,) or (n, m) targets.
+            y: (n,) or (n, m) targets; of a margin's Gram ±1, not 0 and 1.
             sample_weight: (n,) >= 0: Σ_i w_i (y_i − f_i)² + ridge·‖f − f0‖²_K is minimised. Not with "out-of-core".
             offset: f0(X), the shape of y; default 0.
 
@@ -110,6 +111,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         full = outputs > 1 and len(targets) * outputs == rows and len(targets) != rows
         block, examples = (outputs, len(targets)) if full else (1, rows)
         residual = as_columns("y", y, examples)
+        if (getattr(X, "meta", None) or {}).get("readout") == "margin":
+            refuse_bits("y", residual)
         if offset is not None:
             residual = residual - _like("offset", offset, targets.shape).reshape(residual.shape)
         flat = residual.reshape(rows, 1) if full else residual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from ntkengine.errors import InputError
 from ntkengine.store.heaps import vet_heaps
 from ntkengine.store.schema import SCHEMA
 from ntkengine.store.vetting import vet, vet_shapes
+from ntkengine.textfile import reason_of
 
 
 def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
@@ -21,7 +23,7 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
         InputError: no such file, not HDF5, truncated, another schema, or something in it that does not belong there.
     """
     if not path.is_file():
-        msg = f"{path}: no such file"
+        msg = f"{path}: {'is a folder, expected a Gram file' if path.is_dir() else 'no such file'}"
         raise InputError(msg)
     vet_heaps(path)
     try:
@@ -30,7 +32,7 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
         except BlockingIOError:  # somebody has it open for writing; ours never change once they have their name
             file = h5py.File(path, "r", locking=False)
     except (OSError, RuntimeError, ValueError) as error:
-        msg = f"{path}: not an HDF5 file, or damaged ({_first_line(error)})"
+        msg = f"{path}: {_unopened(error)}"
         raise InputError(msg) from error
     with understood(file, path):
         vet(file, path, whole=schema == SCHEMA)  # first: texts, attributes too, may be where reading them never ends
@@ -57,10 +59,16 @@ def understood(file: h5py.File, path: Path) -> Iterator[None]:
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         file.close()
-        msg = f"{path}: is incomplete or damaged ({_first_line(error)})"
+        msg = f"{path}: is incomplete or damaged ({reason_of(error)})"
         raise InputError(msg) from error
 
 
-def _first_line(error: BaseException) -> str:
-    """Return what an exception says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _unopened(error: BaseException) -> str:
+    """Return why HDF5 does not open a file, in plain words where they are known."""
+    text = str(error)
+    cut = re.search(r"truncated file: eof = (\d+), .*stored_eof = (\d+)", text)
+    if cut is not None:
+        return f"is cut off: {int(cut[1]):,} of its {int(cut[2]):,} bytes are there"
+    if "signature not found" in text:
+        return "not an HDF5 file"
+    return f"not an HDF5 file, or damaged ({reason_of(error)})"

@@ -33,7 +33,7 @@ except runtime.UnavailableError as error:
     print(error)
 """
     done = python(code)
-    assert "pip install 'ntkengine[gpu]'" in done.stdout, done.stderr
+    assert "pip install triton" in done.stdout, done.stderr
 
 
 def test_on_a_cpu_a_launch_says_how_to_interpret():

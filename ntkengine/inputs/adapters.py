@@ -1,0 +1,108 @@
+"""PEFT adapters: from fields to a configuration, from a configuration to an adapted model."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ntkengine.errors import InputError
+
+_NAMES = ("target_modules", "modules_to_save")
+
+
+def adapted(model: nn.Module, config: Any) -> nn.Module:
+    """Return a model with an adapter on it.
+
+    Args:
+        model: the model below.
+        config: of `peft_config`.
+
+    Raises:
+        InputError: the adapter does not fit the model.
+    """
+    from peft import get_peft_model
+
+    rank, widest = getattr(config, "r", None), max(max(p.shape, default=1) for p in model.parameters())
+    if isinstance(rank, int) and rank > widest:  # before it is allocated
+        msg = f"peft.r: expected at most {widest}, the model's widest layer, got {rank}"
+        raise InputError(msg)
+    try:
+        result: nn.Module = get_peft_model(model, config)
+    except Exception as error:  # a field that fits no module shows up only here, as many kinds
+        msg = f"peft: {' '.join(str(error).split())[:200]}"
+        if "target" in str(error).lower():
+            linear = sorted(
+                {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight") and "." in n}
+            )
+            msg = f"{msg.rstrip('.')}; modules of this model are called {', '.join(linear[:20])}"
+        raise InputError(msg) from error
+    return result
+
+
+def peft_config(given: Any) -> Any:
+    """Return a `PeftConfig`, of its fields or as it is given.
+
+    `target_modules` may be one name or several with commas, which PEFT would take for a regular expression; one that
+    has other characters is left to it.
+
+    Raises:
+        InputError: naming the field and what was expected.
+    """
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftType
+
+    if isinstance(given, PeftConfig):
+        return given
+    if not isinstance(given, Mapping):
+        msg = f"peft: expected a peft config or a mapping of its fields, got {given!r}"
+        raise InputError(msg)
+    fields = dict(given)
+    kind = str(fields.pop("peft_type", "LORA")).upper()
+    if kind not in PeftType.__members__ or PeftType[kind] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        close = difflib.get_close_matches(kind, PeftType.__members__, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        msg = f"peft.peft_type: expected one of {', '.join(sorted(PeftType.__members__))}, got {kind!r}{hint}"
+        raise InputError(msg)
+    chosen = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
+    known = inspect.signature(chosen).parameters
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        msg = f"peft.{unknown[0]}: {kind} has no such field; it has {', '.join(sorted(known))}"
+        raise InputError(msg)
+    for item in dataclasses.fields(chosen):
+        if item.name in fields:
+            fields[item.name] = _checked(item, fields[item.name])
+    try:
+        return chosen(**fields)
+    except Exception as error:  # the library's own checks raise many kinds
+        msg = f"peft: {' '.join(str(error).split())[:200]}"
+        raise InputError(msg) from error
+
+
+def _checked(item: dataclasses.Field, value: Any) -> Any:
+    """Return the value of a field, after refusing what PEFT would trip over later; other kinds are left to it."""
+    kind, expected = getattr(item.type, "__name__", item.type), ""
+    if item.name in _NAMES and isinstance(value, str):
+        if "," in value or re.fullmatch(r"[\w.]+", value):
+            return [part.strip() for part in value.split(",") if part.strip()]
+    elif item.name in _NAMES and value is not None:
+        if not isinstance(value, list | tuple | set) or not all(isinstance(name, str) for name in value):
+            expected = "a list of names"
+    elif kind == "bool":
+        expected = "" if isinstance(value, bool) else "true or false"
+    elif kind in ("int", "float"):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind == "int" and number and not item.name.endswith("alpha"):  # a scale, which may be any number
+            expected = "" if float(value).is_integer() else "a whole number"
+            value = value if expected else int(value)
+        else:
+            expected = "" if number else "a number"
+    if expected:
+        msg = f"peft.{item.name}: expected {expected}, got {value!r}"
+        raise InputError(msg)
+    return value

@@ -1,0 +1,74 @@
+"""Where a model comes from: a folder, or a hub, which may be out of reach."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ntkengine.errors import InputError
+
+_PATIENCE_S = 10.0
+
+
+def check_source(path_or_id: str | Path, allow_pickle: bool = False) -> str:
+    """Return a model's folder or hub id as text, after refusing what can be neither.
+
+    Args:
+        path_or_id: as for `load_model`.
+        allow_pickle: likewise.
+
+    Raises:
+        InputError: no folder and not a hub's name, or a folder that holds no model.
+    """
+    source = str(path_or_id)
+    local = Path(os.path.expanduser(source))  # unlike Path's own, it takes any text
+    if not os.path.exists(local) and not source.startswith((".", "/", "~")) and _is_id(source):
+        return source
+    _check_directory(local, allow_pickle)
+    return str(local)
+
+
+def _is_id(name: str) -> bool:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def hub_answers() -> bool:
+    """Return whether the hub can be reached; where it cannot, its own client tries every file for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE_S)
+    except Exception:  # noqa: BLE001  (of whichever client it uses; each means that nothing answers)
+        return False
+    return True
+
+
+def _check_directory(path: Path, allow_pickle: bool) -> None:
+    if not os.path.isdir(path):
+        what = "is a file, expected a model directory" if os.path.exists(path) else "no such model directory"
+        msg = f"{path}: {what}"
+        raise InputError(msg)
+    if not (path / "config.json").is_file():
+        msg = f"{path}: expected a model directory with a config.json, found none"
+        raise InputError(msg)
+    if any(path.glob("*.safetensors")):
+        return
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if not pickled:
+        msg = f"{path}: holds no weights; expected model.safetensors"
+        raise InputError(msg)
+    if not allow_pickle:
+        msg = (
+            f"{path}: holds its weights in pickle form ({pickled[0]}), which can run any code when loaded; convert "
+            "them to safetensors, or pass allow_pickle if you trust them"
+        )
+        raise InputError(msg)

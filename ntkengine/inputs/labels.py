@@ -1,0 +1,97 @@
+"""From what a label column holds to class indices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ntkengine.errors import InputError
+
+
+def class_indices(
+    values: Sequence[Any],
+    where: Sequence[str],
+    column: str,
+    source: str,
+    given: Sequence[str] | None,
+    label_names: Sequence[str] | None,
+) -> tuple[np.ndarray, list[str]]:
+    """Return class indices, (N,) int64, and the class names.
+
+    Args:
+        values: one label an example: text or a number.
+        where: each example's place, for messages.
+        column: what they stand in, for messages.
+        source: likewise.
+        given: names that a data set has for the numbers in its column.
+        label_names: class names in order; default those of the data set, else the values found, sorted.
+
+    Raises:
+        InputError: an unknown label, decimal numbers in place of classes, names that are not distinct, one class only.
+    """
+    if given is not None and (label_names is None or set(label_names) <= set(given)):
+        values = [_named(value, given, place, column) for value, place in zip(values, where, strict=True)]
+        if len(set(values)) > 1:
+            label_names = label_names or given
+    if label_names is None:
+        _refuse_decimals(values, where, column)
+    names = [label_text(n) for n in label_names] if label_names is not None else _class_names(values)
+    if len(set(names)) != len(names):
+        msg = f"label_names: expected distinct names, got {', '.join(names)}"
+        raise InputError(msg)
+    index = {n: i for i, n in enumerate(names)}
+    for value, place in zip(values, where, strict=True):
+        if label_text(value) not in index:
+            msg = f"{place}: unknown label {value!r} in column {column!r}, expected one of {', '.join(names)}"
+            raise InputError(msg)
+    if label_names is None and len(names) < 2:
+        msg = f"{source}: column {column!r} holds one class only ({names[0]!r}), expected two or more"
+        raise InputError(msg)
+    return np.array([index[label_text(v)] for v in values], dtype=np.int64), names
+
+
+def label_text(value: Any) -> str:
+    """Return a label as text: 1, "1" and 1.0 are one class."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _named(value: Any, names: Sequence[str], where: str, column: str) -> str:
+    """Return the name of a class that a data set has by its number."""
+    if isinstance(value, str):
+        return value
+    if not 0 <= value < len(names):
+        msg = f"{where}: column {column!r} has no label: {value} is none of the classes {', '.join(names)}"
+        raise InputError(msg)
+    return names[int(value)]
+
+
+def _class_names(values: Iterable[Any]) -> list[str]:
+    names = sorted({label_text(v) for v in values})  # as text first: an order of equal numbers must not vary
+    return names if _numbers(names) is None else sorted(names, key=float)
+
+
+def _numbers(names: Sequence[str]) -> list[float] | None:
+    """Return the numbers that all of the names are, or None; NaN is none, it has no order."""
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return None
+    return numbers if all(x == x for x in numbers) else None
+
+
+def _refuse_decimals(values: Sequence[Any], where: Sequence[str], column: str) -> None:
+    """Refuse ratings and other targets of a regression: each number would become a class of its own."""
+    numbers = _numbers([label_text(v) for v in values]) or []
+    at = next((i for i, x in enumerate(numbers) if math.isfinite(x) and not x.is_integer()), None)
+    if at is not None:
+        msg = (
+            f"{where[at]}: column {column!r} holds decimal numbers ({label_text(values[at])}), expected classes; if "
+            "each number is a class, name them all in label_names (--label-names); for regression read with label=None "
+            "and give the numbers as targets, in Python"
+        )
+        raise InputError(msg)
