@@ -16,8 +16,7 @@ def check_early(job: Job) -> None:
     """
     from ntkengine.gram.checkpoint import check_seconds
     from ntkengine.gram.identity import writable
-    from ntkengine.gram.planning import check_budget
-    from ntkengine.gram.task import refuse
+    from ntkengine.gram.task import check_settings, refuse
     from ntkengine.inputs.heads import check_fit
     from ntkengine.inputs.hub import check_source
     from ntkengine.inputs.models import check_model
@@ -27,7 +26,7 @@ def check_early(job: Job) -> None:
     refuse(part.transform, part.precision, part.backend, part.contraction, None, None, part.sketch, part.check)
     resolve_readout(part.readout, part.contraction)
     check_seconds(part.checkpoint_s)
-    check_budget(part.memory_gib)
+    check_settings(part.memory_gib, part.seed)
     check_model(1 if model.num_labels is None else model.num_labels, model.dtype, model.device)
     check_source(model.path, model.allow_pickle)
     check_fit(head.ridge, head.folds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 import ntkengine as ntk
@@ -218,3 +219,28 @@ def test_numbers_of_numpy_are_numbers():
         number("x", 1, 0, below=1)
     with pytest.raises(InputError, match="x: expected a finite number, got 1000"):
         number("x", 10**400)
+
+
+MODEL, X = torch.nn.Linear(3, 2), {"x": torch.ones(4, 3)}
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        *((use, name) for use in (ntk.compute_gram, ntk.plan_gram) for name in ("memory_gib", "seed", "per_module")),
+        *((ntk.compute_gram, name) for name in ("check", "resume", "checkpoint_s")),
+        *((use, n) for use in (ntk.tangent_features, ntk.tangent_factors) for n in ("memory_gib", "seed", "check")),
+        (ntk.TangentProducts, "seed"),
+    ],
+)
+@pytest.mark.parametrize("value", ["a", -1, float("nan"), [1]])
+def test_settings_of_a_gram(use, name, value):
+    with pytest.raises(InputError, match=f"^{name}: expected .*, got ") as caught:
+        use(MODEL, X, params="all", **{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_takes_what_a_gram_takes():
+    with pytest.raises(InputError, match="plan_gram: takes the arguments of compute_gram, got memry_gib"):
+        ntk.plan_gram(MODEL, X, params="all", memry_gib=1)
+    assert ntk.plan_gram(MODEL, X, params="all", checkpoint_s=1.0, out="k.h5").flops > 0

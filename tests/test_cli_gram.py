@@ -123,7 +123,7 @@ def refused(run, folder, train, model, *more, says=""):
         (["--num-labels", "0"], "num_labels: expected at least 1, got 0"),
         (["--num-labels", "1"], "model.num_labels: expected at least 2"),
         (["--head-ridge", "best"], "ridge: expected 'loo' or a positive number, got 'best'"),
-        (["--memory-gib", "-1"], "memory_gib: expected a number above 0, got -1.0"),
+        (["--memory-gib", "-1"], "memory_gib: expected a number > 0, got -1.0"),
         (["--checkpoint-s", "-1"], "checkpoint_s: expected a number of seconds"),
         (["--data", "none.tsv"], "none.tsv: no such file"),
         (["--text-column", "sentense"], "train.tsv:1: no column 'sentense'; did you mean 'sentence'?"),

@@ -52,7 +52,7 @@ def test_all_ways_give_the_gram(case, contraction):
     for operator in (FactorOperator(features), ImplicitOperator.of(products)):
         np.testing.assert_allclose(operator @ X, gram @ X, atol=close * gram.max())
         np.testing.assert_allclose(operator @ X[:, 0], gram @ X[:, 0], atol=close * gram.max())
-    assert products.rounding < 1e-12 if case == "bert" else 1e-12 < products.rounding < 1e-5
+    assert products.rounding < 1e-12
 
 
 def test_features_with_a_preconditioner_and_in_single_precision():

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from ntkengine import store
+from ntkengine.arguments import number
 from ntkengine.errors import CheckFailed, InputError, NonFinite, Stopped
 from ntkengine.gram.keeper import Region, SweepKeeper, TileKeeper
 from ntkengine.gram.stopping import Stop, stopping
@@ -29,9 +30,7 @@ Progress = Callable[[float, float, str], None]
 
 def check_seconds(checkpoint_s: float) -> None:
     """Refuse what is not a time."""
-    if isinstance(checkpoint_s, bool) or not isinstance(checkpoint_s, int | float) or not checkpoint_s >= 0:
-        msg = f"checkpoint_s: expected a number of seconds, 0 or more, got {checkpoint_s!r}"
-        raise InputError(msg)
+    number("checkpoint_s", checkpoint_s, 0, what="a number of seconds")
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 
 from ntkengine import store
 from ntkengine.cluster.comm import team_of, together
+from ntkengine.errors import InputError
 from ntkengine.gram.assembly import as_float, shared
 from ntkengine.gram.checkpoint import CHECKPOINT_S, Checkpoints, check_seconds
 from ntkengine.gram.computing import computed
@@ -29,7 +31,7 @@ from ntkengine.gram.run import Sums
 from ntkengine.gram.scaling import check_ranks, predict
 from ntkengine.gram.sharding import write_spread
 from ntkengine.gram.spread import Spread
-from ntkengine.gram.task import Task, check_rows, refuse
+from ntkengine.gram.task import Task, check_rows, check_settings, refuse
 from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import Samples
@@ -144,6 +146,7 @@ def compute_gram(
     wanted: dict[str, Any] = {}
     with together(team):
         refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
+        check_settings(memory_gib, seed, per_module=per_module, check=check, resume=resume)
         # Here, as a generator of batches could not be read a second time.
         inputs = as_inputs(inputs, model)
         inputs2 = None if inputs2 is None else as_inputs(inputs2, model)
@@ -239,7 +242,7 @@ def plan_gram(
     ranks: int = 1,
     gpus_per_node: int | None = None,
     network: float | None = None,
-    **_run_only: Any,
+    **run_only: Any,
 ) -> Plan:
     """Return what `compute_gram` would do with the same arguments: strategy, flops, bytes and seconds by parameter.
 
@@ -251,7 +254,11 @@ def plan_gram(
     Raises:
         InputError: as `compute_gram`.
     """
+    unknown = run_only.keys() - inspect.signature(compute_gram).parameters.keys()
+    if unknown:
+        raise InputError(f"plan_gram: takes the arguments of compute_gram, got {', '.join(sorted(unknown))}")
     refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch)
+    check_settings(memory_gib, seed, per_module=per_module)
     check_ranks(ranks, gpus_per_node, network)
     if network is not None and ranks <= (gpus_per_node or 1):
         log.warning("network: not used, it is the rate between hosts, and all ranks (%d) are on one", ranks)

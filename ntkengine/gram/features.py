@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkengine.arguments import choice
 from ntkengine.errors import InputError
 from ntkengine.gram.check import Check
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.planning import planned
 from ntkengine.gram.strategies import feature_tiles
-from ntkengine.gram.task import Task
+from ntkengine.gram.task import Task, check_settings
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import check_inputs
 from ntkengine.inputs.readout import ReadoutFunction
@@ -102,14 +103,13 @@ class Landmarks:
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> None:
         self.model, self.inputs, self.options = model, dict(inputs), options
         contraction = options.get("contraction", "trace")
-        if contraction not in ("trace", "sum-of-outputs"):
-            raise InputError(f"contraction: expected 'trace' or 'sum-of-outputs', got {contraction!r}")
+        choice("contraction", contraction, ("trace", "sum-of-outputs"))
         unknown = set(options) - {
             "readout", "params", "contraction", "transform", "precision", "memory_gib", "seed", "backend", "check",
         }  # fmt: skip
         if unknown:
             raise InputError(f"options: landmarks take no {', '.join(sorted(unknown))}")
-        self._check = bool(options.get("check", True))
+        self._check = options.get("check", True)
         self.diagonal = np.zeros(check_inputs(inputs))
         precision = options.get("precision", "high")
         found = _tiles(
@@ -149,10 +149,9 @@ def _tiles(
     check: bool,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Yield (features (N, C, p) in sweep order, in a buffer that is reused; positions of the examples in them)."""
-    if contraction not in _CONTRACTIONS:
-        raise InputError(f"contraction: expected one of {', '.join(map(repr, _CONTRACTIONS))}, got {contraction!r}")
-    if precision not in ("exact", "high"):
-        raise InputError(f"precision: expected 'exact' or 'high', got {precision!r}")
+    choice("contraction", contraction, _CONTRACTIONS)
+    choice("precision", precision, ("exact", "high"))
+    check_settings(memory_gib, seed, check=check)
     if transform != "sgd" and not isinstance(transform, Preconditioner):
         raise InputError(f"transform: expected 'sgd' or a Preconditioner, got {transform!r}")
     task = Task.prepare(model, inputs, None, None, readout, params, contraction, transform, precision)

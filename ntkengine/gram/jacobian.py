@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ntkengine.arguments import choice, whole
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.task import Task, in_precision
 from ntkengine.inputs.batches import Chunk, Samples
@@ -69,10 +70,9 @@ class TangentProducts:
         precision: str = "exact",
         seed: int = 0,
     ) -> None:
-        if contraction not in ("full", "trace", "sum-of-outputs"):
-            raise InputError(f"contraction: expected 'full', 'trace' or 'sum-of-outputs', got {contraction!r}")
-        if precision not in ("exact", "high"):
-            raise InputError(f"precision: expected 'exact' or 'high', got {precision!r}")
+        choice("contraction", contraction, ("full", "trace", "sum-of-outputs"))
+        choice("precision", precision, ("exact", "high"))
+        whole("seed", seed)
         self._task = Task.prepare(model, inputs, None, None, readout, params, contraction, "sgd", precision)
         count = sum(p.numel() for p in self._task.selected.values())
         self.block = int(max(1, min(8, _HELD // count)))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.gram.check import Check
 from ntkengine.gram.planning import planned
-from ntkengine.gram.task import Task
+from ntkengine.gram.task import Task, check_settings
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import module_of
@@ -98,6 +98,7 @@ def tangent_factors(
 
     Cost: one sweep: two forward passes, C backward passes; tokens·(d_in + C·d_out) numbers a map.
     """
+    check_settings(memory_gib, seed, check=check)
     task = Task.prepare(model, inputs, None, eval_inputs, readout, params, "full", "sgd", "high")
     adapter = next((n for n in task.selected if module_of(n) != n.rpartition(".")[0]), None)
     if adapter is not None:

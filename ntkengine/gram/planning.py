@@ -11,7 +11,7 @@ import torch
 
 from ntkengine.cluster.comm import Team, together
 from ntkengine.cluster.shards import Shard, deal
-from ntkengine.errors import CheckFailed, InputError
+from ntkengine.errors import CheckFailed
 from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
 from ntkengine.gram.panels import entries, meetings
 from ntkengine.gram.plan import Plan, kept_microbatches, make_plan, needs_of, shorten
@@ -28,13 +28,6 @@ from ntkengine.tangents.structure import Structure
 
 BUNDLE_BYTES = 32 << 20  # small parameters travel together up to this, so that their messages are few
 WINDOW_BYTES = 1 << 30  # parcels of other ranks, the window in use and the next; own features are filled anew for each
-
-
-def check_budget(memory_gib: float | None) -> None:
-    """Refuse a bound on memory that is none."""
-    if memory_gib is not None and not memory_gib > 0:
-        msg = f"memory_gib: expected a number above 0, got {memory_gib}"
-        raise InputError(msg)
 
 
 def planned(
@@ -65,7 +58,6 @@ def planned(
         InputError: nothing fits.
         CheckFailed: ranks disagree.
     """
-    check_budget(memory_gib)
     dtype = torch.bfloat16 if precision == "fast" else task.dtype
     before = bounds(memory_gib, task.dtype.itemsize)
     RESIDENT.limit = before.resident_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkengine.arguments import choice, flag, number, whole
 from ntkengine.errors import InputError
 from ntkengine.gram.backend import BACKENDS, uses_kernels
 from ntkengine.gram.sketching import refuse_sketch
@@ -138,23 +139,30 @@ def refuse(
     Raises:
         InputError: saying what was expected.
     """
-    _one_of("contraction", contraction, CONTRACTIONS)
-    _one_of("precision", precision, ("exact", "high", "fast"))
-    _one_of("backend", backend, BACKENDS)
+    choice("contraction", contraction, CONTRACTIONS)
+    choice("precision", precision, ("exact", "high", "fast"))
+    choice("backend", backend, BACKENDS)
     best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     uses_kernels(backend, best, torch.float64 if precision == "exact" else torch.float32)
     if not isinstance(transform, Preconditioner):
-        _one_of("transform", transform, TRANSFORMS)
+        choice("transform", transform, TRANSFORMS)
     refuse_sketch(sketch, name_of(transform), check)
     if inputs2 is not None and eval_inputs is not None:
         msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
         raise InputError(msg)
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        msg = f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}"
-        raise InputError(msg)
+def check_settings(memory_gib: float | None, seed: int, **flags: bool) -> None:
+    """Refuse a bound on memory, a seed, or settings that are true or false, which are none.
+
+    Raises:
+        InputError: naming it.
+    """
+    if memory_gib is not None:
+        number("memory_gib", memory_gib, above=0, what="a number")
+    whole("seed", seed)
+    for name, value in flags.items():
+        flag(name, value)
 
 
 def check_rows(name: str, rows: Any, n: int | None) -> None:
