@@ -173,7 +173,7 @@ def test_roberta_positions_start_late(tmp_path):
 def test_tokenizer_of_another_model(model):
     small = torch.nn.Embedding(5, 2)
 
-    class Other:
+    class Other(torch.nn.Module):
         ntk_tokenizer = model.ntk_tokenizer
 
         def get_input_embeddings(self):

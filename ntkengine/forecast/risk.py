@@ -11,23 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkengine.arguments import flag, number, real_array
+from ntkengine.arguments import flag
 from ntkengine.errors import InputError
+from ntkengine.forecast.assumptions import assumptions_of, start_line
 from ntkengine.forecast.bounds import risk_bounds
 from ntkengine.forecast.crossfit import CrossFit, Systems
 from ntkengine.forecast.curves import checked_times, default_times, flow_curves
+from ntkengine.forecast.given import eval_offset_of, offset_of, refuse_indefinite, ridge_of, targets_of
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
 from ntkengine.forecast.system import Flow, Kernel, cut
 from ntkengine.forecast.trained import simulated, training_notes
 from ntkengine.recipe import Recipe
-from ntkengine.report.tables import sketch_note
 from ntkengine.ridge import RidgePath, ridge_grid
-from ntkengine.ridge.solve import as_columns
 from ntkengine.ridge.tuning import pick
 from ntkengine.spectrum import condition_from_eigenvalues, noise_of
-from ntkengine.spectrum.operators import EPS
-from ntkengine.targets import refuse_bits
 
 
 def forecast(
@@ -85,10 +83,10 @@ def forecast(
     Cost: 9 n³ flops for n rows of a system, n² (m + block) per ridge, n·m·(n + M) per time.
     Source: Allen 1974 (leave-one-out), Golub, Heath and Wahba 1979 (GCV), Rahimi Afzal et al. 2025 (bounds).
     """
-    y = _targets("targets", targets)
+    y = targets_of("targets", targets)
     N, C = y.shape
-    f0 = _offset("offset", offset, getattr(gram, "outputs", None), y.shape)
-    held = None if held_out_offset is None else _offset("held_out_offset", held_out_offset, None, y.shape)
+    f0 = offset_of("offset", offset, getattr(gram, "outputs", None), y.shape)
+    held = None if held_out_offset is None else offset_of("held_out_offset", held_out_offset, None, y.shape)
     if cross_fit is not None:
         if not isinstance(cross_fit, CrossFit):
             raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
@@ -100,24 +98,19 @@ def forecast(
             "these targets makes leave-one-out and GCV too small; pass out-of-fold outputs (N, C)"
         )
     given = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
-    y_eval = None if given is None else _targets("eval_targets", given, C)
+    y_eval = None if given is None else targets_of("eval_targets", given, C)
     kernel = cut(gram, N, C, None if y_eval is None else len(y_eval))
     flow = Flow.of(kernel, kernel.paths(y - f0))
-    f0_eval = None if y_eval is None else _eval_offset(gram, eval_offset, offset, f0, y_eval.shape)
+    f0_eval = None if y_eval is None else eval_offset_of(gram, eval_offset, offset, f0, y_eval.shape)
 
     values = np.sort(np.concatenate([path.eigenvalues for path in flow.paths]))[::-1]
     given = noise_of(gram) / kernel.divisor
     condition = condition_from_eigenvalues(values, given)
     noise = condition.noise
-    most = 2.0 * given + 10.0 * float(np.sqrt(len(values))) * EPS * condition.lambda_max  # the noise is an estimate
-    if condition.lambda_min < -most:
-        raise InputError(
-            f"gram: expected no eigenvalue below {-most:.3g}, found one at {condition.lambda_min:.3g}; if that is "
-            "rounding, say so by the noise of a Gram-like object"
-        )
+    refuse_indefinite(values, given)
     ridges = ridge_grid(values, noise)
     if not isinstance(ridge, str):
-        ridges = np.unique(np.append(ridges, _checked_ridge(ridge, noise)))
+        ridges = np.unique(np.append(ridges, ridge_of(ridge, noise)))
     elif ridge not in ("loo", "gcv"):
         raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {ridge!r}")
 
@@ -194,10 +187,10 @@ def forecast(
         proximal=chosen / N,
         stopping_time=N / chosen,
         training=training,
-        assumptions=_assumptions(
+        assumptions=assumptions_of(
             kernel,
             condition.resolved,
-            _start_of(held, cross_fit, head_fitted_on_targets),
+            start_line(held, cross_fit, head_fitted_on_targets),
             classes,
             by_loo.edge,
             by_gcv.edge,
@@ -213,46 +206,6 @@ def _ridge_response(ridge: float, eigenvalues: np.ndarray) -> np.ndarray:
 
 def _retargeted(kernel: Kernel, paths: list[RidgePath], residual: np.ndarray) -> list[RidgePath]:
     return [path.with_residual(r) for path, r in zip(paths, kernel.columns(residual), strict=True)]
-
-
-def _targets(name: str, values: ArrayLike, outputs: int | None = None) -> np.ndarray:
-    given = real_array(name, values)
-    array = as_columns(name, given, len(given) if given.ndim else 1)
-    if outputs is not None and array.shape[1] != outputs:
-        raise InputError(f"{name}: expected {outputs} columns, as in targets, got {array.shape[1]}")
-    refuse_bits(name, array)
-    return array
-
-
-def _offset(name: str, given: ArrayLike | None, default: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
-    chosen = default if given is None else given
-    if chosen is None:
-        return np.zeros(shape)
-    array = as_columns(name, chosen, shape[0])
-    if array.shape != shape:
-        raise InputError(f"{name}: expected shape {shape}, as targets, got {array.shape}")
-    return array
-
-
-def _eval_offset(
-    gram: Any, given: ArrayLike | None, offset: ArrayLike | None, f0: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Return f0 on the eval rows, which must come from the same start as `offset`."""
-    own = getattr(gram, "outputs", None)
-    moved = offset is not None and (own is None or not np.array_equal(as_columns("outputs", own, len(f0)), f0))
-    if given is None and moved:
-        raise InputError("eval_offset: expected f0 on the eval examples from the same start as offset, got none")
-    default = getattr(gram, "eval_outputs", None)
-    if given is None and default is None and f0.any():
-        raise InputError("eval_offset: expected f0 on the eval examples, as offset is not 0; got none")
-    return _offset("eval_offset", given, default, shape)
-
-
-def _checked_ridge(ridge: float, noise: float) -> float:
-    found = number("ridge", ridge, above=0, what="a number")
-    if found < noise:
-        raise InputError(f"ridge: expected a number > 0 and not below the noise {noise:.3g}, got {ridge!r}")
-    return found
 
 
 def _start(
@@ -280,42 +233,3 @@ def _module_shares(gram: Any) -> dict[str, float]:
     traces = {name: float(np.einsum("...ii->", np.asarray(K))) for name, K in grams.items()} or dict(noted)
     total = sum(traces.values())
     return {name: value / total for name, value in traces.items()} if total > 0 else {}
-
-
-def _start_of(held: np.ndarray | None, cross_fit: CrossFit | None, fitted: bool) -> str:
-    if cross_fit is not None:
-        return (
-            "Leave-one-out and GCV use heads, and their kernels, that did not see the example; curves and eval do not."
-        )
-    if held is None:
-        return "Leave-one-out and GCV are right only if the head was not fitted on these targets."
-    line = "Leave-one-out and GCV start from the held-out outputs; curves and eval from the real start."
-    return line + (" The kernel is of a head that saw all targets, so they are still too small." if fitted else "")
-
-
-def _assumptions(
-    kernel: Kernel, resolved: bool, start: str, classes: bool, loo_edge: str, gcv_edge: str, gram: Any
-) -> list[str]:
-    lines = [
-        "The model stays near its linearisation at the start.",
-        "Time is learning rate x full-batch steps of gradient descent on the mean over examples of 0.5*||f - y||^2.",
-        "Intervals take examples as independent; the chosen ridge minimises an estimate, so its value is a little low.",
-    ]
-    transform = getattr(gram, "transform", "sgd")
-    if transform != "sgd":
-        lines.append(f"The kernel uses the {transform!r} inner product; the flow is that of this kernel.")
-    if sketch_note(gram):
-        lines.append(f"The kernel is approximate ({sketch_note(gram)}); its error is part of the noise.")
-    if kernel.divisor > 1:
-        lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
-    lines.append(start)
-    if not resolved:
-        lines.append("Eigenvalues at or below the noise do not move in the training curve.")
-    if not classes:
-        lines.append("Targets name no class (C = 1: both signs; C > 1: one largest entry), so no accuracy is given.")
-    for name, edge in (("leave-one-out", loo_edge), ("GCV", gcv_edge)):
-        if edge == "upper":
-            lines.append(f"The {name} optimum is at the largest ridge: the kernel adds little to the start.")
-        if edge == "lower":
-            lines.append(f"The {name} optimum is at the smallest ridge tried: less regularisation is not resolved.")
-    return lines

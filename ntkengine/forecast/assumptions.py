@@ -1,0 +1,52 @@
+"""What a forecast rests on, in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ntkengine.forecast.crossfit import CrossFit
+from ntkengine.forecast.system import Kernel
+from ntkengine.report.tables import sketch_note
+
+
+def start_line(held: np.ndarray | None, cross_fit: CrossFit | None, fitted: bool) -> str:
+    """Return from which outputs leave-one-out and GCV start."""
+    if cross_fit is not None:
+        return (
+            "Leave-one-out and GCV use heads, and their kernels, that did not see the example; curves and eval do not."
+        )
+    if held is None:
+        return "Leave-one-out and GCV are right only if the head was not fitted on these targets."
+    line = "Leave-one-out and GCV start from the held-out outputs; curves and eval from the real start."
+    return line + (" The kernel is of a head that saw all targets, so they are still too small." if fitted else "")
+
+
+def assumptions_of(
+    kernel: Kernel, resolved: bool, start: str, classes: bool, loo_edge: str, gcv_edge: str, gram: Any
+) -> list[str]:
+    """Return the sentences."""
+    lines = [
+        "The model stays near its linearisation at the start.",
+        "Time is learning rate x full-batch steps of gradient descent on the mean over examples of 0.5*||f - y||^2.",
+        "Intervals take examples as independent; the chosen ridge minimises an estimate, so its value is a little low.",
+    ]
+    transform = getattr(gram, "transform", "sgd")
+    if transform != "sgd":
+        lines.append(f"The kernel uses the {transform!r} inner product; the flow is that of this kernel.")
+    if sketch_note(gram):
+        lines.append(f"The kernel is approximate ({sketch_note(gram)}); its error is part of the noise.")
+    if kernel.divisor > 1:
+        lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
+    lines.append(start)
+    if not resolved:
+        lines.append("Eigenvalues at or below the noise do not move in the training curve.")
+    if not classes:
+        lines.append("Targets name no class (C = 1: both signs; C > 1: one largest entry), so no accuracy is given.")
+    for name, edge in (("leave-one-out", loo_edge), ("GCV", gcv_edge)):
+        if edge == "upper":
+            lines.append(f"The {name} optimum is at the largest ridge: the kernel adds little to the start.")
+        if edge == "lower":
+            lines.append(f"The {name} optimum is at the smallest ridge tried: less regularisation is not resolved.")
+    return lines

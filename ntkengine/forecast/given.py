@@ -1,0 +1,72 @@
+"""What a forecast is given: each argument checked, and what the Gram brings along in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ntkengine.arguments import number, real_array
+from ntkengine.errors import InputError
+from ntkengine.ridge.solve import as_columns
+from ntkengine.spectrum.operators import EPS
+from ntkengine.targets import refuse_bits
+
+
+def targets_of(name: str, values: ArrayLike, outputs: int | None = None) -> np.ndarray:
+    """Return targets, (N, C) float64; InputError for another number of columns, or 0 and 1 of one output."""
+    given = real_array(name, values)
+    array = as_columns(name, given, len(given) if given.ndim else 1)
+    if outputs is not None and array.shape[1] != outputs:
+        raise InputError(f"{name}: expected {outputs} columns, as in targets, got {array.shape[1]}")
+    refuse_bits(name, array)
+    return array
+
+
+def offset_of(name: str, given: ArrayLike | None, default: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Return f0, (N, C): what was given, else the default, else 0."""
+    chosen = default if given is None else given
+    if chosen is None:
+        return np.zeros(shape)
+    array = as_columns(name, chosen, shape[0])
+    if array.shape != shape:
+        raise InputError(f"{name}: expected shape {shape}, as targets, got {array.shape}")
+    return array
+
+
+def eval_offset_of(
+    gram: Any, given: ArrayLike | None, offset: ArrayLike | None, f0: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return f0 on the eval rows, which must come from the same start as `offset`."""
+    own = getattr(gram, "outputs", None)
+    moved = offset is not None and (own is None or not np.array_equal(as_columns("outputs", own, len(f0)), f0))
+    if given is None and moved:
+        raise InputError("eval_offset: expected f0 on the eval examples from the same start as offset, got none")
+    default = getattr(gram, "eval_outputs", None)
+    if given is None and default is None and f0.any():
+        raise InputError("eval_offset: expected f0 on the eval examples, as offset is not 0; got none")
+    return offset_of("eval_offset", given, default, shape)
+
+
+def ridge_of(ridge: float, noise: float) -> float:
+    """Return a ridge as a float; InputError when it is not positive, or below the noise."""
+    found = number("ridge", ridge, above=0, what="a number")
+    if found < noise:
+        raise InputError(f"ridge: expected a number > 0 and not below the noise {noise:.3g}, got {ridge!r}")
+    return found
+
+
+def refuse_indefinite(eigenvalues: np.ndarray, noise: float) -> None:
+    """Refuse a kernel with an eigenvalue more negative than its error, in the same unit, explains.
+
+    Raises:
+        InputError: naming the eigenvalue.
+    """
+    bottom, top = float(eigenvalues.min()), float(eigenvalues.max())
+    most = 2.0 * noise + 10.0 * float(np.sqrt(len(eigenvalues))) * EPS * top  # the noise is an estimate
+    if bottom < -most:
+        raise InputError(
+            f"gram: expected no eigenvalue below {-most:.3g}, found one at {bottom:.3g}; if that is rounding, say so "
+            "by the noise of a Gram-like object"
+        )
