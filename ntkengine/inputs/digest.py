@@ -106,7 +106,7 @@ class Digest:
     def _array(self, value: np.ndarray) -> None:
         value = np.ascontiguousarray(value)
         self._text("array", f"{value.dtype}{value.shape}")
-        self._sha.update(value.data.cast("B") if value.size else b"")
+        self._sha.update(value.reshape(-1).view(np.uint8).data)
 
     def _tensor(self, value: Tensor) -> None:
         self._text("tensor", f"{value.dtype}{tuple(value.shape)}")
