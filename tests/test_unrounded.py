@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -49,3 +50,45 @@ def test_exact_grams_in_other_batches():
     summed = ntk.compute_gram(model, inputs, params="all", precision="exact", contraction="sum-of-outputs")
     assert max(relative_error(other.values, first.values[np.ix_(order, order)])) < 1e-14
     assert max(relative_error(products(np.eye(len(order))), summed.values)) < 1e-13
+
+
+def test_kernels_of_other_libraries_keep_their_digits():
+    """As those of quantised layers, which are handed numbers of the type that they ask for, and do not look."""
+    library = torch.library.Library("elsewhere", "DEF")
+    library.define("twice(Tensor x) -> Tensor")
+
+    def twice(x):
+        assert x.dtype == torch.float32
+        return 2 * x
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.ops.elsewhere.twice(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.two(Twice.apply(self.one(x).float()).to(x.dtype))
+
+    library.impl("twice", twice, "CPU")
+    x = {"x": torch.randn(5, 4)}
+    grams = [ntk.compute_gram(Model(), x, params="all", precision=precision) for precision in ("high", "exact")]
+    products = ntk.TangentProducts(Model(), x, params="all", contraction="sum-of-outputs")
+    summed = ntk.compute_gram(Model(), x, params="all", contraction="sum-of-outputs")
+    assert grams[0].meta["noise_relative"] < 1e-6
+    assert max(relative_error(grams[1].values, grams[0].values)) < 1e-6
+    assert max(relative_error(products(np.eye(5)), summed.values)) < 1e-6
+    with (
+        unrounded(torch.float64),
+        pytest.raises(RuntimeError, match="elsewhere.twice.* of another library"),
+    ):
+        torch.ops.elsewhere.twice(x["x"])

@@ -22,6 +22,8 @@ def plain_gradients(
     samples: Sequence[Mapping[str, Tensor]],
     readout: Readout,
     outputs: int,
+    *,
+    foreign: bool,
 ) -> dict[str, Found]:
     """Return gradients by parameter and (sample, output); of an embedding the rows touched.
 
@@ -32,6 +34,7 @@ def plain_gradients(
         samples: inputs of one example each.
         readout: f.
         outputs: C.
+        foreign: as `Structure` has it.
     """
     parameter = next(iter(model.parameters()))
     wanted = [selected[name] for name in names]
@@ -39,7 +42,7 @@ def plain_gradients(
     for i, one in enumerate(samples):
         given = Samples([dict(one)], microbatch=1, trim=False)
         batch = given.inputs(given.chunks[0], parameter.device, parameter.dtype)
-        with wanting_gradients(wanted), sparse_tables(model), unrounded(parameter.dtype):
+        with wanting_gradients(wanted), sparse_tables(model), unrounded(parameter.dtype, foreign=foreign):
             f = readout(call_model(model, batch), batch)
             for c in range(outputs):
                 for name, g in zip(names, _grad(f[0, c], wanted), strict=True):

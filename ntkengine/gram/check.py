@@ -82,7 +82,9 @@ class Check:
             parts = [parts[i] for i in sorted(rng.choice(len(parts), size=_PASSES, replace=False))]
         self.compared = [name for names in parts for name in names]
         for names in parts:
-            found = plain_gradients(self.model, self.selected, names, self.inputs, self.readout, frame.outputs)
+            found = plain_gradients(
+                self.model, self.selected, names, self.inputs, self.readout, frame.outputs, foreign=structure.foreign
+            )
             with unrouted():  # many small operations, no large product
                 while found:
                     name = next(iter(found))

@@ -75,9 +75,10 @@ class TangentProducts:
         whole("seed", seed)
         self._task = Task.prepare(model, inputs, None, None, readout, params, contraction, "sgd", precision)
         count = sum(p.numel() for p in self._task.selected.values())
-        self.block = int(max(1, min(8, _HELD // count)))
+        self.block, self._foreign = int(max(1, min(8, _HELD // count))), True  # until it is known
         with self._running() as task:
-            check_repeats(task.model, task.samples, task.readout, task.selected)
+            self._foreign = check_repeats(task.model, task.samples, task.readout, task.selected)
+        with self._running() as task:
             self.outputs = self._forward(task)
         self._folded = contraction == "trace"
         self.rows = self.outputs.shape[0] * (1 if self._folded else self.outputs.shape[1])
@@ -212,19 +213,19 @@ class TangentProducts:
         return np.stack([rows[i] for i in range(len(rows))])
 
     def _running(self) -> _Running:
-        return _Running(self._task)
+        return _Running(self._task, self._foreign)
 
 
 class _Running(ExitStack):
     """The task with its model frozen, in eval mode, and in operations that can be differentiated twice."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, foreign: bool) -> None:
         super().__init__()
-        self._task = task
+        self._task, self._foreign = task, foreign
 
     def __enter__(self) -> Task:  # type: ignore[override]
         super().__enter__()
         self.enter_context(evaluation(self._task.model))
         self.enter_context(sdpa_kernel(SDPBackend.MATH))
-        self.enter_context(unrounded(self._task.dtype))
+        self.enter_context(unrounded(self._task.dtype, foreign=self._foreign))
         return self._task

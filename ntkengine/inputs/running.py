@@ -85,7 +85,8 @@ def _unwanted(model: nn.Module) -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, value) of what is set otherwise than a kernel needs it."""
     plain = {"use_cache": False, "_experts_implementation_internal": "eager"}
     wanted = [(c, k, v) for c in _configurations(model) for k, v in plain.items() if getattr(c, k, None)]
-    return wanted + [(m, k, False) for m in model.modules() for k in (_INFERENCE, "sparse") if getattr(m, k, 0) is True]
+    wanted += [(m, _INFERENCE, False) for m in model.modules() if getattr(m, _INFERENCE, False)]
+    return wanted + [(m, "sparse", False) for m in model.modules() if getattr(m, "sparse", False) is True]
 
 
 def _configurations(model: nn.Module) -> list[Any]:

@@ -61,8 +61,11 @@ def probe(
         NonFinite: a gradient of the model that is not finite.
     Cost: about ten forward and backward passes of three samples, one segment's gradients at a time.
     """
-    with unrounded(next(iter(selected.values())).dtype):
-        return _probed(model, selected, samples, readout, seed, gradients, keep_bytes)
+    foreign = check_repeats(model, samples, readout, selected)
+    with unrounded(next(iter(selected.values())).dtype, foreign=foreign):
+        structure = _probed(model, selected, samples, readout, seed, gradients, keep_bytes)
+    structure.foreign = foreign
+    return structure
 
 
 def _probed(
@@ -75,7 +78,6 @@ def _probed(
     keep_bytes: int,
 ) -> Structure:
     parameter = next(iter(selected.values()))
-    check_repeats(model, samples, readout, selected)
     trim = trim_holds(model, samples, readout, parameter)
     warn_of_left_padding(model, samples, readout, parameter)
     group = int(np.argmax(samples.sizes))

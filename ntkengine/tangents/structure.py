@@ -48,6 +48,7 @@ class Structure:
         trim: padding columns may be cut.
         outputs: C.
         expand: modules of which an output with one row stands for all samples (`capture.Recorder`).
+        foreign: kernels of other libraries run, which need the digits they ask for.
         tokens: by parameter: token axis of its factors on the probed samples.
     """
 
@@ -62,6 +63,7 @@ class Structure:
     outputs: int = 0
     expand: frozenset[str] = frozenset()
     tokens: dict[str, int] = field(default_factory=dict)
+    foreign: bool = False
     per_call: dict[str, int] = field(default_factory=dict)
     held: list[float] = field(default_factory=list)
 

@@ -149,7 +149,7 @@ class Sweep:
         return [[paths[name] for name in names] for names in grouped(sizes, limit)] or [[]]
 
     def _run(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
-        with unrounded(self.dtype):
+        with unrounded(self.dtype, foreign=self.structure.foreign):
             return self._taken(segment, i, chunk, paths, last=last)
 
     def _taken(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:

@@ -13,6 +13,7 @@ from ntkengine.inputs.attributes import Attributes, Place, held_tensors, plain_v
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
+from ntkengine.inputs.unrounded import watching
 from ntkengine.tangents.rehearsal import close
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ log = logging.getLogger(__name__)
 _CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
 
 
-def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected: Mapping[str, nn.Parameter]) -> None:
-    """Run one sample twice.
+def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected: Mapping[str, nn.Parameter]) -> bool:
+    """Run one sample twice; return whether kernels of other libraries than torch run.
 
     Raises:
         InputError: the model or the readout cannot be run on it, or keeps what depends on parameters for later calls.
@@ -37,7 +38,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
     inputs = one.inputs(chunk, parameter.device, parameter.dtype)
     before, left = Attributes(model), [held_tensors(model)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watching() as libraries:
             f, again = (_noting(readout(call_model(model, inputs), inputs), model, left) for _ in range(2))
     except (InputError, CheckFailed, NotImplementedError, torch.OutOfMemoryError):
         raise
@@ -72,6 +73,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
             " it draws random numbers or keeps a state, and so has no tangent kernel"
         )
         raise CheckFailed(msg)
+    return bool(libraries)
 
 
 def _noting(f: Tensor, model: nn.Module, left: list[dict[Place, tuple[str, Tensor]]]) -> Tensor:
