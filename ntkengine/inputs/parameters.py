@@ -92,6 +92,7 @@ def check_values(model: nn.Module) -> None:
     Raises:
         InputError: naming the first.
     """
+    require_module(model)
     if isinstance(model, torch.jit.ScriptModule):
         msg = f"model: {type(model).__name__} is TorchScript, whose modules cannot be watched; pass the model itself"
         raise InputError(msg)
