@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodWrapperType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 _FEWER = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+_OPERATIONS = frozenset({torch._ops.OpOverload, torch._ops.OpOverloadPacket})
 _OWN = frozenset({"aten", "prims"})  # torch's operations, which take any dtype or refuse it
 _BITS = frozenset({Tensor.view, torch.frombuffer, torch.asarray})  # what is there is read, nothing is rounded
 
@@ -66,15 +68,19 @@ class _Unrounded(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if type(func) is MethodWrapperType:  # reads an attribute: half of what a mode sees
+            return func(*args)
+        if type(func) in _OPERATIONS and _library(func) not in _OWN:
+            msg = f"{func} is a kernel of another library, which did not run on the first example"
+            raise RuntimeError(msg)
         kwargs = kwargs or {}
         if func in _CASTS:
             return args[0].double(*args[1:], **kwargs)
-        if _library(func) not in _OWN:
-            msg = f"{func} is a kernel of another library, which did not run on the first example"
-            raise RuntimeError(msg)
         if func not in _BITS:
-            args = tuple(_kept(x) for x in args)
-            kwargs = {name: _kept(x) for name, x in kwargs.items()}
+            if any(type(x) is torch.dtype for x in args):
+                args = tuple(_kept(x) for x in args)
+            if kwargs:
+                kwargs = {name: _kept(x) for name, x in kwargs.items()}
         return func(*args, **kwargs)
 
 
