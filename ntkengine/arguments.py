@@ -62,11 +62,9 @@ def number(
         found = float(value) if good else math.nan
     except OverflowError:  # an integer beyond float64
         found = math.inf
-    limits = ((">=", least), (">", above), ("<", below))
-    inside = all(
-        limit is None or {">=": found >= limit, ">": found > limit, "<": found < limit}[sign] for sign, limit in limits
-    )
+    inside = (least is None or found >= least) and (above is None or found > above) and (below is None or found < below)
     if not math.isfinite(found) or not inside:
+        limits = ((">=", least), (">", above), ("<", below))
         span = " and".join(f" {sign} {limit:g}" for sign, limit in limits if limit is not None)
         raise InputError(f"{name}: expected {what}{span}, got {shown(value)}")
     return found

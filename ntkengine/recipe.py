@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -63,7 +62,9 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name, low in (("epochs", 1), ("batch_size", 0), ("seed", 0)):
-            check_count(name, getattr(self, name), low)
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
         for name in ("learning_rate", "momentum", "eps", "proximal"):
             if not is_number(getattr(self, name)):
                 raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
@@ -145,23 +146,3 @@ def is_number(value: object) -> TypeGuard[int | float]:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**1023  # larger ones are no float
     return isinstance(value, float)
-
-
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is no whole number of things, true and false being none.
-
-    Raises:
-        InputError: naming it.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name}: expected an integer >= {least}, got {value!r}")
-
-
-def check_scale(name: str, value: object) -> None:
-    """Refuse what is no finite number above 0.
-
-    Raises:
-        InputError: naming it.
-    """
-    if not is_number(value) or not 0 < value < math.inf:
-        raise InputError(f"{name}: expected a number > 0, got {value!r}")

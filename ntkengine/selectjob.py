@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError
-from ntkengine.recipe import check_count, check_scale
 
 if TYPE_CHECKING:
     from ntkengine.forecast.ranking import Ranking
@@ -60,9 +60,9 @@ def run_select(
     _refuse(adapter)
     if subsets not in SUBSETS:
         raise InputError(f"subsets: expected one of {', '.join(SUBSETS)}, got {subsets!r}")
-    check_count("repeats", repeats)
+    whole("repeats", repeats, 1)
     if size is not None:
-        check_count("size", size)
+        whole("size", size, 1)
     job = replace(job, model=replace(job.model, peft=None), out=None)
     check_early(job)
     prepared = Prepared(job, tell, None)
@@ -122,5 +122,5 @@ def _refuse(adapter: Mapping[str, Any]) -> None:
     other = next((name for name in adapter if name not in _KNOWN), None)
     if other is not None:
         raise InputError(f"model.peft.{other}: expected none, what it changes is not rehearsed, got {adapter[other]!r}")
-    check_count("model.peft.r", adapter.get("r", 8))
-    check_scale("model.peft.lora_alpha", adapter.get("lora_alpha", 16))
+    whole("model.peft.r", adapter.get("r", 8), 1)
+    number("model.peft.lora_alpha", adapter.get("lora_alpha", 16), above=0, what="a number")

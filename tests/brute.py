@@ -57,6 +57,19 @@ def with_lora(model: torch.nn.Module, targets: list[str], *, away_from_start: bo
     return adapted.eval()
 
 
+class TwoLinears(torch.nn.Module):
+    """Two linears of the same start each time, and a forward pass given from outside: f(module, x)."""
+
+    def __init__(self, forward, width=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = torch.nn.Linear(width, width), torch.nn.Linear(width, 2)
+        self.forward_of = forward
+
+    def forward(self, x):
+        return self.forward_of(self, x)
+
+
 def tiny_inputs(model: torch.nn.Module, lengths: list[int], width: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return token ids and a mask, padded on the right to `width`."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,19 +12,10 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 import ntkengine as ntk
 from ntkengine.errors import CheckFailed, InputError
 from tests import zoo
+from tests.brute import TwoLinears as Net
 from tests.brute import gradients, relative_error, tiny_inputs, tiny_model
 
 D = 5
-
-
-class Net(nn.Module):
-    def __init__(self, forward):
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two, self.forward_of = nn.Linear(D, D), nn.Linear(D, 2), forward
-
-    def forward(self, x):
-        return self.forward_of(self, x)
 
 
 def plain(net, x):

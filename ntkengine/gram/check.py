@@ -71,8 +71,8 @@ class Check:
         parameter = next(iter(self.model.parameters()))
         self.device, self.dtype = parameter.device, parameter.dtype
         rows = len(self.drawn) * frame.width
-        self.total, self.slack, self.left, self.right, self.added = torch.zeros(
-            5, frame.layers, rows, rows, dtype=torch.float64, device=self.device
+        self.total, self.slack, self.left, self.right, self.added, self.raw = torch.zeros(
+            6, frame.layers, rows, rows, dtype=torch.float64, device=self.device
         )
         self.parts: dict[str, Tensor] = {}
         few = tables(self.model)  # the rows a sample touches are as good as nothing
@@ -90,6 +90,7 @@ class Check:
                     name = next(iter(found))
                     G, touched = stacked(found.pop(name), len(self.inputs), self.frame.outputs, self.selected[name])
                     self.parts[name] = self._products(G, G)
+                    self.raw += self.parts[name]
                     if self.frame.transform in SIGNS or self.roots is not None:
                         self._transform(name, G, touched)
                     else:
@@ -245,8 +246,8 @@ class Check:
         self._judge("the Gram matrix", got, truth, *sides, rows, columns, TOLERANCE.get(dtype, 5e-2))
 
     def _compare(self, name: str, got: Tensor) -> None:
-        truth, whole = self.parts[name], sum(self.parts.values(), torch.zeros_like(self.total))
-        floor = FLOOR.get(self.dtype, 1e-2) * whole.diagonal(dim1=1, dim2=2).sqrt()
+        truth = self.parts[name]
+        floor = FLOOR.get(self.dtype, 1e-2) * self.raw.diagonal(dim1=1, dim2=2).sqrt()
         scale = truth.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() + floor
         every = list(range(len(self.drawn)))
         self._judge(name, got, truth, scale, scale, every, every, TOLERANCE[self.dtype])

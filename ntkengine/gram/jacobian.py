@@ -75,8 +75,8 @@ class TangentProducts:
         whole("seed", seed)
         self._task = Task.prepare(model, inputs, None, None, readout, params, contraction, "sgd", precision)
         count = sum(p.numel() for p in self._task.selected.values())
-        self.block, self._foreign = int(max(1, min(8, _HELD // count))), True  # until it is known
-        with self._running() as task:
+        self.block, task = int(max(1, min(8, _HELD // count))), self._task
+        with evaluation(task.model):
             self._foreign = check_repeats(task.model, task.samples, task.readout, task.selected)
         with self._running() as task:
             self.outputs = self._forward(task)

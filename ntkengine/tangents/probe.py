@@ -61,45 +61,31 @@ def probe(
         NonFinite: a gradient of the model that is not finite.
     Cost: about ten forward and backward passes of three samples, one segment's gradients at a time.
     """
-    foreign = check_repeats(model, samples, readout, selected)
-    with unrounded(next(iter(selected.values())).dtype, foreign=foreign):
-        structure = _probed(model, selected, samples, readout, seed, gradients, keep_bytes)
-    structure.foreign = foreign
-    return structure
-
-
-def _probed(
-    model: nn.Module,
-    selected: Mapping[str, nn.Parameter],
-    samples: Samples,
-    readout: Readout,
-    seed: int,
-    gradients: int,
-    keep_bytes: int,
-) -> Structure:
     parameter = next(iter(selected.values()))
-    trim = trim_holds(model, samples, readout, parameter)
-    warn_of_left_padding(model, samples, readout, parameter)
-    group = int(np.argmax(samples.sizes))
-    order = samples.order[group]
-    rows = [(group, int(order[i])) for i in sorted({0, len(order) // 2, len(order) - 1})]
-    owners = _owners(model, selected)
-    while True:
-        few = _pick(samples, rows, trim)
-        structure = _structure(model, selected, owners, few, readout, rows, parameter, seed, gradients, keep_bytes)
-        structure.trim = trim
-        late = _late_user(model, [selected[name] for name in structure.unused], samples, readout, parameter)
-        if late is None and len(structure.unused) == len(selected):
-            name = structure.unused[0]
-            msg = f"params: the outputs depend on none of the selected parameters ({name}, …): is the readout detached?"
-            raise InputError(msg)
-        if late is None:
-            return structure
-        if late in rows:
-            name = structure.unused[0]
-            msg = f"{name}: whether f depends on it could not be settled; {leave_out(name)}"
-            raise CheckFailed(msg)
-        rows.append(late)
+    foreign = check_repeats(model, samples, readout, selected)
+    with unrounded(parameter.dtype, foreign=foreign):
+        trim = trim_holds(model, samples, readout, parameter)
+        warn_of_left_padding(model, samples, readout, parameter)
+        group = int(np.argmax(samples.sizes))
+        order = samples.order[group]
+        rows = [(group, int(order[i])) for i in sorted({0, len(order) // 2, len(order) - 1})]
+        owners = _owners(model, selected)
+        while True:
+            few = _pick(samples, rows, trim)
+            structure = _structure(model, selected, owners, few, readout, rows, parameter, seed, gradients, keep_bytes)
+            structure.trim, structure.foreign = trim, foreign
+            late = _late_user(model, [selected[name] for name in structure.unused], samples, readout, parameter)
+            if late is None and len(structure.unused) == len(selected):
+                name = structure.unused[0]
+                found = f"the outputs depend on none of the selected parameters ({name}, …)"
+                raise InputError(f"params: {found}: is the readout detached?")
+            if late is None:
+                return structure
+            if late in rows:
+                name = structure.unused[0]
+                msg = f"{name}: whether f depends on it could not be settled; {leave_out(name)}"
+                raise CheckFailed(msg)
+            rows.append(late)
 
 
 def _structure(

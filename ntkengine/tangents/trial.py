@@ -6,10 +6,10 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.inputs.attributes import Attributes, Place, held_tensors, plain_values
+from ntkengine.inputs.attributes import Attributes, held_tensors, plain_values
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
@@ -36,10 +36,12 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
     chunk = one.chunks[0]
     parameter = next(iter(selected.values()))
     inputs = one.inputs(chunk, parameter.device, parameter.dtype)
-    before, left = Attributes(model), [held_tensors(model)]
+    before, left, found = Attributes(model), [held_tensors(model)], []
     try:
         with torch.no_grad(), watching() as libraries:
-            f, again = (_noting(readout(call_model(model, inputs), inputs), model, left) for _ in range(2))
+            for _ in range(2):
+                found.append(readout(call_model(model, inputs), inputs))
+                left.append(held_tensors(model))
     except (InputError, CheckFailed, NotImplementedError, torch.OutOfMemoryError):
         raise
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
@@ -47,23 +49,21 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])}: {reason}"
         raise InputError(msg) from error
     before.restore()
-    kept = [
-        place
-        for place, (_, x) in left[1].items()
-        if x is left[2].get(place, ("", None))[1] and x is not left[0].get(place, ("", None))[1]
-    ]
+    start, once, twice = ({place: x for place, (_, x) in held.items()} for held in left)
+    kept = [place for place, x in once.items() if x is twice.get(place) and x is not start.get(place)]
     if kept:
         with wanting_gradients(selected.values()):
             call_model(model, inputs)
-        found = held_tensors(model)
+        now = held_tensors(model)
         before.restore()
-        name = next((found[place][0] for place in kept if place in found and found[place][1].requires_grad), None)
-        if name is not None:
-            msg = (
-                f"model: {name} keeps what one call computed from the parameters for the calls after it, which then "
-                "have no gradient; compute it in every call"
-            )
-            raise InputError(msg)
+        for name, x in (now[place] for place in kept if place in now):
+            if x.requires_grad:
+                msg = (
+                    f"model: {name} keeps what one call computed from the parameters for the calls after it, which "
+                    "then have no gradient; compute it in every call"
+                )
+                raise InputError(msg)
+    f, again = found
     if not f.is_floating_point() or not f.shape[1]:
         msg = f"readout {readout.name!r}: expected (N, C) real numbers with C ≥ 1, got {tuple(f.shape)} of {f.dtype}"
         raise InputError(msg)
@@ -74,12 +74,6 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         )
         raise CheckFailed(msg)
     return bool(libraries)
-
-
-def _noting(f: Tensor, model: nn.Module, left: list[dict[Place, tuple[str, Tensor]]]) -> Tensor:
-    """Return f after noting what the model holds now."""
-    left.append(held_tensors(model))
-    return f
 
 
 def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
