@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ntkengine.errors import InputError
-from ntkengine.jobfile import DataPart, GramPart, Job, ModelPart
+from ntkengine.jobparts import DataPart, GramPart, Job, ModelPart
 from ntkengine.report import Table, write_report
 
 if TYPE_CHECKING:
@@ -62,9 +62,11 @@ def run_demo(
     Cost: 256 + 256 examples: 23 million parameters, some minutes on two cores; 86 MB are downloaded once.
     """
     from ntkengine.assets import fetch_demo, movie_snippets
-    from ntkengine.jobs import forecast_file, report_files, run_gram
+    from ntkengine.gramfiles import forecast_file, report_files
+    from ntkengine.jobs import run_gram
+    from ntkengine.report.findings import comparison_table, module_table
     from ntkengine.report.plots import require
-    from ntkengine.report.tables import comparison_table, gram_table, module_table
+    from ntkengine.report.tables import gram_table
     from ntkengine.store import open_gram
 
     for name, count in (("train", train), ("eval", evaluate)):

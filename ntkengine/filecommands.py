@@ -16,7 +16,8 @@ GramFile = Annotated[Path, typer.Argument(help="Gram file.", metavar="K.H5", sho
 @answered
 def info(path: GramFile, as_json: Json = False) -> None:
     """Show everything a Gram file says about itself; of one that is not complete yet, how far the job is."""
-    from ntkengine.report.tables import gram_table, module_table, progress_table
+    from ntkengine.report.findings import module_table
+    from ntkengine.report.tables import gram_table, progress_table
     from ntkengine.store import open_gram, read_progress
 
     progress = None if path.exists() else read_progress(path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ntkengine.finetune import FineTuning
-    from ntkengine.jobfile import Job
+    from ntkengine.jobparts import Job
 
 Progress = Callable[[float, float, str], None]
 
@@ -59,7 +59,7 @@ def run_finetune(
     """
     from ntkengine.finetune import fine_tune
     from ntkengine.jobchecks import check_early
-    from ntkengine.jobs import Prepared, quiet
+    from ntkengine.prepared import Prepared, quiet
 
     part = job.finetune
     if part is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ntkengine.errors import InputError
-from ntkengine.jobfile import Job
+from ntkengine.jobparts import Job
 
 _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 

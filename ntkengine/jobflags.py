@@ -15,7 +15,8 @@ import typer
 
 from ntkengine.choices import completing
 from ntkengine.errors import InputError
-from ntkengine.jobfile import Job, make_job, merged, read_job
+from ntkengine.jobfile import make_job, merged, read_job
+from ntkengine.jobparts import Job
 from ntkengine.textfile import parse_json, reason_of
 
 _MODEL, _DATA, _HEAD, _GRAM, TRAINING = "Model", "Data", "Head", "Gram", "Training"

@@ -30,7 +30,8 @@ def spectrum(
     as_json: Json = False,
 ) -> None:
     """Print extreme eigenvalues with their errors, and the condition number."""
-    from ntkengine.report.tables import sketch_note, spectrum_table
+    from ntkengine.report.findings import spectrum_table
+    from ntkengine.report.tables import sketch_note
     from ntkengine.spectrum import condition_number, effective_rank, eigsh
     from ntkengine.store import open_gram
 
@@ -52,8 +53,9 @@ def spectrum(
 @answered
 def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> None:
     """Kernel ridge regression along the ridge path: train, leave-one-out, GCV and eval errors."""
-    from ntkengine.jobs import forecast_file
-    from ntkengine.report.tables import ridge_dimension, ridge_table, sketch_note
+    from ntkengine.gramfiles import forecast_file
+    from ntkengine.report.findings import ridge_dimension, ridge_table
+    from ntkengine.report.tables import sketch_note
     from ntkengine.store import open_gram
 
     chosen = _ridge(ridge)
@@ -76,9 +78,9 @@ def forecast(
     as_json: Json = False,
 ) -> None:
     """Forecast what fine-tuning will reach; of a job file, also what its own training will."""
+    from ntkengine.gramfiles import forecast_file
     from ntkengine.jobfile import read_job
-    from ntkengine.jobs import forecast_file
-    from ntkengine.report.tables import forecast_table
+    from ntkengine.report.findings import forecast_table
 
     chosen, recipe = _ridge(ridge), None
     if path.suffix == ".toml":
@@ -110,7 +112,7 @@ def report(
     ridge: RidgeChoice = None,
 ) -> None:
     """Write one self-contained HTML page over Gram files, rankings and fine-tunings."""
-    from ntkengine.jobs import report_files
+    from ntkengine.gramfiles import report_files
     from ntkengine.report import write_report
 
     if not out.parent.is_dir():

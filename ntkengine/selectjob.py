@@ -11,7 +11,7 @@ from ntkengine.errors import InputError
 
 if TYPE_CHECKING:
     from ntkengine.forecast.ranking import Ranking
-    from ntkengine.jobfile import Job
+    from ntkengine.jobparts import Job
 
 Progress = Callable[[float, float, str], None]
 _KNOWN = ("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "task_type", "fan_in_fan_out")
@@ -52,7 +52,7 @@ def run_select(
     from ntkengine.gram.linear import tangent_factors
     from ntkengine.inputs.parameters import select_parameters
     from ntkengine.jobchecks import check_early
-    from ntkengine.jobs import Prepared, quiet
+    from ntkengine.prepared import Prepared, quiet
 
     if job.finetune is None:
         raise InputError("finetune: is missing; give the job a [finetune] table, or --learning-rate")

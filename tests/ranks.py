@@ -234,7 +234,9 @@ def main():
     else:
         save(group, comm, folder)
         written(comm, folder)
-        save(group, comm.Split(min(comm.rank // 2, 1), comm.rank), folder)  # two ranks, and the others at the same time
+        part = comm.Split(min(comm.rank // 2, 1), comm.rank)  # two ranks, and the others at the same time
+        if part.size > 1:
+            save(group, part, folder)
         if comm.rank == 0:
             save("few", MPI.COMM_SELF, folder)
         told = comm.gather(refused(comm) | spoiled(comm))

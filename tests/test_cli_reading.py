@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from ntkengine import jobs
+from ntkengine import gramfiles
 from ntkengine.spectrum import condition_number, eigsh
 from ntkengine.store import Folder, open_gram
 
@@ -41,7 +41,7 @@ def test_spectrum_json_is_the_spectrum(run, gram_file):
 
 
 def test_ridge_and_forecast_json(run, gram_file):
-    found = jobs.forecast_file(gram_file)
+    found = gramfiles.forecast_file(gram_file)
     told = json.loads(run("ridge", gram_file, "--json")[1])
     np.testing.assert_allclose(told["loo_mse"], found.loo_mse, rtol=1e-12)
     assert told["ridge"] == found.ridge
@@ -62,7 +62,7 @@ def test_forecast_takes_the_ridge_of_the_job_file(run, gram_file, tmp_path):
     job = tmp_path / "job.toml"
     tables = '[model]\npath = "m"\n[data]\ntrain = "a.tsv"\n[forecast]\nridge = "gcv"\n'
     job.write_text(f'out = "{gram_file}"\n' + tables)
-    assert json.loads(run("forecast", job, "--json")[1])["ridge"] == jobs.forecast_file(gram_file, "gcv").ridge
+    assert json.loads(run("forecast", job, "--json")[1])["ridge"] == gramfiles.forecast_file(gram_file, "gcv").ridge
     job.write_text(tables)
     code, _, err = run("forecast", job)
     assert (code, "out: is missing" in err) == (2, True)

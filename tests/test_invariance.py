@@ -40,6 +40,23 @@ def test_results_do_not_depend_on_batch_composition(monkeypatch, kind):
         assert max(relative_error(again.values, reference.values)) < 1e-9
 
 
+@pytest.mark.parametrize("precision", ["exact", "high"])
+def test_results_do_not_depend_on_threads(precision):
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, [40, 33, 2, 17] * 6, 40)  # products large enough for several threads
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(compute_gram(model, inputs, params="all", precision=precision))
+    finally:
+        torch.set_num_threads(before)
+    scale = np.linalg.norm(found[0].values)
+    for gram in found[1:]:
+        error = np.linalg.norm(np.asarray(gram.values) - np.asarray(found[0].values))
+        assert error <= (1e-12 * scale if precision == "exact" else 2 * max(gram.noise, found[0].noise))
+
+
 def test_results_do_not_depend_on_tiles(monkeypatch):
     model = tiny_model("llama")
     inputs = tiny_inputs(model, LENGTHS, 12)

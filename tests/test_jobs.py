@@ -7,7 +7,7 @@ import pytest
 import torch
 from ntk_kernels import runtime
 
-from ntkengine import jobs, store
+from ntkengine import gramfiles, jobs, store
 from ntkengine.errors import InputError
 from ntkengine.forecast import CrossFit, forecast
 from ntkengine.gram.engine import compute_gram
@@ -147,7 +147,7 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
     assert shares[-1] == 1
     assert 0 < next(done / total for done, total, stage in told if stage == "held-out head 1 of 5") < 0.5
 
-    found = jobs.forecast_file(folder / "k.h5")
+    found = gramfiles.forecast_file(folder / "k.h5")
     cross_fit = CrossFit(fold, gram.extras["fold_grams"], gram.extras["fold_outputs"])
     direct = forecast(gram, gram.targets, cross_fit=cross_fit)
     assert found.loo == direct.loo
@@ -231,7 +231,7 @@ def test_logits_head_and_three_classes(folder):
     gram = jobs.run_gram(job)
     assert gram.outputs.shape == gram.targets.shape == gram.extras["fold_outputs"].shape[1:] == (15, 3)
     assert set(np.unique(gram.targets)) == {-1.0, 1.0}
-    assert jobs.forecast_file(gram).outputs == 3
+    assert gramfiles.forecast_file(gram).outputs == 3
 
 
 def test_what_is_refused_leaves_no_file(folder, monkeypatch):
@@ -261,8 +261,8 @@ def test_unlabelled_data_gives_a_gram_without_forecast(folder):
     assert gram.targets is None
     assert not gram.extras
     with pytest.raises(InputError, match="holds no targets"):
-        jobs.forecast_file(gram)
-    (section,) = jobs.report_files([folder / "k.h5"])
+        gramfiles.forecast_file(gram)
+    (section,) = gramfiles.report_files([folder / "k.h5"])
     assert list(section.figures) == ["spectrum"]
 
 
@@ -278,11 +278,11 @@ def test_a_fitted_head_without_held_out_heads_is_a_leak(small, tmp_path):
     job = {"head": {"fitted": True}}
     gram = compute_gram(model, inputs, **arguments, job=job)
     with pytest.raises(InputError, match="head fitted on these targets"):
-        jobs.forecast_file(gram)
+        gramfiles.forecast_file(gram)
     K = np.asarray(gram)
     held = {"fold": np.array([0, 1, 0, 1, 1]), "fold_grams": np.stack([K, K]), "fold_outputs": np.zeros((2, 5, 2))}
     compute_gram(model, inputs, **arguments, job=job, extras=held, out=tmp_path / "k.h5")
-    found = jobs.forecast_file(tmp_path / "k.h5", ridge="gcv")
+    found = gramfiles.forecast_file(tmp_path / "k.h5", ridge="gcv")
     assert found.start["held_out_mse"] == 1.0
     assert found.ridge == found.ridge_gcv
 
@@ -291,16 +291,16 @@ def test_the_sum_of_outputs_cannot_be_forecast(small):
     model, inputs, arguments = small
     gram = compute_gram(model, inputs, **arguments, contraction="sum-of-outputs")
     with pytest.raises(InputError, match="'sum-of-outputs' is the kernel of the sum of 2 outputs"):
-        jobs.forecast_file(gram)
+        gramfiles.forecast_file(gram)
 
 
 def test_report_sets_files_side_by_side(small, tmp_path):
     model, inputs, arguments = small
     for name in ("a.h5", "b.h5"):
         compute_gram(model, inputs, **arguments, out=tmp_path / name)
-    side, first, second = jobs.report_files([tmp_path / "a.h5", tmp_path / "b.h5"])
+    side, first, second = gramfiles.report_files([tmp_path / "a.h5", tmp_path / "b.h5"])
     assert side.title == "Side by side"
     assert side.tables[0].columns == ("", str(tmp_path / "a.h5"), str(tmp_path / "b.h5"))
     assert first.figures.keys() == second.figures.keys() == {"spectrum", "risk", "curve", "modules"}
-    found = jobs.forecast_file(open_gram(tmp_path / "a.h5"))
+    found = gramfiles.forecast_file(open_gram(tmp_path / "a.h5"))
     assert list(first.notes) == found.assumptions

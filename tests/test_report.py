@@ -14,7 +14,7 @@ import pytest
 
 from ntkengine.errors import InputError
 from ntkengine.forecast import forecast
-from ntkengine.report import Section, Table, plots, tables, text, write_report
+from ntkengine.report import Section, Table, findings, plots, tables, text, write_report
 from ntkengine.spectrum import condition_number, eigsh
 
 N, M = 37, 21
@@ -71,7 +71,7 @@ def test_gram_table_says_noise_size_time_and_job(gram):
 
 def test_spectrum_table_is_descending_with_bounds(gram):
     ritz = eigsh(gram, k=5)
-    shown = tables.spectrum_table(ritz, condition_number(gram))
+    shown = findings.spectrum_table(ritz, condition_number(gram))
     values = [float(row[1]) for row in shown.rows]
     np.testing.assert_allclose(values, np.linalg.eigvalsh(gram.values)[::-1][:5], rtol=1e-7)
     assert all(float(row[2]) >= 1e-5 for row in shown.rows)
@@ -79,21 +79,21 @@ def test_spectrum_table_is_descending_with_bounds(gram):
 
 
 def test_ridge_table_keeps_and_marks_the_chosen_ridge(gram, found):
-    shown = tables.ridge_table(found)
+    shown = findings.ridge_table(found)
     chosen = [row for row in shown.rows if "chosen" in row[-1]]
     assert len(chosen) == 1
     assert float(chosen[0][0]) == pytest.approx(found.ridge, rel=1e-3)
     assert float(chosen[0][shown.columns.index("LOO mse")]) == pytest.approx(found.loo[0], abs=1e-4)
     assert float(chosen[0][1]) == pytest.approx(found.effective_dimension, rel=1e-3)
-    assert len(shown.rows) <= tables.RIDGE_ROWS + 3
+    assert len(shown.rows) <= findings.RIDGE_ROWS + 3
     assert float(shown.rows[0][0]) < float(shown.rows[-1][0])
 
 
 def test_module_and_comparison_tables(found):
-    shown = tables.module_table({"a": 0.25, "b": 0.75}, 8.0)
+    shown = findings.module_table({"a": 0.25, "b": 0.75}, 8.0)
     assert shown.rows == [("b", "6", "75.00%"), ("a", "2", "25.00%")]
-    assert tables.module_table({"a": 0.2, "b": 0.5, "c": 0.3}, 1.0, top=1).rows[1] == ("2 others", "0.5", "50.00%")
-    both = tables.comparison_table({"one.h5": found, "two.h5": found})
+    assert findings.module_table({"a": 0.2, "b": 0.5, "c": 0.3}, 1.0, top=1).rows[1] == ("2 others", "0.5", "50.00%")
+    both = findings.comparison_table({"one.h5": found, "two.h5": found})
     assert both.columns == ("", "one.h5", "two.h5")
     assert all(row[1] == row[2] for row in both.rows)
     assert not any(row[0].startswith("share of") for row in both.rows)
@@ -190,7 +190,7 @@ class Page(HTMLParser):
 def test_report_is_one_escaped_page_with_its_pictures(found, tmp_path):
     nasty = "<script>alert('&')</script>"
     section = Section(
-        nasty, [Table(nasty, (nasty, "b"), [(nasty, "1")], nasty), tables.module_table(found.modules, 1.0)],
+        nasty, [Table(nasty, (nasty, "b"), [(nasty, "1")], nasty), findings.module_table(found.modules, 1.0)],
         found.figures(), [nasty],
     )  # fmt: skip
     path = write_report(tmp_path / "r.html", [section], nasty)

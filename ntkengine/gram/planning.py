@@ -12,9 +12,10 @@ import torch
 from ntkengine.cluster.comm import Team, together
 from ntkengine.cluster.shards import Shard, deal
 from ntkengine.errors import CheckFailed
+from ntkengine.gram.estimates import kept_microbatches, make_plan, needs_of, shorten
 from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
 from ntkengine.gram.panels import entries, meetings
-from ntkengine.gram.plan import Plan, kept_microbatches, make_plan, needs_of, shorten
+from ntkengine.gram.plan import Plan
 from ntkengine.gram.rates import contraction_rate, page_seconds, sweep_seconds
 from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task

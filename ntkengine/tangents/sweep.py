@@ -22,21 +22,21 @@ from torch import Tensor, nn
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.heap import HEAP
-from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.streaming import is_streamed
 from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.blocks import before_blocks, first_tensor, replace_first
-from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, uses_of
-from ntkengine.tangents.factors import Dense, ParameterFactors, Use, merge
+from ntkengine.tangents.capture import Call, Recorder
+from ntkengine.tangents.factors import ParameterFactors, Use, merge
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.hidden import Hidden
 from ntkengine.tangents.projection import Projection
+from ntkengine.tangents.pulling import Puller
 from ntkengine.tangents.rehearsal import agreement, storage
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Path, Structure
-from ntkengine.tangents.verify import Recording, calls_of, uses_in_graph
+from ntkengine.tangents.verify import Recording
 
 KEEP_BYTES = 1 << 30
 
@@ -82,6 +82,7 @@ class Sweep:
         self.model, self.selected, self.structure = model, selected, structure
         self.samples, self.readout, self.tick = samples, readout, tick
         self.stack = structure.stack
+        self._puller = Puller(model, selected, structure)
         parameter = next(iter(model.parameters()))
         self.device, self.dtype = parameter.device, parameter.dtype
         self.outputs = np.full((samples.total, structure.outputs), np.nan)
@@ -270,20 +271,6 @@ class Sweep:
             msg = f"{name}: run again on the same input its output has norm {again:.6g} instead of {once:.6g}"
             raise CheckFailed(msg)
 
-    def _all_seen(self, out: Tensor, paths: list[Path], recorded: Mapping[str, list[Call]]) -> None:
-        """Refuse a parameter that this microbatch uses outside its modules' recorded calls."""
-        met = uses_in_graph(out, {path.parameter: self.selected[path.parameter] for path in paths if path.owners})
-        for path in paths:
-            if not path.owners:
-                continue
-            calls, used = calls_of(path.owners, recorded, met), met.counts[path.parameter]
-            if used > calls * self.structure.per_call.get(path.parameter, 1):
-                msg = (
-                    f"{path.parameter}: used {used} times, but only {calls} times through its module, "
-                    f"unlike on the probed samples; {leave_out(path.parameter)}"
-                )
-                raise CheckFailed(msg)
-
     def _recorder(self, paths: list[Path], n: int) -> Recorder:
         return Recorder(self._modules(paths), n, expand=self.structure.expand)
 
@@ -306,52 +293,13 @@ class Sweep:
         *,
         last: bool = True,
     ) -> dict[str, list[Use]]:
-        """Backward once per output; keep the leaf's cotangent, return the parameters' factors."""
-        calls = [(m, call) for m, found in recorded.items() for call in found if call.edge is not None]
-        self._all_seen(out, paths, recorded)
-        own = [path for path in paths if not path.owners]
-        targets: list[Any] = [*leaf, *(call.edge for _, call in calls), *(self.selected[p.parameter] for p in own)]
+        """Backward through a segment; keep its input's cotangent, return the parameters' factors."""
         if last:
             self._cotangents[i] = None
-        uses: dict[str, list[Use]] = {path.parameter: [] for path in paths}
-        if not targets or not out.requires_grad or cotangent is None:
-            return uses
-        C = cotangent.shape[1]
-        # One output at a time: batched over outputs it took 1.05 to 1.5 times as long on a CPU (C from 2 to 10).
-        grads = [
-            torch.autograd.grad(out, targets, cotangent[:, c], retain_graph=c < C - 1, allow_unused=True)
-            for c in range(C)
-        ]
-        by_target = list(zip(*grads, strict=True))
-        if leaf:
-            down = by_target.pop(0)
-            self._cotangents[i] = None if down[0] is None else torch.stack(down, 1) if C > 1 else down[0][:, None]
-        stacked = [None if g[0] is None else _stack(g) for g in by_target]
-        pulled: dict[str, list[Pulled]] = defaultdict(list)
-        for (m, call), d in zip(calls, stacked, strict=False):
-            if d is not None:
-                pulled[m].append(Pulled(call, d))
-        for path in paths:
-            for m, local, kind in path.owners:
-                try:
-                    uses[path.parameter] += uses_of(
-                        kind, self.model.get_submodule(m), m, local, pulled.get(m, ()), chunk.n
-                    )
-                except PathFailed as error:
-                    owner = type(self.model.get_submodule(m)).__name__
-                    msg = f"{path.parameter} (of {owner}): {error}, unlike on the probed samples"
-                    raise CheckFailed(msg) from error
-        for path, g in zip(own, stacked[len(calls) :], strict=True):
-            if g is not None:
-                uses[path.parameter].append(Dense(g.reshape(1, C, *matrix_shape(self.selected[path.parameter]))))
+        uses, down = self._puller.pull(out, cotangent, leaf, recorded, paths, chunk.n)
+        if down is not None:
+            self._cotangents[i] = down
         return uses
-
-
-def _stack(outputs: tuple[Tensor, ...]) -> Tensor:
-    """Return (C, n, …, O) whose memory is ordered (n, …, C, O): a token's gradients side by side, as products want."""
-    if len(outputs) == 1 or outputs[0].ndim < 2:
-        return torch.stack(outputs) if len(outputs) > 1 else outputs[0][None]
-    return torch.stack(outputs, -2).movedim(-2, 0)
 
 
 def _norm(hidden: Tensor) -> Tensor:

@@ -1,0 +1,192 @@
+"""A job's model and data, loaded and checked against each other, and its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkengine.errors import InputError
+from ntkengine.jobchecks import check_file
+from ntkengine.jobparts import Job
+
+if TYPE_CHECKING:
+    from ntkengine.cluster.comm import Team
+    from ntkengine.inputs.examples import Examples
+    from ntkengine.inputs.heads import HeadFit
+
+Progress = Callable[[float, float, str], None]
+Pair = tuple["Examples", "Examples | None"]
+
+
+class Prepared:
+    """A job's model and data, loaded and checked against each other."""
+
+    def __init__(self, job: Job, tell: Progress, examples: Pair | None, team: Team | None = None) -> None:
+        from ntkengine.inputs.examples import tokenize
+        from ntkengine.inputs.models import load_model
+        from ntkengine.inputs.parameters import select_parameters
+
+        self.job = job
+        tell(0.0, 1.0, "reading examples")
+        self.train, self.eval = _read(job) if examples is None else examples
+        labelled = self.train.labels is not None
+        classes = len(self.train.label_names) if labelled else 0
+        self.num_labels = job.model.num_labels or max(2, classes)
+        if classes > self.num_labels:
+            raise InputError(
+                f"model.num_labels: expected at least {classes}, one for each class of {job.data.train}, "
+                f"got {self.num_labels}"
+            )
+        self.targets(self.train)
+        check_file(job)  # once the job is known to be one
+        tell(0.0, 1.0, "loading the model")
+        part = job.model
+        self.model = load_model(
+            part.path,
+            num_labels=self.num_labels,
+            peft=part.peft,
+            dtype=part.dtype,
+            device=str(team.device) if team is not None and part.device in ("auto", "cuda") else part.device,
+            trust_remote_code=part.trust_remote_code,
+            allow_pickle=part.allow_pickle,
+            seed=part.seed,
+            stream=part.stream,
+        )
+        cut: dict[str, Any] = {"max_length": job.data.max_length, "truncate": job.data.truncate}
+        tell(0.0, 1.0, "tokenizing")
+        self.inputs = tokenize(self.train, self.model, **cut)
+        self.eval_inputs = None if self.eval is None else tokenize(self.eval, self.model, **cut)
+        select_parameters(self.model, job.gram.params)
+        if job.head.fit and not labelled:
+            raise InputError("head.fit: expected labels to fit the head on, the examples have none")
+        new = bool(getattr(self.model, "ntk_head_new", False))
+        self.fits = labelled and (new if job.head.fit is None else job.head.fit)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what `compute_gram` and `plan_gram` share."""
+        names = (
+            "readout",
+            "params",
+            "contraction",
+            "transform",
+            "per_module",
+            "precision",
+            "backend",
+            "seed",
+            "sketch",
+        )
+        found = {name: getattr(self.job.gram, name) for name in names}
+        return found | ({} if self.eval_inputs is None else {"eval_inputs": self.eval_inputs})
+
+    def targets(self, examples: Examples | None) -> np.ndarray | None:
+        """Return ±1 targets, (N, C) float64, or None without labels or with a readout that has no class targets."""
+        from ntkengine.inputs.readout import encode_targets
+
+        if examples is None or examples.labels is None or self.job.gram.readout not in ("logits", "margin"):
+            return None
+        return encode_targets(examples.labels, self.job.gram.readout, self.num_labels)
+
+    @property
+    def folds(self) -> int:
+        """How many more Grams the job computes, of the train examples under held-out heads: none without targets."""
+        scored = self.fits and self.targets(self.train) is not None
+        return min(self.job.head.folds, len(self.train)) if scored else 0
+
+    def fit_head(self, tell: Progress) -> HeadFit | None:
+        """Fit the head where the job wants it."""
+        from ntkengine.inputs.heads import fit_head
+        from ntkengine.inputs.readout import encode_targets
+
+        if not self.fits or self.train.labels is None:
+            return None
+        tell(0.0, 1.0, "fitting the head")
+        margin = self.job.gram.readout == "margin"
+        # Logits of ±1/2 make a margin of ±1, which is what its targets are.
+        goal = encode_targets(self.train.labels, "logits", self.num_labels) * (0.5 if margin else 1.0)
+        part = self.job.head
+        return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
+
+    def cross_fit(self, fit: HeadFit, whole: Whole | None, team: Team | None = None) -> dict[str, Any]:
+        """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold.
+
+        With an `out` each of them is a file among its parts until all are done, and stays there until it is copied.
+
+        Args:
+            fit: of the head.
+            whole: what tells of it.
+            team: as `run_gram`; only rank 0 has the arrays.
+        """
+        from ntkengine.gram.engine import compute_gram
+        from ntkengine.gram.result import Stacked
+        from ntkengine.store import parts_of
+
+        out, part = self.job.out, self.job.gram
+        call = self.arguments() | {"per_module": False}
+        call.pop("eval_inputs", None)
+        grams, outputs = [], []
+        folds = len(fit.weights) - 1
+        try:
+            for k in range(folds):
+                fit.write(self.model, k)
+                checked = call["sketch"] is not None  # the only way to a sketch
+                found = compute_gram(
+                    self.model,
+                    self.inputs,
+                    **call,
+                    check=checked,
+                    progress=None if whole is None else whole.fold(k),
+                    out=None if out is None else parts_of(out) / f"held-out-{k}.h5",
+                    checkpoint_s=part.checkpoint_s,
+                    comm=team,
+                )
+                if team is None or team.root:
+                    grams.append(found.values)
+                    outputs.append(found.outputs)
+        finally:
+            fit.write(self.model, -1)
+        if not grams:
+            return {}
+        stack = np.stack(grams) if out is None else Stacked(grams)
+        return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack(outputs)}
+
+
+class Whole:
+    """Tells of a Gram and of those under held-out heads as one piece of work, which never goes back."""
+
+    def __init__(self, tell: Progress, folds: int) -> None:
+        self.tell, self.folds, self.before = tell, folds, 0.0
+
+    def first(self, done: float, total: float, stage: str) -> None:
+        """Tell of the Gram itself; the others, which are no larger, are counted like it."""
+        if total > 1:
+            self.before, total = total, total * (1 + self.folds)
+        self.tell(done, total, stage)
+
+    def fold(self, k: int) -> Progress:
+        """Return what tells of fold k."""
+        stage = f"held-out head {k + 1} of {self.folds}"
+
+        def tell(done: float, total: float, _: str) -> None:
+            if total > 1:
+                done, total = self.before + k * total + done, self.before + self.folds * total
+            self.tell(done, total, stage)
+
+        return tell
+
+
+def _read(job: Job) -> Pair:
+    from ntkengine.inputs.examples import read_examples
+
+    part = job.data
+    columns: dict[str, Any] = {"text": part.text, "label": part.label or None, "text_pair": part.text_pair}
+    train = read_examples(part.train, **columns, limit=part.limit, label_names=part.label_names, shuffle=part.shuffle)
+    if part.eval is None:
+        return train, None
+    names = None if train.labels is None else train.label_names
+    return train, read_examples(part.eval, **columns, limit=part.eval_limit, label_names=names, shuffle=part.shuffle)
+
+
+def quiet(_done: float, _total: float, _stage: str) -> None:
+    """Tell nobody."""
