@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -244,3 +247,11 @@ def test_a_plan_takes_what_a_gram_takes():
     with pytest.raises(InputError, match="plan_gram: takes the arguments of compute_gram, got memry_gib"):
         ntk.plan_gram(MODEL, X, params="all", memry_gib=1)
     assert ntk.plan_gram(MODEL, X, params="all", checkpoint_s=1.0, out="k.h5").flops > 0
+    for given, said in (
+        ({"ranks": 0}, "ranks: expected an integer >= 1, got 0"),
+        ({"ranks": 2, "gpus_per_node": True}, "gpus_per_node: expected an integer >= 1, got True"),
+        ({"ranks": 2, "network": "fast"}, "network: expected bytes a second > 0, got 'fast'"),
+        ({"ranks": 2, "network": math.nan}, "network: expected bytes a second > 0, got nan"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            ntk.plan_gram(MODEL, X, params="all", **given)

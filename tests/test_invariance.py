@@ -89,8 +89,8 @@ def test_strategies_agree(monkeypatch, strategy):
     names = {name for name, _ in model.named_parameters()}
     G = gradients(model, inputs, names)
 
-    def forced(kind, *args):
-        return (strategy, 1.0) if kind in ("outer", "mixed") else strategies.choose(kind, *args)
+    def forced(kind, *args, **limits):
+        return (strategy, 1.0) if kind in ("outer", "mixed") else strategies.choose(kind, *args, **limits)
 
     monkeypatch.setattr(run, "choose", forced)
     for contraction in CONTRACTIONS[:3]:

@@ -121,6 +121,8 @@ def test_noise_enters_the_bounds() -> None:
     assert noise_of(gram) == 1e-3
     assert noise_of(matrix) == pytest.approx(2.0**-53 * np.linalg.norm(matrix))
     assert noise_of(matrix.astype(np.float32)) == pytest.approx(2.0**-24 * np.linalg.norm(matrix), rel=1e-5)
+    with pytest.raises(InputError, match=r"gram: expected a square matrix \(N, N\), got shape \(50, 49\)"):
+        noise_of(matrix[:, 1:])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Needs
 from ntkengine.gram.plan import Plan, PlanRow
-from ntkengine.gram.strategies import COLUMNS, TILE_BYTES, choose
+from ntkengine.gram.strategies import COLUMNS, TILE_BYTES, choose, copied
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
@@ -25,6 +25,8 @@ from ntkengine.tangents.sweep import KEEP_BYTES
 
 # Memory that kept activations take for each byte of them: freed ones between them leave gaps (measured with glibc).
 _HEAP = 1.35
+# Of a few samples at a time the other may be the cheapest, and needs more memory.
+_IN_PIECES = {"materialise": "ghost"}
 # What the sweep does -> what a plan calls it.
 _SHOWN = {
     "outer-transposed": "outer",
@@ -134,6 +136,7 @@ def needs_of(
     structure: Structure,
     model: nn.Module,
     dtype: torch.dtype,
+    frame: Frame,
     sketches: Mapping[str, Sketch] | None = None,
     *,
     kernels: bool = False,
@@ -145,6 +148,7 @@ def needs_of(
         structure: from the probe, which has measured a token's activations.
         model: as it is probed.
         dtype: what it will run in.
+        frame: the wanted Gram.
         sketches: by parameter, what is kept of its gradient.
         kernels: whether contractions run in Triton kernels, which read a parameter's factors from one piece.
     """
@@ -177,6 +181,7 @@ def needs_of(
     return Needs(
         samples=plan.samples,
         tokens=plan.tokens,
+        outputs=plan.outputs,
         gram=plan.gram_bytes,
         hidden=share * plan.blocks,
         cotangents=share * plan.outputs,
@@ -191,7 +196,11 @@ def needs_of(
         kept_share=kept / plan.microbatches,
         copy=0.0 if dtype == parameter.dtype else float(sum(p.numel() for p in model.parameters()) * dtype.itemsize),
         projections=float(max(projections, default=0)),
-        ghost=2.0 * max((row.bytes for row in plan.parameters if row.strategy == "ghost"), default=0.0),
+        copies=max((_copies(row, row.strategy, plan, frame, entry) for row in plan.parameters), default=0.0),
+        copies_in_pieces=max(
+            (_copies(row, _IN_PIECES.get(row.strategy, row.strategy), plan, frame, entry) for row in plan.parameters),
+            default=0.0,
+        ),
     )
 
 
@@ -200,6 +209,13 @@ def kept_microbatches(plan: Plan, structure: Structure) -> tuple[int, float]:
     each = sum(structure.held) * plan.tokens / plan.microbatches
     count = min(plan.microbatches, -int(-KEEP_BYTES // each)) if each else 0
     return count, count * each
+
+
+def _copies(row: PlanRow, strategy: str, plan: Plan, frame: Frame, entry: int) -> float:
+    """Return the bytes of a parameter's factors that a contraction puts in another order."""
+    if strategy == "lookup":
+        return row.bytes * (1.0 if frame.transform == "sgd" else 2.0)
+    return copied((row.rows, row.columns), row.tokens, plan.samples, frame, entry) if strategy == "ghost" else 0.0
 
 
 def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:

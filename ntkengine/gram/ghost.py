@@ -5,6 +5,7 @@ Shape suffixes: S samples, C outputs, T tokens, R and I rows and columns of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,11 +16,11 @@ from ntkengine.tangents.factors import Outer, ParameterFactors
 
 _PAIR_BYTES = 4 << 20  # products of token pairs at once: they stay in the second-level cache
 _TOKENS = 64  # rows from which a product runs at its full rate
-_KEPT_BYTES = 16 << 20  # products of inputs kept for the next parameter that reads the same: a key's after a query's
+KEPT_BYTES = 16 << 20  # products of inputs kept for the next parameter that reads the same: a key's after a query's
 
 
 def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callable[[], None]) -> None:
-    """Add a linear map's inner products to Grams, row panel by row panel; sums over one token axis, then float64.
+    """Add a linear map's inner products to Grams, block by block; sums over one token axis, then float64.
 
     Args:
         factors: of outer uses, one for each microbatch or none.
@@ -42,24 +43,34 @@ def ghost(factors: ParameterFactors, totals: Sequence[Accumulator], poll: Callab
     inputs = [use.a for uses in factors.chunks for use in uses if isinstance(use, Outer)]
     for total in totals:
         known = total.workspace.pairs_of(inputs, total.frame)
-        for start, stop, last in _panels(total.frame, T):
-            left, right = slice(start * T, stop * T), slice(total.c0 * T, last * T)
-            q = last - total.c0
-            if (pairs := known.get(start)) is None:
+        for rows, columns in _blocks(total.frame, T):
+            left, right = (slice(x.start * T, x.stop * T) for x in (rows, columns))
+            place = rows.start, columns.start
+            if (pairs := known.get(place)) is None:
                 pairs = product(a[left], a[right])
-                if len(a) ** 2 * pairs.element_size() <= _KEPT_BYTES:
-                    known[start] = pairs
+                if len(a) ** 2 * pairs.element_size() <= KEPT_BYTES:
+                    known[place] = pairs
+            m, q = rows.stop - rows.start, columns.stop - columns.start
+            r, c = rows.start - total.r0, columns.start - total.c0
             for layer, d in zip(total.K, layers, strict=True):
                 values = product(d[left], d[right]).to(torch.promote_types(d.dtype, torch.float32)).mul_(pairs)
-                sums = values.view(stop - start, T, q, T).sum(3).sum(1, dtype=torch.float64)
-                layer[start - total.r0 : stop - total.r0, :q] += sums
+                layer[r : r + m, c : c + q] += values.view(m, T, q, T).sum(3).sum(1, dtype=torch.float64)
             poll()
 
 
-def _panels(frame: Frame, T: int) -> list[tuple[int, int, int]]:
-    rows, columns = ((stop - start) * frame.width for start, stop in (frame.rows, frame.columns))
+def _blocks(frame: Frame, T: int) -> list[tuple[slice, slice]]:
+    """Return blocks of Gram rows and columns, of few shapes: oneDNN makes a kernel for every one, and keeps it."""
+    total = (frame.rows[1] - frame.rows[0]) * frame.width
+    area = max(1, _PAIR_BYTES // (8 * T * T))
     # Of few samples an eighth, or what fills a product: else there is no triangle to save.
-    return frame.panels(max(1, min(_PAIR_BYTES // (8 * T * T * max(1, columns)), max(-(-rows // 8), -(-_TOKENS // T)))))
+    most = max(1, min(math.isqrt(area), max(-(-total // 8), -(-_TOKENS // T))))
+    rows = -(-total // -(-total // most))  # almost equal ones
+    columns = max(1, area // rows // rows) * rows
+    return [
+        (slice(start, stop), slice(at, min(at + columns, last)))
+        for start, stop, last in frame.panels(rows)
+        for at in range(frame.columns[0] * frame.width, last, columns)
+    ]
 
 
 def _joined(factors: ParameterFactors) -> tuple[Tensor, Tensor]:

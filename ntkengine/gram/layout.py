@@ -11,7 +11,8 @@ from ntkengine.tangents.sweep import KEEP_BYTES
 
 _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twice
 _LEAST_TOKENS = 128
-_PROCESS_BYTES = 32 << 20  # of a job without a bound: kernels made for the shapes it met, freed tensors that it keeps
+_PROCESS_BYTES = 32 << 20  # kernels made for the shapes a job met, freed tensors that it keeps
+_SPREAD = 0.1  # of a job with a bound: at most as much of it
 NEAR = 0.75  # of what a bounded job may take: from there on freed memory is given back
 GIB = 2.0**30
 
@@ -26,6 +27,7 @@ class Layout:
         microbatch_tokens: tokens of a microbatch.
         tile: samples swept at once; 0: all of them.
         resident_bytes: streamed weights kept in memory.
+        copies: bytes that copies of one parameter's factors may take; the strategies that make them are left, if not.
         gradients: entries of whole gradients that the probe and the check hold at once.
         keeps: activations are kept, up to a limit, rather than recomputed.
         window: shards of other ranks that a rank contracts its own with at once; 0: there are none.
@@ -36,6 +38,7 @@ class Layout:
     factor_bytes: float = float("inf")
     microbatch_tokens: int = MICROBATCH_TOKENS
     tile: int = 0
+    copies: float = float("inf")
     resident_bytes: int = 512 << 20
     gradients: int = 1 << 26
     keeps: bool = False
@@ -76,8 +79,10 @@ class Needs:
         kept: activations that a job without a bound keeps rather than recomputes.
         kept_share: share of the samples they belong to: those leave no hidden states.
         copy: a copy of the weights in another dtype.
-        ghost: copies of one parameter's factors, with one token axis for all samples, that ghost products read.
+        copies: of one parameter's factors, in the order that ghost products or token matching read.
+        copies_in_pieces: where they are contracted with those of some other ranks at a time.
         met: samples of a contraction for each of the rank's own, where other ranks' are met.
+        outputs: C.
         parcel: factors of a shard that travel at once.
         projections: a sketch's random matrices for the largest segment.
     """
@@ -98,21 +103,20 @@ class Needs:
     kept_share: float = 0.0
     copy: float = 0.0
     projections: float = 0.0
-    ghost: float = 0.0
+    copies: float = 0.0
+    copies_in_pieces: float = 0.0
     met: float = 1.0
+    outputs: int = 1
     parcel: float = 0.0
 
     def peak(self, layout: Layout) -> float:
         """Return the bytes a layout needs."""
         share = layout.share(self.samples)
-        limit = layout.factor_bytes / share
-        blocks = [share * sum(part[n] for n in names) for part in self.factors for names in grouped(part, limit)]
-        factors = max(blocks, default=0.0)
-        # Output gradients of a microbatch are there twice while its factors are put together.
-        fresh = factors * min(1.0, layout.microbatch_tokens / (share * self.tokens)) if not layout.keeps else 0.0
-        passing = self.activations * layout.microbatch_tokens + fresh
+        factors = self._factors(layout)
+        passing = self._passing(layout)
         travelling = (2 * layout.window + 2) * self.parcel  # a window in use, the next, and what leaves
-        working = max(passing, share * self.met * max(self.feature_tile, self.ghost) + travelling)
+        copies = self.copies_in_pieces if layout.window else self.copies
+        working = max(passing, share * self.met * (self.feature_tile + copies) + travelling)
         kept = share * (self.cotangents + (self.hidden if layout.hidden == "device" else 0.0))
         resident = min(self.weights, layout.resident_bytes) if self.weights else 0.0
         if layout.keeps and self.kept:  # a block's factors take the place of the activations it no longer needs
@@ -121,8 +125,25 @@ class Needs:
         sweep = kept + factors + working
         # Three samples' gradients by plain autograd, and again by the path that is tried.
         probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
-        process = _PROCESS_BYTES if layout.keeps else 0.0
-        return process + self.gram + resident + self.copy + max(sweep + self.projections, probe)
+        found = self.gram + resident + self.copy + max(sweep + self.projections, probe)
+        return found + (_PROCESS_BYTES if layout.keeps else min(_PROCESS_BYTES, _SPREAD * found))
+
+    def room(self, layout: Layout) -> float:
+        """Return the bytes that copies of one parameter's factors may take within `peak`."""
+        share = layout.share(self.samples)
+        return max(self._passing(layout) - share * self.feature_tile, share * self.copies)
+
+    def _factors(self, layout: Layout) -> float:
+        share = layout.share(self.samples)
+        limit = layout.factor_bytes / share
+        blocks = [share * sum(part[n] for n in names) for part in self.factors for names in grouped(part, limit)]
+        return max(blocks, default=0.0)
+
+    def _passing(self, layout: Layout) -> float:
+        # One output's gradients of a microbatch are there twice while its factors are put together.
+        part = min(1.0, layout.microbatch_tokens / (layout.share(self.samples) * self.tokens)) / self.outputs
+        fresh = 0.0 if layout.keeps else part * self._factors(layout)
+        return self.activations * layout.microbatch_tokens + fresh
 
 
 def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | None = None) -> Layout:
@@ -147,7 +168,7 @@ def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | No
             candidate = replace(layout, hidden=hidden)
             peak = needs.peak(candidate)
             if peak <= budget:
-                return candidate
+                return candidate if candidate.window else replace(candidate, copies=needs.room(candidate))
             least = min(least, peak)
     where, other = (" on every rank", "more ranks") if base.window else ("", "fewer examples")
     told = 1.005 * least / GIB  # three digits of it are never below the least

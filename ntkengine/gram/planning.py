@@ -81,7 +81,7 @@ def planned(
     spill = "host" if task.device.type == "cuda" else "disk"
     ranks = shared_by if team is None else team.size
     if ranks == 1:
-        needs = needs_of(plan, structure, task.model, dtype, sketches, kernels=task.kernels)
+        needs = needs_of(plan, structure, task.model, dtype, frame, sketches, kernels=task.kernels)
         layout = fit(needs, memory_gib, spill=spill)
     else:
         with together(team):
@@ -147,7 +147,7 @@ def share_of(
         hidden_bytes=plan.hidden_bytes * share,
         gram_bytes=8.0 * modules * max(sum(entries(m) for m in met) for met in own),
     )
-    needs = needs_of(local, structure, task.model, dtype, sketches, kernels=task.kernels)
+    needs = needs_of(local, structure, task.model, dtype, frame, sketches, kernels=task.kernels)
     needs = replace(needs, met=max(m.size for met in own for m in met) / most, parcel=parcel)
     base = replace(base, window=window, bundle_bytes=BUNDLE_BYTES)
     return needs, fit(needs, memory_gib, spill=spill, base=base)

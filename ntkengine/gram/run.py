@@ -19,6 +19,7 @@ from ntkengine.gram.strategies import choose, contract
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
 from ntkengine.products import unrouted
@@ -179,9 +180,10 @@ def sum_gram(
         for segment, found in sweep.segments():
             while found:
                 factors = found.pop()
+                HEAP.relieve()
                 began = time.perf_counter()
                 with torch.cuda.device(device) if device.type == "cuda" else unrouted():
-                    _add(factors, sums, frame, group, sweep, samples, roots)
+                    _add(factors, sums, frame, group, sweep, samples, roots, layout.copies)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 strategy, tokens, flops, _ = sums.done[factors.name]
@@ -205,10 +207,12 @@ def _add(
     sweep: Sweep,
     samples: Samples,
     roots: Mapping[str, Tensor] | None,
+    room: float,
 ) -> None:
     unsigned = frame.transform in SIGNS and factors.name in sweep.structure.negligible
     kind = "zero" if unsigned else factors.kind
-    strategy, flops = choose(kind, factors.shape, factors.tokens, samples.total, frame)
+    entry = sweep.dtype.itemsize
+    strategy, flops = choose(kind, factors.shape, factors.tokens, samples.total, frame, room=room, entry=entry)
     sums.done[factors.name] = strategy, factors.tokens, flops, 0.0
     target = sums.total if group is None else sums.part(group(factors.name))
     before = target.trace()

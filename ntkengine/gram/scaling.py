@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ntkengine.arguments import number, whole
 from ntkengine.cluster.ring import hops
 from ntkengine.cluster.shards import Shard, deal
-from ntkengine.errors import InputError
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.panels import Meeting, meetings
 from ntkengine.gram.plan import Plan, PlanRow
@@ -138,13 +138,11 @@ def check_ranks(ranks: Any, gpus_per_node: Any, network: Any) -> None:
     Raises:
         InputError: naming the argument.
     """
-    for name, value, least in (("ranks", ranks, 1), ("gpus_per_node", gpus_per_node, 1)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-            msg = f"{name}: expected a whole number, at least {least}, got {value!r}"
-            raise InputError(msg)
-    if network is not None and not network > 0:
-        msg = f"network: expected bytes a second above 0, got {network!r}"
-        raise InputError(msg)
+    whole("ranks", ranks, 1)
+    if gpus_per_node is not None:
+        whole("gpus_per_node", gpus_per_node, 1)
+    if network is not None:
+        number("network", network, above=0, what="bytes a second")
 
 
 def _tokens(shard: Shard, samples: Samples, structure: Structure, layout: Layout) -> list[tuple[int, int]]:

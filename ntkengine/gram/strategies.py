@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ntkengine.gram import kernels
-from ntkengine.gram.ghost import ghost
+from ntkengine.gram.ghost import KEPT_BYTES, ghost
 from ntkengine.gram.tiles import Accumulator, Frame, Workspace
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.products import prefers_onednn
@@ -37,7 +37,14 @@ _SMALL_PRODUCTS = 3.5
 
 
 def choose(
-    kind: str, shape: tuple[int, int], tokens: int, samples: int, frame: Frame, *others: Frame
+    kind: str,
+    shape: tuple[int, int],
+    tokens: int,
+    samples: int,
+    frame: Frame,
+    *others: Frame,
+    room: float = math.inf,
+    entry: int = 4,
 ) -> tuple[str, float]:
     """Return the cheapest strategy for a parameter and its flops.
 
@@ -48,6 +55,8 @@ def choose(
         samples: S.
         frame: the wanted Gram.
         others: further Grams of the same samples, made from the same features.
+        room: bytes that `copied` factors may take.
+        entry: bytes of one of their entries.
     """
     R, I = shape  # noqa: E741
     outputs = frame.outputs * frame.width  # pairs count samples; a full Gram has C² entries for each
@@ -61,9 +70,19 @@ def choose(
     costs = outer_costs(shape, tokens, samples, *frames)
     filling = 2.0 * samples * frame.outputs * tokens * R * I
     slow = (_SMALL_PRODUCTS - 1.0) * filling if prefers_onednn() else 0.0
-    if kind == "outer" and frame.transform == "sgd" and costs["ghost"] < costs["materialise"] + slow:
+    fits = kind == "outer" and frame.transform == "sgd" and copied(shape, tokens, samples, frame, entry) <= room
+    if fits and costs["ghost"] < costs["materialise"] + slow:
         return "ghost", costs["ghost"]
     return "materialise", costs["materialise"]
+
+
+def copied(shape: tuple[int, int], tokens: int, samples: int, frame: Frame, entry: int) -> float:
+    """Return the bytes of what ghost products put beside an outer product's factors; arguments as `choose`."""
+    R, I = shape  # noqa: E741
+    C = frame.outputs
+    sides = {"per-output": C * R, "full": C * (R + I)}.get(frame.contraction, 0)
+    pairs = (samples * frame.width * tokens) ** 2
+    return float(samples * tokens * (I + C * R + sides) * entry + min(KEPT_BYTES, pairs * entry))
 
 
 def outer_costs(shape: tuple[int, int], tokens: int, samples: int, frame: Frame, *others: Frame) -> dict[str, float]:
@@ -184,22 +203,21 @@ def _lookup(summed: tuple[Tensor, Tensor, Tensor], S: int, total: Accumulator, r
         phi = _spread(rows, samples, spans, S)
         total.add_features(phi, None if columns is rows else _spread(columns, samples, spans, S))
     rare = (~common).repeat_interleave(counts)
-    same = columns is rows
-    rows, samples, tokens = rows[rare], samples[rare], tokens[rare]
-    columns = rows if same else columns[rare]
     device = tokens.device
-    mine = ((samples >= frame.rows[0]) & (samples < frame.rows[1])).nonzero()[:, 0]
-    theirs = ((samples >= frame.columns[0]) & (samples < frame.columns[1])).nonzero()[:, 0]
+    mine = (rare & (samples >= frame.rows[0]) & (samples < frame.rows[1])).nonzero()[:, 0]
+    theirs = (rare & (samples >= frame.columns[0]) & (samples < frame.columns[1])).nonzero()[:, 0]
     if not len(mine) or not len(theirs):
         return
     size = int(tokens[-1]) + 1
+    row_bytes = C * I * rows.element_size()
     counts = torch.stack([torch.bincount(tokens[which], minlength=size) for which in (mine, theirs)], 1)
     starts = counts.cumsum(0) - counts
     shared = (counts > 0).all(1).nonzero()[:, 0]
     # Tokens that occur in equally many rows and in equally many columns go together.
     for m, n in counts[shared].unique(dim=0).tolist():
         first = starts[shared[(counts[shared] == torch.tensor([m, n], device=device)).all(1)]]
-        for part in first.split(max(1, _PAIR_BYTES // (8 * m * n * w**2))):
+        together = min(_PAIR_BYTES // (8 * m * n * w**2), TILE_BYTES // ((m + n) * row_bytes))
+        for part in first.split(max(1, together)):
             left, i = _runs_of(rows, samples, mine[part[:, :1] + torch.arange(m, device=device)], w)
             right, j = _runs_of(columns, samples, theirs[part[:, 1:] + torch.arange(n, device=device)], w)
             for layer in range(frame.layers):
@@ -233,18 +251,25 @@ def _summed_rows(factors: ParameterFactors) -> tuple[Tensor, Tensor, Tensor]:
     at = 0
     for uses, n in zip(factors.chunks, factors.sizes, strict=True):
         for use in uses:
-            if not isinstance(use, Lookup) or not use.ids.shape[1]:
-                continue
-            keys = use.ids.long() * n + torch.arange(n, device=use.d.device)[:, None]
-            keys, inverse = torch.unique(keys.reshape(-1), return_inverse=True)
-            values = use.d.transpose(1, 2).reshape(-1, use.d.shape[1], use.d.shape[3])
-            values = values.to(torch.promote_types(values.dtype, torch.float32))
-            summed = torch.zeros(len(keys), *values.shape[1:], dtype=values.dtype, device=values.device)
-            found.append((summed.index_add_(0, inverse, values), keys % n + at, keys // n))
+            if isinstance(use, Lookup) and use.ids.shape[1]:
+                keys = use.ids.long() * n + torch.arange(n, device=use.d.device)[:, None]
+                keys, inverse = torch.unique(keys.reshape(-1), return_inverse=True)
+                found.append((use.d, inverse, keys % n + at, keys // n))
         at += n
-    rows, samples, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+    samples, tokens = (torch.cat([x[k] for x in found]) for k in (2, 3))
     order = tokens.argsort(stable=True)
-    return rows[order], samples[order], tokens[order]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    like = found[0][0]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    # Written to where they belong: there is one copy of the rows, not one for each step.
+    rows = torch.zeros(len(order), like.shape[1], like.shape[3], dtype=dtype, device=like.device)
+    at = 0
+    for d, inverse, own, _ in found:
+        values = d.transpose(1, 2).reshape(-1, d.shape[1], d.shape[3]).to(dtype)
+        rows.index_add_(0, place[at : at + len(own)][inverse], values)
+        at += len(own)
+    return rows, samples[order], tokens[order]
 
 
 def _like(factors: ParameterFactors) -> Tensor:

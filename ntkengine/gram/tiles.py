@@ -23,6 +23,7 @@ CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 
 # Terms summed in float32. One float32 product over millions of terms was wrong by 2.8e-4, over 65,536 by 2e-6.
 RUN = 4096
+_COLUMNS = 2048  # of a product: oneDNN makes a kernel for every number of them, and keeps it
 # Half-precision products need longer runs for speed, and round far more than their float32 sums do.
 HALF = (torch.bfloat16, torch.float16)
 _HALF_RUN = 16_384
@@ -108,7 +109,7 @@ class Workspace:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
         self._inputs: list[Tensor] = []
-        self._pairs: tuple[Frame | None, dict[int, Tensor]] = (None, {})
+        self._pairs: tuple[Frame | None, dict[tuple[int, int], Tensor]] = (None, {})
 
     def take(self, like: Tensor, entries: int) -> Tensor:
         """Return a flat buffer of that many entries, of like's dtype and device; its content is what was last there."""
@@ -118,8 +119,8 @@ class Workspace:
             self._buffer = torch.empty(entries, dtype=like.dtype, device=like.device)
         return self._buffer[:entries]
 
-    def pairs_of(self, inputs: list[Tensor], frame: Frame) -> dict[int, Tensor]:
-        """Return what is known of products between these inputs, by panel: to be read, and filled.
+    def pairs_of(self, inputs: list[Tensor], frame: Frame) -> dict[tuple[int, int], Tensor]:
+        """Return what is known of products between these inputs, by block: to be read, and filled.
 
         It is empty unless these very tensors were asked for last, as a key's are after a query's.
         """
@@ -206,9 +207,10 @@ class Accumulator:
             # It sums a long run in blocks of its own: 3e-7 over 65,536 terms, less than over 4,096.
             x, y = x.contiguous(), y.contiguous()
             for start, stop, last in self.frame.panels():
-                self.K[layer, start - self.r0 : stop - self.r0, : last - self.c0] += inner_products(
-                    x[start:stop], y[self.c0 : last]
-                )
+                K = self.K[layer, start - self.r0 : stop - self.r0]
+                for at in range(self.c0, last, _COLUMNS):
+                    end = min(at + _COLUMNS, last)
+                    K[:, at - self.c0 : end - self.c0] += inner_products(x[start:stop], y[at:end])
             return
         whole = x.shape[1] // RUN * RUN
         for start, stop, last in self.frame.panels():

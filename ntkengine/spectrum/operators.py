@@ -89,7 +89,7 @@ def noise_of(gram: Any) -> float:
         >= 0. Unit of K (gradient²).
 
     Raises:
-        InputError: the noise it carries is negative or not finite.
+        InputError: the noise it carries is negative or not finite, or it is not square.
     """
     declared = declared_noise(gram)
     if declared is not None:
@@ -98,6 +98,8 @@ def noise_of(gram: Any) -> float:
         return 0.0
     raw = _stored(gram)
     matrix = np.asarray(raw, dtype=np.float64)
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:  # one for each output is square too
+        raise InputError(f"gram: expected a square matrix (N, N), got shape {matrix.shape}")
     with np.errstate(over="ignore", invalid="ignore"):
         norm = float(np.linalg.norm(matrix))
     if matrix.size and not SIZES[0] <= norm <= SIZES[1]:

@@ -24,6 +24,7 @@ from ntkengine.tangents.factors import Dense, Lookup, Outer, Use
 
 # Relative error of a sum over samples that rounding explains.
 _SUM = {torch.float64: 1e-7, torch.float32: 1e-4}
+_PRODUCT_BYTES = 16 << 20  # of a norm's products, one for each token and entry, before they are summed
 
 
 class PathFailed(Exception):  # noqa: N818
@@ -206,9 +207,12 @@ def _sum(_module: nn.Module, _x: Tensor, d: Tensor) -> Use:
 def _norm(module: nn.Module, x: Tensor, d: Tensor) -> Use:
     shape = tuple(module.normalized_shape)  # type: ignore[arg-type]
     xhat = nn.functional.layer_norm(x, shape, eps=float(module.eps))  # type: ignore[arg-type]
-    g = d * xhat.unsqueeze(1)
-    tokens = tuple(range(2, g.ndim - len(shape)))
-    g = g.sum(tokens) if tokens else g
+    tokens = tuple(range(2, d.ndim - len(shape)))
+    found = []
+    for part in d.split(max(1, _PRODUCT_BYTES // (xhat.numel() * xhat.element_size() + 1)), dim=1):
+        g = part * xhat.unsqueeze(1)
+        found.append(g.sum(tokens) if tokens else g)
+    g = torch.cat(found, dim=1)
     return Dense(g.reshape(*g.shape[:2], shape[0], -1))
 
 
