@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ntkengine import cli, jobs
+from ntkengine import cli, gramfiles
 from ntkengine.errors import CheckFailed, NonFinite, NotConverged, Stopped
 
 
@@ -101,7 +101,7 @@ def test_what_fails_is_one_line_with_its_code(run, monkeypatch, gram_file, raise
     def fail(*_):
         raise raised
 
-    monkeypatch.setattr(jobs, "forecast_file", fail)
+    monkeypatch.setattr(gramfiles, "forecast_file", fail)
     found, out, err = run("forecast", gram_file)
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert err.startswith("error: ")
@@ -111,7 +111,7 @@ def test_a_bug_is_not_hidden(monkeypatch, gram_file):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(jobs, "forecast_file", fail)
+    monkeypatch.setattr(gramfiles, "forecast_file", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["forecast", str(gram_file)])
 
