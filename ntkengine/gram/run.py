@@ -19,7 +19,6 @@ from ntkengine.gram.strategies import choose, contract
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
 from ntkengine.products import unrouted
@@ -180,7 +179,6 @@ def sum_gram(
         for segment, found in sweep.segments():
             while found:
                 factors = found.pop()
-                HEAP.relieve()
                 began = time.perf_counter()
                 with torch.cuda.device(device) if device.type == "cuda" else unrouted():
                     _add(factors, sums, frame, group, sweep, samples, roots, layout.copies)
