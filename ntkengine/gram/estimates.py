@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,8 +26,6 @@ from ntkengine.tangents.sweep import KEEP_BYTES
 
 # Memory that kept activations take for each byte of them: freed ones between them leave gaps (measured with glibc).
 _HEAP = 1.35
-# Of a few samples at a time the other may be the cheapest, and needs more memory.
-_IN_PIECES = {"materialise": "ghost"}
 # What the sweep does -> what a plan calls it.
 _SHOWN = {
     "outer-transposed": "outer",
@@ -198,8 +197,7 @@ def needs_of(
         projections=float(max(projections, default=0)),
         copies=max((_copies(row, row.strategy, plan, frame, entry) for row in plan.parameters), default=0.0),
         copies_in_pieces=max(
-            (_copies(row, _IN_PIECES.get(row.strategy, row.strategy), plan, frame, entry) for row in plan.parameters),
-            default=0.0,
+            (_copies(row, _in_pieces(row, plan, frame), plan, frame, entry) for row in plan.parameters), default=0.0
         ),
     )
 
@@ -216,6 +214,14 @@ def _copies(row: PlanRow, strategy: str, plan: Plan, frame: Frame, entry: int) -
     if strategy == "lookup":
         return row.bytes * (1.0 if frame.transform == "sgd" else 2.0)
     return copied((row.rows, row.columns), row.tokens, plan.samples, frame, entry) if strategy == "ghost" else 0.0
+
+
+def _in_pieces(row: PlanRow, plan: Plan, frame: Frame) -> str:
+    """Return the strategy for a rank's samples alone, of all its meetings the one where ghost products save most."""
+    if row.strategy != "materialise":
+        return row.strategy
+    few = replace(frame, rows=(0, plan.samples), columns=(0, plan.samples))
+    return choose("outer", (row.rows, row.columns), row.tokens, plan.samples, few)[0]
 
 
 def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -181,7 +182,7 @@ def sum_gram(
                 factors = found.pop()
                 began = time.perf_counter()
                 with torch.cuda.device(device) if device.type == "cuda" else unrouted():
-                    _add(factors, sums, frame, group, sweep, samples, roots, layout.copies)
+                    _add(factors, sums, frame, group, sweep, samples, roots, math.inf if kernels else layout.copies)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 strategy, tokens, flops, _ = sums.done[factors.name]
