@@ -83,6 +83,7 @@ class Needs:
         copies_in_pieces: where they are contracted with those of some other ranks at a time.
         met: samples of a contraction for each of the rank's own, where other ranks' are met.
         outputs: C.
+        norms: one token's output gradients of the largest segment's norms: summed at once, they are no factors.
         parcel: factors of a shard that travel at once.
         projections: a sketch's random matrices for the largest segment.
     """
@@ -107,6 +108,7 @@ class Needs:
     copies_in_pieces: float = 0.0
     met: float = 1.0
     outputs: int = 1
+    norms: float = 0.0
     parcel: float = 0.0
 
     def peak(self, layout: Layout) -> float:
@@ -143,7 +145,7 @@ class Needs:
         # One output's gradients of a microbatch are there twice while its factors are put together.
         part = min(1.0, layout.microbatch_tokens / (layout.share(self.samples) * self.tokens)) / self.outputs
         fresh = 0.0 if layout.keeps else part * self._factors(layout)
-        return self.activations * layout.microbatch_tokens + fresh
+        return (self.activations + self.norms) * layout.microbatch_tokens + fresh
 
 
 def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | None = None) -> Layout:
