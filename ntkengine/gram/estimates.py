@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -160,11 +161,12 @@ def needs_of(
     parameter = next(iter(model.parameters()))
     entry = parameter.element_size()
     segments: dict[str, int] = {}
-    norms: dict[str, int] = {}
     for row in plan.parameters:
         segments[row.segment] = segments.get(row.segment, 0) + row.rows * row.columns
-        if "norm" in structure.kinds(row.parameter):
-            norms[row.segment] = norms.get(row.segment, 0) + row.rows * row.columns
+    norms = (
+        sum(math.prod(structure.shapes[path.parameter]) for path in paths if "norm" in path.kind.split("+"))
+        for paths in structure.paths.values()
+    )
     tile = max(float(TILE_BYTES), float(widest * dtype.itemsize))
     if kernels:
         least = plan.samples * plan.outputs * BLOCK**2 * dtype.itemsize
@@ -190,7 +192,7 @@ def needs_of(
         factors=_factors(plan.parameters),
         feature_tile=tile,
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
-        norms=float(max(norms.values(), default=0) * plan.outputs * dtype.itemsize),
+        norms=float(max(norms, default=0) * plan.outputs * dtype.itemsize),
         weights=float(sum(streamed)),
         entry=entry,
         parameter=max(row.rows * row.columns for row in plan.parameters) if plan.parameters else 0,

@@ -115,7 +115,7 @@ class Needs:
         """Return the bytes a layout needs."""
         share = layout.share(self.samples)
         factors = self._factors(layout)
-        passing = self._passing(layout)
+        passing = self._passing(layout, factors)
         travelling = (2 * layout.window + 2) * self.parcel  # a window in use, the next, and what leaves
         copies = self.copies_in_pieces if layout.window else self.copies
         working = max(passing, share * self.met * (self.feature_tile + copies) + travelling)
@@ -133,7 +133,7 @@ class Needs:
     def room(self, layout: Layout) -> float:
         """Return the bytes that copies of one parameter's factors may take within `peak`."""
         share = layout.share(self.samples)
-        return max(self._passing(layout) - share * self.feature_tile, share * self.copies)
+        return max(self._passing(layout, self._factors(layout)) - share * self.feature_tile, share * self.copies)
 
     def _factors(self, layout: Layout) -> float:
         share = layout.share(self.samples)
@@ -141,10 +141,10 @@ class Needs:
         blocks = [share * sum(part[n] for n in names) for part in self.factors for names in grouped(part, limit)]
         return max(blocks, default=0.0)
 
-    def _passing(self, layout: Layout) -> float:
+    def _passing(self, layout: Layout, factors: float) -> float:
         # One output's gradients of a microbatch are there twice while its factors are put together.
         part = min(1.0, layout.microbatch_tokens / (layout.share(self.samples) * self.tokens)) / self.outputs
-        fresh = 0.0 if layout.keeps else part * self._factors(layout)
+        fresh = 0.0 if layout.keeps else part * factors
         return (self.activations + self.norms) * layout.microbatch_tokens + fresh
 
 

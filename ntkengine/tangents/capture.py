@@ -209,7 +209,7 @@ def _norm(module: nn.Module, x: Tensor, d: Tensor) -> Use:
     xhat = nn.functional.layer_norm(x, shape, eps=float(module.eps))  # type: ignore[arg-type]
     tokens = tuple(range(2, d.ndim - len(shape)))
     found = []
-    for part in d.split(max(1, _PRODUCT_BYTES // (xhat.numel() * xhat.element_size() + 1)), dim=1):
+    for part in d.split(max(1, _PRODUCT_BYTES // max(1, xhat.nbytes)), dim=1):
         g = part * xhat.unsqueeze(1)
         found.append(g.sum(tokens) if tokens else g)
     g = torch.cat(found, dim=1)
