@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
     from ntkengine.finetune import FineTuning, fine_tune, linearize
     from ntkengine.finetune.callback import LinearityCallback
-    from ntkengine.forecast import Forecast, forecast
+    from ntkengine.forecast import CrossFit, Forecast, cross_fit, forecast
     from ntkengine.forecast.lora import rehearse
     from ntkengine.forecast.simulate import simulate
     from ntkengine.forecast.subsets import rank_subsets
@@ -44,7 +44,7 @@ _HOME = {
     "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
     "finetune": ("FineTuning", "fine_tune", "linearize"),
     "finetune.callback": ("LinearityCallback",),
-    "forecast": ("Forecast", "forecast"),
+    "forecast": ("CrossFit", "Forecast", "cross_fit", "forecast"),
     "forecast.lora": ("rehearse",),
     "forecast.simulate": ("simulate",),
     "forecast.subsets": ("rank_subsets",),
@@ -77,6 +77,7 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names}
 __version__ = "0.1.0"
 __all__ = [
     "CheckFailed",
+    "CrossFit",
     "Examples",
     "FineTuning",
     "Forecast",
@@ -98,6 +99,7 @@ __all__ = [
     "TokenLoss",
     "compute_gram",
     "condition_number",
+    "cross_fit",
     "effective_dimension",
     "effective_rank",
     "eigsh",

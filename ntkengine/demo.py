@@ -116,8 +116,8 @@ def _summary(name: str, found: Forecast, seconds: float) -> list[str]:
         f"  forecast from the training examples: mse {value:.3f} (95% {low:.3f} to {high:.3f}), "
         f"GCV {found.gcv_value:.3f}",
     ]
-    if found.eval_at_ridge is not None:
-        mse, worst, best = found.eval_at_ridge[:3]
+    if found.eval_mse_at_ridge is not None:
+        mse, worst, best = found.eval_mse_at_ridge
         # Both are estimates: their difference has the errors of both.
         agrees = abs(mse - value) <= math.hypot(high - value, best - mse)
         lines.append(
@@ -125,8 +125,8 @@ def _summary(name: str, found: Forecast, seconds: float) -> list[str]:
             f"(95% {worst:.3f} to {best:.3f}), {'within' if agrees else 'beyond'} the errors of both; "
             f"before training {found.start['eval_mse']:.3f}"
         )
-    if found.loo_accuracy_at_ridge is not None and found.eval_at_ridge is not None:
-        share, held = found.loo_accuracy_at_ridge[0], found.eval_at_ridge[3]
+    if found.loo_accuracy_at_ridge is not None and found.eval_accuracy_at_ridge is not None:
+        share, held = found.loo_accuracy_at_ridge[0], found.eval_accuracy_at_ridge[0]
         lines.append(
             f"  accuracy: leave-one-out {share:.3f}, held-out {held:.3f}, "
             f"before training {found.start['eval_accuracy']:.3f}"

@@ -13,6 +13,7 @@ from ntkengine.jobparts import Job
 
 if TYPE_CHECKING:
     from ntkengine.cluster.comm import Team
+    from ntkengine.gram.result import Gram
     from ntkengine.inputs.examples import Examples
     from ntkengine.inputs.heads import HeadFit
 
@@ -125,31 +126,25 @@ class Prepared:
         out, part = self.job.out, self.job.gram
         call = self.arguments() | {"per_module": False}
         call.pop("eval_inputs", None)
-        grams, outputs = [], []
-        folds = len(fit.weights) - 1
-        try:
-            for k in range(folds):
-                fit.write(self.model, k)
-                checked = call["sketch"] is not None  # the only way to a sketch
-                found = compute_gram(
-                    self.model,
-                    self.inputs,
-                    **call,
-                    check=checked,
-                    progress=None if whole is None else whole.fold(k),
-                    out=None if out is None else parts_of(out) / f"held-out-{k}.h5",
-                    checkpoint_s=part.checkpoint_s,
-                    comm=team,
-                )
-                if team is None or team.root:
-                    grams.append(found.values)
-                    outputs.append(found.outputs)
-        finally:
-            fit.write(self.model, -1)
-        if not grams:
+
+        def under(k: int) -> Gram:
+            return compute_gram(
+                self.model,
+                self.inputs,
+                **call,
+                check=call["sketch"] is not None,  # the only way to a sketch
+                progress=None if whole is None else whole.fold(k),
+                out=None if out is None else parts_of(out) / f"held-out-{k}.h5",
+                checkpoint_s=part.checkpoint_s,
+                comm=team,
+            )
+
+        found = fit.each_fold(self.model, under)
+        if team is not None and not team.root:
             return {}
+        grams = [gram.values for gram in found]
         stack = np.stack(grams) if out is None else Stacked(grams)
-        return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack(outputs)}
+        return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack([gram.outputs for gram in found])}
 
 
 class Whole:

@@ -11,6 +11,7 @@ from ntkengine.errors import InputError
 
 if TYPE_CHECKING:
     from ntkengine.forecast.ranking import Ranking
+    from ntkengine.gram.linear import TangentFactors
     from ntkengine.jobparts import Job
 
 Progress = Callable[[float, float, str], None]
@@ -81,15 +82,16 @@ def run_select(
         named_subsets(subsets, [n.rpartition(".")[0] for n in names])  # too many are refused before the sweep
     room = job.gram.memory_gib
     call: dict[str, Any] = {"params": names, "readout": readout, "memory_gib": room}
-    factors: Any = []
+    factors: Any
     if held is None and fit is not None:
         folds = len(fit.weights) - 1
         call["memory_gib"] = None if room is None else room / folds
-        for k in range(folds):
+
+        def under(k: int) -> TangentFactors:
             tell(0.0, 1.0, f"factors without fold {k + 1} of {folds}")
-            fit.write(model, k)
-            factors.append(tangent_factors(model, prepared.inputs, **call))
-        fit.write(model, -1)
+            return tangent_factors(model, prepared.inputs, **call)
+
+        factors = fit.each_fold(model, under)
     else:
         tell(0.0, 1.0, "factors")
         factors = tangent_factors(model, prepared.inputs, prepared.eval_inputs, **call)

@@ -131,8 +131,8 @@ def test_ridge_path_matches_refits(contraction: str, outputs: int) -> None:
     right = (np.sign(left_out) == g.y)[:, 0] if outputs == 1 else left_out.argmax(1) == g.y.argmax(1)
     assert result.loo_accuracy[at] == pytest.approx(right.mean())
     assert result.loo_accuracy_at_ridge == wilson_interval(right.sum(), N)
-    assert result.eval_at_ridge[0] == result.eval_mse[at]
-    assert result.eval_at_ridge[3] == result.eval_accuracy[at]
+    assert result.eval_mse_at_ridge[0] == result.eval_mse[at]
+    assert result.eval_accuracy_at_ridge[0] == result.eval_accuracy[at]
     assert result.contraction == contraction
     # Evaluating at the training rows: the chosen values are those of the path.
     assert result.paper_lower <= result.train_mse[at] <= result.paper_upper
@@ -172,7 +172,7 @@ def test_agrees_with_the_estimator_and_picks_both_criteria() -> None:
         assert result.ridge == pytest.approx(krr.ridge_, rel=1e-9)
         np.testing.assert_allclose(result.gcv, krr.path_.gcv, rtol=1e-8)
         predicted = krr.predict(g.cross, offset=g.eval_outputs)
-        assert result.eval_at_ridge[0] == pytest.approx(np.mean((predicted - g.y_eval) ** 2), rel=1e-8)
+        assert result.eval_mse_at_ridge[0] == pytest.approx(np.mean((predicted - g.y_eval) ** 2), rel=1e-8)
         assert result.loo[0] == pytest.approx(np.mean(krr.loo_residuals_**2), rel=1e-8)
     assert result.ridge == result.ridge_gcv
     assert result.gcv_value == result.gcv.min()
@@ -213,10 +213,11 @@ def test_a_head_fitted_on_the_labels_leaks_and_the_held_out_offset_does_not() ->
         honest = forecast(
             gram, y, eval_targets=y_eval, ridge=ridge, held_out_offset=out_of_fold, head_fitted_on_targets=True
         )
-        truth.append(honest.eval_at_ridge[0])
+        truth.append(honest.eval_mse_at_ridge[0])
         loo.append(honest.loo[0])
         gcv.append(honest.gcv_value)
-        assert leaky.eval_at_ridge == honest.eval_at_ridge
+        assert leaky.eval_mse_at_ridge == honest.eval_mse_at_ridge
+        assert leaky.eval_accuracy_at_ridge == honest.eval_accuracy_at_ridge
         np.testing.assert_array_equal(leaky.curve_train_loss, honest.curve_train_loss)
         # Far too rosy, even at the top of the interval.
         assert leaky.loo[2] < 0.6 * truth[-1]
@@ -247,7 +248,8 @@ def test_noise_freezes_what_it_hides_and_limits_ridges_and_times() -> None:
     assert result.curve_train_loss[-1] == pytest.approx(left, rel=1e-2)
     assert np.isfinite(result.curve_displacement).all()
     assert any("do not move" in line for line in result.assumptions)
-    assert (result.eval_mse, result.eval_at_ridge, result.best_time, result.curve_eval_loss) == (None,) * 4
+    assert (result.eval_mse, result.eval_mse_at_ridge, result.eval_accuracy_at_ridge) == (None,) * 3
+    assert (result.best_time, result.curve_eval_loss) == (None,) * 2
     with pytest.raises(InputError, match="ridge: expected a number > 0 and not below the noise"):
         forecast(gram, y, ridge=1e-5)
 
@@ -272,7 +274,8 @@ def test_regression_targets_have_no_accuracy() -> None:
     result = forecast(g, np.linspace(0.0, 1.0, N), eval_targets=np.linspace(0.0, 1.0, M))
     assert result.loo_accuracy is None
     assert result.curve_eval_accuracy is None
-    assert result.eval_at_ridge[3:] == (None, None, None)
+    assert result.eval_mse_at_ridge is not None
+    assert result.eval_accuracy_at_ridge is None
     assert any("no class" in line for line in result.assumptions)
     assert "leave-one-out accuracy" not in dict(result.table())
 

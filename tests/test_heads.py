@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge
 
 from ntkengine.errors import InputError
 from ntkengine.finetune import fine_tune
+from ntkengine.forecast import cross_fit
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.linear import tangent_factors
 from ntkengine.inputs.heads import fit_head
@@ -158,3 +159,32 @@ def test_a_new_head_is_told_of_once_until_it_is_fitted(tmp_path, caplog):
     adapted = load_model(saved, peft={"peft_type": "LORA", "r": 2, "target_modules": "query"})
     fine_tune(adapted, inputs, np.eye(2)[[0, 1, 0, 1]], learning_rate=1e-3)
     assert len(caplog.records) == 2
+
+
+def test_cross_fit_is_a_gram_under_each_held_out_head():
+    model = tiny_model("bert", num_labels=2)
+    inputs = tiny_inputs(model, [2 + i % 5 for i in range(9)], 12)
+    head = fit_head(model, inputs, np.random.default_rng(1).normal(size=(9, 2)), folds=3)
+    options = {"readout": "margin", "params": "*query*"}
+    found = cross_fit(model, inputs, head, **options)
+    weight = model.get_submodule(head.module).weight
+    assert np.array_equal(weight.detach().numpy(), head.weights[-1][0].astype(np.float32))  # the fitted head is back
+    for k in range(3):
+        head.write(model, k)
+        alone = compute_gram(model, inputs, **options)
+        np.testing.assert_allclose(found.grams[k], alone.values, rtol=1e-6)
+        np.testing.assert_allclose(found.outputs[k], alone.outputs, rtol=1e-6)
+    # Example n was scored by a head that did not see it: what fit_head itself foretold.
+    np.testing.assert_allclose(found.held_out()[:, 0], head.held_out[:, 1] - head.held_out[:, 0], atol=1e-4)
+    head.write(model, -1)
+    for wrong, said in [
+        ({"inputs": {k: v[:8] for k, v in inputs.items()}}, "inputs: expected the 9 examples the head was fitted on"),
+        ({"head": found}, "head: expected what fit_head returned, got CrossFit"),
+        ({"eval_inputs": inputs}, "eval_inputs: expected none"),
+        ({"targets": np.ones((9, 1))}, "targets: expected none"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            cross_fit(**{"model": model, "inputs": inputs, "head": head, **options, **wrong})
+    with pytest.raises(InputError, match="readout"):
+        cross_fit(model, inputs, head, readout="none")
+    assert np.array_equal(weight.detach().numpy(), head.weights[-1][0].astype(np.float32))  # also after a refusal

@@ -24,7 +24,7 @@ ALLOWED = {
     "spectrum": {"errors", "arguments"},
     "ridge": {"errors", "arguments", "targets", "spectrum"},
     "forecast": {"errors", "arguments", "display", "targets", "losses", "recipe", "descent", "spectrum", "ridge"}
-    | {"report", "gram"},
+    | {"report", "inputs", "gram"},
     "targets": {"errors"},
     "losses": {"errors", "arguments", "targets"},
     "recipe": {"errors"},

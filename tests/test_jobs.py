@@ -10,7 +10,12 @@ from ntk_kernels import runtime
 from ntkengine import gramfiles, jobs, store
 from ntkengine.errors import InputError
 from ntkengine.forecast import CrossFit, forecast
+from ntkengine.forecast import cross_fit as make_cross_fit
 from ntkengine.gram.engine import compute_gram
+from ntkengine.inputs.examples import read_examples, tokenize
+from ntkengine.inputs.heads import fit_head
+from ntkengine.inputs.models import load_model
+from ntkengine.inputs.readout import encode_targets
 from ntkengine.jobfile import make_job, merged, read_job
 from ntkengine.report.tables import plan_table
 from ntkengine.store import open_gram
@@ -153,6 +158,16 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
     assert found.loo == direct.loo
     assert found.start["held_out_mse"] == pytest.approx(np.mean((held - gram.targets) ** 2))
     np.testing.assert_array_equal(found.eval_mse, direct.eval_mse)
+
+    # The same from Python: kernels and heads that did not see the example.
+    train = read_examples(folder / "train.tsv", text="sentence", label="label")
+    model = load_model(folder / "model", num_labels=2, peft=read_job(folder / "job.toml").model.peft)
+    inputs = tokenize(train, model)
+    head = fit_head(model, inputs, encode_targets(train.labels, "logits", 2) / 2)
+    same = make_cross_fit(model, inputs, head, readout="margin")
+    np.testing.assert_array_equal(same.fold, fold)
+    np.testing.assert_allclose(same.grams, gram.extras["fold_grams"], rtol=1e-6)
+    np.testing.assert_allclose(same.outputs, gram.extras["fold_outputs"], rtol=1e-6)
 
     written = (folder / "k.h5").read_bytes()
     again = jobs.run_gram(read_job(folder / "job.toml"))

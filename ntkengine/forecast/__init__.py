@@ -5,11 +5,19 @@ from types import ModuleType
 from typing import Any
 
 from ntkengine.forecast.bounds import displacement_bound, linearisation_gap_bound, risk_bounds
-from ntkengine.forecast.crossfit import CrossFit
+from ntkengine.forecast.crossfit import CrossFit, cross_fit
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.risk import forecast
 
-__all__ = ["CrossFit", "Forecast", "displacement_bound", "forecast", "linearisation_gap_bound", "risk_bounds"]
+__all__ = [
+    "CrossFit",
+    "Forecast",
+    "cross_fit",
+    "displacement_bound",
+    "forecast",
+    "linearisation_gap_bound",
+    "risk_bounds",
+]
 
 
 class _Callable(ModuleType):

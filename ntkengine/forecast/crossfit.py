@@ -10,13 +10,22 @@ Shapes: N examples, C outputs, F folds, R ridges.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.forecast.system import Kernel, cut
 from ntkengine.ridge import RidgePath
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ntkengine.gram.result import Gram
+    from ntkengine.inputs.heads import HeadFit
+    from ntkengine.inputs.sources import Source
+
+_OTHERS = ("inputs2", "eval_inputs", "comm", "out", "targets", "eval_targets", "extras")
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,43 @@ class CrossFit:
     def held_out(self) -> np.ndarray:
         """Return (N, C): each example's f0 from the head of its own fold."""
         return np.asarray(self.outputs)[self.fold, np.arange(len(self.fold))]  # a file has no such index
+
+
+def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -> CrossFit:
+    """Return the Grams and outputs of training examples under heads that were fitted without a fold of them.
+
+    What `forecast(cross_fit=...)` takes after a head was fitted on the labels that it is to be scored on.
+
+    Args:
+        model: as `fit_head` left it; its fitted head is put back at the end.
+        inputs: the examples the head was fitted on, in their order.
+        head: of `fit_head` on this model.
+        options: readout, params, contraction, precision and other options of `compute_gram`, the same as for the Gram;
+            none that add to it or write it.
+
+    Raises:
+        InputError: another option, another number of examples, or as `compute_gram`.
+
+    Cost: a Gram a fold, and the memory of its N² entries.
+    """
+    from ntkengine.gram.engine import compute_gram
+    from ntkengine.inputs.batches import Samples
+    from ntkengine.inputs.sources import as_inputs
+
+    if not hasattr(head, "each_fold"):
+        raise InputError(f"head: expected what fit_head returned, got {type(head).__name__}")
+    other = next((name for name in _OTHERS if options.get(name) is not None), None)
+    if other is not None:
+        raise InputError(f"{other}: expected none, as only the train Gram under each head is computed")
+    tensors = as_inputs(inputs, model)
+    if (count := Samples([tensors]).total) != len(head.fold):
+        raise InputError(f"inputs: expected the {len(head.fold)} examples the head was fitted on, got {count}")
+
+    def under(_: int) -> Gram:
+        return compute_gram(model, tensors, **options)
+
+    found = head.each_fold(model, under)
+    return CrossFit(head.fold, np.stack([gram.values for gram in found]), np.stack([gram.outputs for gram in found]))
 
 
 @dataclass(frozen=True)

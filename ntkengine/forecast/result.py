@@ -57,7 +57,8 @@ class Forecast:
             one-out errors share their training examples, so with a large head fitted on few examples it is too narrow.
         loo_accuracy_at_ridge: leave-one-out accuracy at it, Wilson interval, or None.
         gcv_value: GCV at it.
-        eval_at_ridge: eval (mse, low, high, accuracy, low, high) at it, the last three None without classes; or None.
+        eval_mse_at_ridge: on the eval examples at it, or None.
+        eval_accuracy_at_ridge: likewise, Wilson interval, or None where targets name no class.
         start: before training: `train_mse`, `train_accuracy` from the real start, `held_out_mse`, `held_out_accuracy`
             from the held-out offset, `eval_mse`, `eval_accuracy`; None where unknown.
         times: (T,) ascending; learning rate × full-batch steps on the loss above.
@@ -106,7 +107,8 @@ class Forecast:
     loo: Interval
     loo_accuracy_at_ridge: Interval | None
     gcv_value: float
-    eval_at_ridge: tuple[float, float, float, float | None, float | None, float | None] | None
+    eval_mse_at_ridge: Interval | None
+    eval_accuracy_at_ridge: Interval | None
     start: dict[str, float | None]
     times: np.ndarray
     curve_train_loss: np.ndarray
@@ -212,11 +214,10 @@ class Forecast:
         if self.loo_accuracy_at_ridge is not None:
             rows.append(("leave-one-out accuracy", span(self.loo_accuracy_at_ridge)))
         rows.append(("GCV mse", f"{self.gcv_value:.4g}"))
-        if self.eval_at_ridge is not None:
-            mse, low, high, accuracy, worst, best = self.eval_at_ridge
-            rows.append(("eval mse at ridge", span((mse, low, high))))
-            if accuracy is not None and worst is not None and best is not None:
-                rows.append(("eval accuracy at ridge", span((accuracy, worst, best))))
+        if self.eval_mse_at_ridge is not None:
+            rows.append(("eval mse at ridge", span(self.eval_mse_at_ridge)))
+        if self.eval_accuracy_at_ridge is not None:
+            rows.append(("eval accuracy at ridge", span(self.eval_accuracy_at_ridge)))
         if self.best_time is not None and self.best_eval_loss is not None:
             rows.append(("least eval loss on the way", f"{span(self.best_eval_loss)} at time {self.best_time:.3g}"))
             if self.best_eval_accuracy is not None:

@@ -65,8 +65,8 @@ def forecast(
             `gram.outputs`.
         head_fitted_on_targets: the head behind `offset` was fitted on these labels. Then `cross_fit`, or at least
             `held_out_offset`, must be given.
-        cross_fit: kernels and starts of heads that did not see each fold. Leave-one-out and GCV then score each
-            example in the system of its own fold, and `held_out_offset` is not needed.
+        cross_fit: of `cross_fit`: kernels and starts of heads that did not see each fold. Leave-one-out and GCV then
+            score each example in the system of its own fold, and `held_out_offset` is not needed.
         ridge: "loo", "gcv", or a number in the unit of K, not below the noise.
         times: (T,) > 0, learning rate × full-batch steps; default 121 on a log grid from 0.01·N/λ_max to 100·N/λ_min,
             or to N/noise where λ_min is unresolved, within ten decades.
@@ -95,7 +95,8 @@ def forecast(
     if head_fitted_on_targets and held is None:
         raise InputError(
             "held_out_offset: expected outputs of heads that did not see each example, got none: a head fitted on "
-            "these targets makes leave-one-out and GCV too small; pass out-of-fold outputs (N, C)"
+            "these targets makes leave-one-out and GCV too small; pass cross_fit=cross_fit(...), or out-of-fold "
+            "outputs (N, C)"
         )
     given = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
     y_eval = None if given is None else targets_of("eval_targets", given, C)
@@ -166,16 +167,10 @@ def forecast(
         loo=mean_interval((left_out[at] ** 2).mean(axis=1)),
         loo_accuracy_at_ridge=None if loo_hits is None else wilson_interval(int(loo_hits[at].sum()), N),
         gcv_value=float(gcv[at]),
-        eval_at_ridge=None
-        if eval_errors is None
-        else (
-            *mean_interval(eval_errors[at]),
-            *(
-                (None, None, None)
-                if eval_hits is None
-                else wilson_interval(int(eval_hits[at].sum()), eval_hits.shape[1])
-            ),
-        ),
+        eval_mse_at_ridge=None if eval_errors is None else mean_interval(eval_errors[at]),
+        eval_accuracy_at_ridge=None
+        if eval_hits is None
+        else wilson_interval(int(eval_hits[at].sum()), eval_hits.shape[1]),
         start=_start(y, f0, held, y_eval, f0_eval, classes),
         times=t,
         **curves,

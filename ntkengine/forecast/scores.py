@@ -5,6 +5,8 @@ Shapes: N examples, C outputs.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
@@ -49,7 +51,7 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
         (mean, low, high); low is not below 0. With one value the interval is (0, inf).
     """
     mean = float(values.mean())
-    half = Z95 * float(values.std(ddof=1)) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return mean, max(mean - half, 0.0), mean + half
 
 

@@ -139,6 +139,11 @@ class _Judge:
             "Intervals add the draw of eval examples, seeds, and a share for what the first order leaves out, measured "
             "on real runs, not derived.",
         ]
+        if gram is not None:
+            self.assumptions.append(
+                "Condition numbers are of the kernel expected over the start of A; one start has, on average, a λ_max "
+                "no lower and a λ_min no higher, the more so the lower the rank."
+            )
         if fold is not None:
             self.assumptions.append("Every example is scored out of its fold: neither head nor adapters saw it.")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ntkengine.inputs.readout import logits_of
 from ntkengine.inputs.running import call_model, evaluation
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _NO_LINEAR = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
 
@@ -52,6 +53,17 @@ class HeadFit:
             if linear.bias is not None:
                 linear.bias.copy_(torch.from_numpy(b))
         model.ntk_head_new = False  # type: ignore[assignment]
+
+    def each_fold(self, model: nn.Module, work: Callable[[int], T]) -> list[T]:
+        """Return work(k) with the head fitted without fold k in the model, for each k; the fitted head is put back."""
+        try:
+            found = []
+            for k in range(len(self.weights) - 1):
+                self.write(model, k)
+                found.append(work(k))
+            return found
+        finally:
+            self.write(model, -1)
 
 
 def warn_of_new_head(model: nn.Module, readout: object) -> None:

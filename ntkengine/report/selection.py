@@ -36,7 +36,7 @@ def selection_section(path: Path) -> Section:
         raise InputError(f"{path}: expected a ranking written by `ntkengine select --save`") from None
     if not rows:
         raise InputError(f"{path}: holds no ranked subsets")
-    columns = ("modules", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "condition number")
+    columns = ("modules", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "expected cond. number")
     adapted = Table("The best choice adapts", (), [(f"{i + 1}", m) for i, m in enumerate(best)])
     figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses)}
     return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes)
