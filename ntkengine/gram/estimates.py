@@ -32,6 +32,7 @@ _SHOWN = {
     "outer-transposed": "outer",
     "sum": "diagonal",
     "norm": "diagonal",
+    "channels": "diagonal",
     "leaf": "explicit-leaf",
     "block": "explicit-block",
 }

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ntkengine.inputs.attributes import Attributes
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.inputs.weights import RESIDENT
+from ntkengine.tangents.convolution import unfolds, weight_gradient
 from ntkengine.tangents.factors import Dense, Lookup, Outer, Use
 
 # Relative error of a sum over samples that rounding explains.
@@ -118,8 +119,8 @@ def path_for(module: nn.Module, parameter: str) -> str:
     """Return the cheapest path that fits the module's own forward: a subclass that overrides it gets the general one.
 
     `"outer"`: a linear weight; `"outer-transposed"`: one stored (in, out); `"lookup"`: an embedding table; `"sum"`: a
-    bias, output gradients summed over tokens; `"norm"`: a LayerNorm weight; `"leaf"`: the module's own VJP, vmapped
-    over samples.
+    bias, output gradients summed over tokens; `"norm"`: a LayerNorm weight; `"convolution"`: of one or two dimensions,
+    and `"channels"`, its bias; `"leaf"`: the module's own VJP, vmapped over samples.
     """
     forward = type(module).forward
     if forward is nn.Linear.forward:
@@ -131,6 +132,8 @@ def path_for(module: nn.Module, parameter: str) -> str:
         return "lookup" if simple else "leaf"
     if forward is nn.LayerNorm.forward:
         return "norm" if parameter == "weight" else "sum"
+    if unfolds(module):
+        return "convolution" if parameter == "weight" else "channels"
     return "leaf"
 
 
@@ -216,7 +219,23 @@ def _norm(module: nn.Module, x: Tensor, d: Tensor) -> Use:
     return Dense(g.reshape(*g.shape[:2], shape[0], -1))
 
 
-_BUILDERS = {"outer": _outer, "outer-transposed": _outer, "lookup": _lookup, "sum": _sum, "norm": _norm}
+def _convolution(module: nn.Module, x: Tensor, d: Tensor) -> Use:
+    return Dense(weight_gradient(module, x, d))
+
+
+def _channels(_module: nn.Module, _x: Tensor, d: Tensor) -> Use:
+    return Dense(d.flatten(3).sum(3)[..., None])
+
+
+_BUILDERS = {
+    "outer": _outer,
+    "outer-transposed": _outer,
+    "lookup": _lookup,
+    "sum": _sum,
+    "norm": _norm,
+    "convolution": _convolution,
+    "channels": _channels,
+}
 
 
 def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:

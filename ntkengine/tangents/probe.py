@@ -2,7 +2,8 @@
 
 For every selected parameter and every segment that uses it, the cheapest path whose per-sample gradients equal those of
 plain autograd, one sample at a time, is kept:
-    1. from the module's recorded input and output gradient, microbatch at once (outer, lookup, sum, norm);
+    1. from the module's recorded input and output gradient, microbatch at once (outer, lookup, sum, norm,
+       convolution);
     2. the module's own VJP, vmapped over the microbatch (leaf);
     3. as 1, one sample at a time (rows that carry no sample axis, such as routed experts);
     4. plain autograd of the segment, one sample at a time (block).
