@@ -66,8 +66,8 @@ def forecast_file(
 def _cross_fit(gram: Gram) -> CrossFit | None:
     from ntkengine.forecast import CrossFit
 
-    names = ("fold", "fold_grams", "fold_outputs")
-    return CrossFit(*(gram.extras[name] for name in names)) if all(name in gram.extras for name in names) else None
+    fold, grams, outputs = (gram.extras.get(name) for name in ("fold", "fold_grams", "fold_outputs"))
+    return None if fold is None or grams is None or outputs is None else CrossFit(fold, grams, outputs)
 
 
 def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> list[Section]:

@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 
 from ntkengine.errors import InputError
 from ntkengine.finetune import fine_tune
-from ntkengine.forecast import cross_fit
+from ntkengine.forecast import cross_fit, forecast
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.linear import tangent_factors
 from ntkengine.inputs.heads import fit_head
@@ -174,6 +174,17 @@ def test_cross_fit_is_a_gram_under_each_held_out_head():
         alone = compute_gram(model, inputs, **options)
         np.testing.assert_allclose(found.grams[k], alone.values, rtol=1e-6)
         np.testing.assert_allclose(found.outputs[k], alone.outputs, rtol=1e-6)
+    y = np.where(np.arange(9) % 2, 1.0, -1.0)
+    assert forecast(compute_gram(model, inputs, **options), y, cross_fit=found).loo[0] > 0
+    for other, said in [
+        (
+            {"params": "*value*"},
+            "expected the params of the Gram, one of which has bert.*query.bias and the other has not",
+        ),
+        ({"contraction": "full"}, "expected the contraction of the Gram, got 'trace' and 'full'"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            forecast(compute_gram(model, inputs, **options | other), y, cross_fit=found)
     # Example n was scored by a head that did not see it: what fit_head itself foretold.
     np.testing.assert_allclose(found.held_out()[:, 0], head.held_out[:, 1] - head.held_out[:, 0], atol=1e-4)
     head.write(model, -1)

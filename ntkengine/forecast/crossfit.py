@@ -9,7 +9,7 @@ Shapes: N examples, C outputs, F folds, R ridges.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,11 +36,23 @@ class CrossFit:
         fold: (N,) int, the fold of each example.
         grams: (F, …) float64, each in the layout of the Gram's values.
         outputs: (F, N, C) float64, f0 of every example under each fold's head.
+        kind: what the Grams are of, by name; empty when not known.
     """
 
     fold: np.ndarray
     grams: np.ndarray
     outputs: np.ndarray
+    kind: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, gram: Any) -> None:
+        """Refuse a Gram of another readout, contraction, transform or of other parameters, as far as is known."""
+        theirs = _kind(gram)
+        for name in self.kind.keys() & theirs.keys():
+            here, there = self.kind[name], theirs[name]
+            if here != there:
+                odd = sorted(set(here) ^ set(there))[0] if name == "params" else ""
+                told = f"one of which has {odd} and the other has not" if odd else f"got {here!r} and {there!r}"
+                raise InputError(f"cross_fit: expected the {name} of the Gram, {told}")
 
     def held_out(self) -> np.ndarray:
         """Return (N, C): each example's f0 from the head of its own fold."""
@@ -81,7 +93,21 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
         return compute_gram(model, tensors, **options)
 
     found = head.each_fold(model, under)
-    return CrossFit(head.fold, np.stack([gram.values for gram in found]), np.stack([gram.outputs for gram in found]))
+    grams, outputs = (np.stack(arrays) for arrays in ([g.values for g in found], [g.outputs for g in found]))
+    return CrossFit(head.fold, grams, outputs, _kind(found[0]))
+
+
+def _kind(gram: Any) -> dict[str, Any]:
+    plan, meta = getattr(gram, "plan", None), getattr(gram, "meta", None) or {}
+    if plan is None or "readout" not in meta:
+        return {}
+    names = sorted([*(row.parameter for row in plan.parameters), *plan.unused])
+    return {
+        "params": names,
+        "readout": meta["readout"],
+        "contraction": gram.contraction,
+        "transform": gram.transform,
+    }
 
 
 @dataclass(frozen=True)

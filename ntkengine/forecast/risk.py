@@ -90,6 +90,7 @@ def forecast(
     if cross_fit is not None:
         if not isinstance(cross_fit, CrossFit):
             raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
+        cross_fit.check(gram)
         held = cross_fit.held_out()
     flag("head_fitted_on_targets", head_fitted_on_targets)
     if head_fitted_on_targets and held is None:
