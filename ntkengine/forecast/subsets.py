@@ -120,7 +120,7 @@ class _Judge:
         if self.eval_targets is None and fold is None:
             raise InputError("eval_targets: expected held-out examples to rank by, got none")
         self.shapes = _shapes(gram, factors[0] if isinstance(factors, Sequence) else factors)
-        self.names = [n for n in (modules or self.shapes) if n in self.shapes]
+        self.names = [n for n in self.shapes if not modules or n in modules]
         if not self.names:
             raise InputError(
                 "gram: expected linear maps among its modules, got none; compute it with params='*.weight'"
