@@ -136,7 +136,8 @@ def test_print_table_is_plain_and_whole_without_a_terminal():
     assert "\x1b" not in shown
     assert wide in shown
     assert "[red]b" in shown
-    assert "T [b]" in shown
+    assert shown.startswith("T [b]\n")
+    assert not [line for line in shown.splitlines() if line != line.rstrip()]
 
 
 def test_figures_show_what_the_forecast_holds(found):

@@ -72,7 +72,12 @@ def print_table(table: Table, console: Console) -> None:
         )
     for row in table.rows:
         shown.add_row(*map(escape, row))
-    console.print(shown)
+    if console.is_terminal:
+        console.print(shown)
+    else:  # in a file no blanks to the right, which one long text would put behind every line
+        with console.capture() as held:
+            console.print(shown)
+        console.file.writelines(f"{line.rstrip()}\n" for line in held.get().splitlines())
     if table.note:
         console.print(escape(table.note), style="dim")
     console.print()
