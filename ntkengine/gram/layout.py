@@ -11,7 +11,7 @@ from ntkengine.tangents.sweep import KEEP_BYTES
 
 _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twice
 _LEAST_TOKENS = 128
-_PROCESS_BYTES = 32 << 20  # kernels made for the shapes a job met, freed tensors that it keeps
+_PROCESS_BYTES = 32 << 20  # kernels made for the shapes a job met, freed tensors that it keeps; twice it where bounded
 _SPREAD = 0.1  # of a job with a bound: at most as much of it
 NEAR = 0.75  # of what a bounded job may take: from there on freed memory is given back
 GIB = 2.0**30
@@ -128,7 +128,7 @@ class Needs:
         # Three samples' gradients by plain autograd, and again by the path that is tried.
         probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
         found = self.gram + resident + self.copy + max(sweep + self.projections, probe)
-        return found + (_PROCESS_BYTES if layout.keeps else min(_PROCESS_BYTES, _SPREAD * found))
+        return found + (_PROCESS_BYTES if layout.keeps else min(2.0 * _PROCESS_BYTES, _SPREAD * found))
 
     def room(self, layout: Layout) -> float:
         """Return the bytes that copies of one parameter's factors may take within `peak`."""
