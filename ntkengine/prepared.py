@@ -110,9 +110,9 @@ class Prepared:
         return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
 
     def cross_fit(self, fit: HeadFit, whole: Whole | None, team: Team | None = None) -> dict[str, Any]:
-        """Return the train Gram and outputs under each fold's head, which did not see that fold; cost a Gram a fold.
+        """Return the train Gram and outputs under each fold's head, which did not see that fold.
 
-        With an `out` each of them is a file among its parts until all are done, and stays there until it is copied.
+        With an `out` they are files among its parts until all are done, and stay there until they are copied.
 
         Args:
             fit: of the head.
@@ -120,31 +120,29 @@ class Prepared:
             team: as `run_gram`; only rank 0 has the arrays.
         """
         from ntkengine.gram.engine import compute_gram
-        from ntkengine.gram.result import Stacked
+        from ntkengine.gram.heldout import held_out_grams
         from ntkengine.store import parts_of
 
         out, part = self.job.out, self.job.gram
         call = self.arguments() | {"per_module": False}
         call.pop("eval_inputs", None)
 
-        def under(k: int) -> Gram:
+        def under(k: int | None, **changed: Any) -> Gram:
             return compute_gram(
                 self.model,
                 self.inputs,
-                **call,
+                **call | changed,
                 check=call["sketch"] is not None,  # the only way to a sketch
                 progress=None if whole is None else whole.fold(k),
-                out=None if out is None else parts_of(out) / f"held-out-{k}.h5",
+                out=None if out is None else parts_of(out) / f"held-out{'' if k is None else f'-{k}'}.h5",
                 checkpoint_s=part.checkpoint_s,
                 comm=team,
             )
 
-        found = fit.each_fold(self.model, under)
+        grams, outputs = held_out_grams(self.model, self.inputs, fit, under, call, part.memory_gib, team)
         if team is not None and not team.root:
             return {}
-        grams = [gram.values for gram in found]
-        stack = np.stack(grams) if out is None else Stacked(grams)
-        return {"fold": fit.fold, "fold_grams": stack, "fold_outputs": np.stack([gram.outputs for gram in found])}
+        return {"fold": fit.fold, "fold_grams": grams if out else np.asarray(grams), "fold_outputs": outputs}
 
 
 class Whole:
@@ -159,12 +157,14 @@ class Whole:
             self.before, total = total, total * (1 + self.folds)
         self.tell(done, total, stage)
 
-    def fold(self, k: int) -> Progress:
-        """Return what tells of fold k."""
-        stage = f"held-out head {k + 1} of {self.folds}"
+    def fold(self, k: int | None) -> Progress:
+        """Return what tells of fold k, or of all at once."""
+        stage = "held-out heads" if k is None else f"held-out head {k + 1} of {self.folds}"
 
         def tell(done: float, total: float, _: str) -> None:
-            if total > 1:
+            if total > 1 and k is None:
+                done, total = self.before * (1 + self.folds * done / total), self.before * (1 + self.folds)
+            elif total > 1 and k is not None:
                 done, total = self.before + k * total + done, self.before + self.folds * total
             self.tell(done, total, stage)
 

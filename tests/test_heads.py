@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 from ntkengine.errors import InputError
 from ntkengine.finetune import fine_tune
 from ntkengine.forecast import cross_fit, forecast
+from ntkengine.gram import engine, heldout
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.linear import tangent_factors
 from ntkengine.inputs.heads import fit_head
@@ -198,4 +199,47 @@ def test_cross_fit_is_a_gram_under_each_held_out_head():
             cross_fit(**{"model": model, "inputs": inputs, "head": head, **options, **wrong})
     with pytest.raises(InputError, match="readout"):
         cross_fit(model, inputs, head, readout="none")
+    turned = {k: v.flip(0) for k, v in inputs.items()}
+    with pytest.raises(InputError, match="in their order; the outputs of example"):
+        cross_fit(model, turned, head, **options)
     assert np.array_equal(weight.detach().numpy(), head.weights[-1][0].astype(np.float32))  # also after a refusal
+
+
+class Doubtful(torch.nn.Module):
+    """A head whose logits go on: by what every label has."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)
+        self.scale = torch.nn.Parameter(torch.tensor([1.0, 1.0]), requires_grad=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x))) * self.scale
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "odd"])
+def test_all_heads_side_by_side_are_one_after_the_other(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = Doubtful() if kind == "odd" else tiny_model(kind, num_labels=2)
+    inputs = {"x": torch.randn(7, 4)} if kind == "odd" else tiny_inputs(model, [2 + i % 5 for i in range(7)], 12)
+    head = fit_head(model, inputs, np.random.default_rng(1).normal(size=(7, 2)), folds=3)
+    names, calls = list(dict(model.named_parameters())), []
+
+    def counted(*args, **options):
+        calls.append(options["contraction"])
+        return compute_gram(*args, **options)
+
+    monkeypatch.setattr(engine, "compute_gram", counted)
+    options = {"readout": "margin", "params": "all", "precision": "exact", "contraction": "trace"}
+    together = cross_fit(model, inputs, head, **options)
+    assert calls == (["trace"] * 3 if kind == "odd" else ["per-output"])
+    assert list(dict(model.named_parameters())) == names
+    bounded = cross_fit(model, inputs, head, **options, memory_gib=0.5)
+    monkeypatch.setattr(heldout, "_has_room", lambda *_: False)
+    calls.clear()
+    apart = cross_fit(model, inputs, head, **options)
+    assert calls == ["trace"] * 3
+    for found in (together, bounded):
+        np.testing.assert_allclose(found.grams, apart.grams, rtol=1e-10, atol=1e-12 * np.abs(apart.grams).max())
+        np.testing.assert_allclose(found.outputs, apart.outputs, rtol=1e-10, atol=1e-12)
+        assert found.kind == apart.kind

@@ -11,6 +11,7 @@ from ntkengine import gramfiles, jobs, store
 from ntkengine.errors import InputError
 from ntkengine.forecast import CrossFit, forecast
 from ntkengine.forecast import cross_fit as make_cross_fit
+from ntkengine.gram import heldout
 from ntkengine.gram.engine import compute_gram
 from ntkengine.inputs.examples import read_examples, tokenize
 from ntkengine.inputs.heads import fit_head
@@ -150,7 +151,7 @@ def test_a_job_from_files_to_a_file(folder, monkeypatch):
     shares = [done / total for done, total, _ in told if total > 1]
     assert shares == sorted(shares)  # the Gram and those under held-out heads are one piece of work
     assert shares[-1] == 1
-    assert 0 < next(done / total for done, total, stage in told if stage == "held-out head 1 of 5") < 0.5
+    assert 0 < next(done / total for done, total, stage in told if stage == "held-out heads") < 0.5
 
     found = gramfiles.forecast_file(folder / "k.h5")
     cross_fit = CrossFit(fold, gram.extras["fold_grams"], gram.extras["fold_outputs"])
@@ -199,6 +200,8 @@ def test_without_class_targets_there_are_no_held_out_grams_and_no_forecast(folde
 
 
 def test_a_job_that_ended_among_its_held_out_heads_goes_on_there(folder, monkeypatch):
+    monkeypatch.setattr(heldout, "_has_room", lambda *_: False)  # one after the other
+
     class Killed(BaseException):
         pass
 
@@ -227,6 +230,25 @@ def test_a_job_that_ended_among_its_held_out_heads_goes_on_there(folder, monkeyp
         np.testing.assert_array_equal(got.extras[name], array)
     assert got.meta["resumed"] == len(got.plan.parameters)
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_job_that_ended_after_its_held_out_heads_does_not_do_them_again(folder, monkeypatch):
+    wanted = jobs.run_gram(read_job(folder / "job.toml", {"out": folder / "whole.h5"}))
+    write, names = store.write_gram, []
+
+    def full(path, *rest):
+        names.append(path.name)
+        if len(names) == 2:
+            raise OSError("no space left")
+        write(path, *rest)
+
+    monkeypatch.setattr(store, "write_gram", full)
+    with pytest.raises(OSError, match="no space left"):
+        jobs.run_gram(read_job(folder / "job.toml"))
+    got = jobs.run_gram(read_job(folder / "job.toml"))
+    assert names == ["held-out.h5", "k.h5", "k.h5"]
+    for name, array in wanted.extras.items():
+        np.testing.assert_array_equal(got.extras[name], array)
 
 
 def test_plan_is_of_the_same_job_and_writes_nothing(folder):

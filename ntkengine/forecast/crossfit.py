@@ -74,9 +74,10 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
     Raises:
         InputError: another option, another number of examples, or as `compute_gram`.
 
-    Cost: a Gram a fold, and the memory of its N² entries.
+    Cost: a Gram a fold, for a margin with one forward pass for all (`gram.heldout`); the memory of their N² entries.
     """
     from ntkengine.gram.engine import compute_gram
+    from ntkengine.gram.heldout import held_out_grams
     from ntkengine.inputs.batches import Samples
     from ntkengine.inputs.sources import as_inputs
 
@@ -89,12 +90,15 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
     if (count := Samples([tensors]).total) != len(head.fold):
         raise InputError(f"inputs: expected the {len(head.fold)} examples the head was fitted on, got {count}")
 
-    def under(_: int) -> Gram:
-        return compute_gram(model, tensors, **options)
+    kind: dict[str, Any] = {}
 
-    found = head.each_fold(model, under)
-    grams, outputs = (np.stack(arrays) for arrays in ([g.values for g in found], [g.outputs for g in found]))
-    return CrossFit(head.fold, grams, outputs, _kind(found[0]))
+    def under(_: int | None, **changed: Any) -> Gram:
+        found = compute_gram(model, tensors, **options | changed)
+        kind.update(_kind(found) | {name: options.get(name, "trace") for name in changed})
+        return found
+
+    grams, outputs = held_out_grams(model, tensors, head, under, options, options.get("memory_gib"))
+    return CrossFit(head.fold, np.asarray(grams), outputs, kind)
 
 
 def _kind(gram: Any) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class Stacked:
         """Return part of one of the matrices: its number first, then an index into it."""
         return np.asarray(self._parts[index[0]][index[1:]])
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return all of it as a numpy array."""
+        return np.stack([np.asarray(part[...]) for part in self._parts]).astype(dtype or self.dtype, copy=False)
+
 
 @dataclass
 class Gram:
