@@ -62,7 +62,8 @@ def held_out_grams(
     if plain and call.get("readout") == "margin" and call.get("sketch") is None:
         alone = head.each_fold(model, lambda _: _first_margins(model, inputs))
         with _side_by_side(model, head):
-            if _agree(model, inputs, alone) and _has_room(model, inputs, call, memory_gib, team):
+            root = (lambda told: told) if team is None else team.broadcast  # all ranks go the same way
+            if root(_agree(model, inputs, alone)) and root(_has_room(model, inputs, call, memory_gib, team)):
                 found = compute(None, readout=margins, contraction="per-output")
                 return found.values, _foretold(np.asarray(found.outputs).T[:, :, None], model, head, call)
     each = head.each_fold(model, compute)
