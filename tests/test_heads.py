@@ -192,6 +192,11 @@ def test_cross_fit_is_a_gram_under_each_held_out_head():
     for wrong, said in [
         ({"inputs": {k: v[:8] for k, v in inputs.items()}}, "inputs: expected the 9 examples the head was fitted on"),
         ({"head": found}, "head: expected what fit_head returned, got CrossFit"),
+        (
+            {"model": tiny_model("bert", num_labels=3)},
+            r"head: expected one fitted on this model, got one of classifier",
+        ),
+        ({"model": torch.nn.Linear(2, 2)}, "head: expected one fitted on this model"),
         ({"eval_inputs": inputs}, "eval_inputs: expected none"),
         ({"targets": np.ones((9, 1))}, "targets: expected none"),
     ]:

@@ -87,6 +87,11 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
     if other is not None:
         raise InputError(f"{other}: expected none, as only the train Gram under each head is computed")
     tensors = as_inputs(inputs, model)
+    written = getattr(dict(model.named_modules()).get(head.module), "weight", np.empty(0)).shape
+    if tuple(written) != head.weights[0][0].shape:
+        raise InputError(
+            f"head: expected one fitted on this model, got one of {head.module}, {head.weights[0][0].shape}"
+        )
     if (count := Samples([tensors]).total) != len(head.fold):
         raise InputError(f"inputs: expected the {len(head.fold)} examples the head was fitted on, got {count}")
 
