@@ -28,7 +28,7 @@ from ntkengine.inputs.running import call_model, evaluation
 if TYPE_CHECKING:
     from ntkengine.cluster.comm import Team
 
-_MORE = 1.5  # of what one head's Gram takes, in a job without a bound
+_MORE = 2.0  # times what one head's Gram takes, in a job without a bound
 _FORETOLD, _ROUNDED = 0.02, 0.5  # of the largest output; where half precision rounds, only what is far off is seen
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest logit
 
@@ -50,7 +50,7 @@ def held_out_grams(
         head: of `fit_head`.
         compute: takes a fold, or None for all in one, and what to change in `call`; returns the Gram.
         call: arguments of `compute_gram` for one fold.
-        memory_gib: bound of the job; None: one sweep may take half as much again as one head's would.
+        memory_gib: bound of the job; None: one sweep may take twice what one head's would.
         team: as `compute_gram`.
 
     Raises:

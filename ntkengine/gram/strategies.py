@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -125,10 +126,21 @@ def contract(
             _lookup(summed, sum(factors.sizes), each, root)
             poll()
     else:
-        for phi, other in feature_tiles(factors, total.frame, root, total.workspace):
-            for each in totals:
-                each.add_features(phi, other)
-            poll()
+        for layer, part, frame in _by_layer(factors, total.frame):
+            for phi, other in feature_tiles(part, frame, root, total.workspace):
+                for each in totals:
+                    each.add_features(phi, other, layer)
+                poll()
+
+
+def _by_layer(factors: ParameterFactors, frame: Frame) -> Iterator[tuple[int, ParameterFactors, Frame]]:
+    """Yield (first layer, factors, frame): separate outputs one by one, so that a tile of one fills the cache."""
+    if frame.contraction != "per-output":
+        yield 0, factors, frame
+        return
+    for c in range(frame.outputs):
+        chunks = [[use.output(c) for use in uses] for uses in factors.chunks]
+        yield c, replace(factors, chunks=chunks), replace(frame, outputs=1)
 
 
 def feature_tiles(

@@ -154,13 +154,14 @@ class Accumulator:
         self.c0, self.c1 = frame.columns[0] * w, frame.columns[1] * w
         self.K = torch.zeros(frame.layers, self.r1 - self.r0, self.c1 - self.c0, dtype=torch.float64, device=device)
 
-    def add_features(self, phi: Tensor, other: Tensor | None = None) -> None:
+    def add_features(self, phi: Tensor, other: Tensor | None = None, first: int = 0) -> None:
         """Add the inner products of a tile of tangent features.
 
         Args:
             phi: (S, C, p) contiguous, all samples in sweep order. Runs of `RUN` terms are summed in phi's own
                 precision, everything beyond in float64.
             other: the columns' features where they are not the rows'.
+            first: the layer of the first of the C outputs, of `"per-output"`.
         """
         S, C, _ = phi.shape
         other = phi if other is None else other
@@ -171,7 +172,7 @@ class Accumulator:
             parts = [(phi.view(S * C, -1), other.view(S * C, -1))]
         else:
             parts = [(phi.view(S, -1), other.view(S, -1))]
-        for layer, (x, y) in enumerate(parts):
+        for layer, (x, y) in enumerate(parts, first):
             self._add_products(layer, x, x if same else y)
 
     def add_planes(self, phi: Planes, other: Planes | None = None) -> None:

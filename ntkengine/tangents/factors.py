@@ -33,6 +33,10 @@ class Outer:
         else:
             torch.bmm(left, self.a[..., columns], out=flat)
 
+    def output(self, c: int) -> Outer:
+        """Return output c alone."""
+        return Outer(self.a, self.d[:, c : c + 1])
+
     @property
     def is_zero(self) -> bool:
         """Whether no token is left."""
@@ -67,6 +71,10 @@ class Lookup:
         for c in range(self.d.shape[1]):
             out[:, c].index_put_((sample, row), values[:, c], accumulate=True)
 
+    def output(self, c: int) -> Lookup:
+        """Return output c alone."""
+        return Lookup(self.ids, self.d[:, c : c + 1])
+
     @property
     def is_zero(self) -> bool:
         """Whether no token is left."""
@@ -94,6 +102,10 @@ class Dense:
             out.add_(part)
         else:
             out.copy_(part)
+
+    def output(self, c: int) -> Dense:
+        """Return output c alone."""
+        return Dense(self.g[:, c : c + 1])
 
     @property
     def is_zero(self) -> bool:
