@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ntkengine.gram import computing, layout, planning, run, strategies
+from ntkengine.gram import computing, layout, lookup, planning, run, strategies
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.layout import Layout
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model
@@ -63,7 +63,7 @@ def test_results_do_not_depend_on_tiles(monkeypatch):
     reference = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
     monkeypatch.setattr(strategies, "TILE_PARAMETERS", 96)
     monkeypatch.setattr(strategies, "COLUMNS", 7)
-    monkeypatch.setattr(strategies, "_PAIR_BYTES", 1000)
+    monkeypatch.setattr(lookup, "_PAIR_BYTES", 1000)
     again = compute_gram(model, inputs, params="all", precision="exact", contraction="full")
     assert max(relative_error(again.values, reference.values)) < 1e-12
 
@@ -107,7 +107,7 @@ def test_tokens_that_many_samples_share_are_summed_once(monkeypatch):
         monkeypatch.undo()
         mixed = compute_gram(model, inputs, **arguments)
         for threshold in (0, 10**6):  # none, or all, as features
-            monkeypatch.setattr(strategies, "_COMMON", threshold)
+            monkeypatch.setattr(lookup, "_COMMON", threshold)
             assert max(relative_error(compute_gram(model, inputs, **arguments).values, mixed.values)) < 1e-12
 
 

@@ -8,7 +8,7 @@ import torch
 
 import ntkengine as ntk
 from ntkengine.errors import InputError, NonFinite
-from ntkengine.gram import strategies
+from ntkengine.gram import lookup, strategies
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.gram.transforms import Preconditioner, signed
 from tests import zoo
@@ -123,7 +123,7 @@ def test_signs_do_not_depend_on_tiles(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(strategies, "TILE_PARAMETERS", 96)
             patch.setattr(strategies, "COLUMNS", 7)
-            patch.setattr(strategies, "_PAIR_BYTES", 1000)
+            patch.setattr(lookup, "_PAIR_BYTES", 1000)
             again = compute_gram(model, inputs, params="all", precision="exact", transform=transform)
         assert max(relative_error(again.values, reference.values)) < 1e-12
 

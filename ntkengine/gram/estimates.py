@@ -15,8 +15,8 @@ from torch import nn
 from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Needs
 from ntkengine.gram.plan import Plan, PlanRow
-from ntkengine.gram.strategies import COLUMNS, TILE_BYTES, choose, copied
-from ntkengine.gram.tiles import Frame
+from ntkengine.gram.strategies import COLUMNS, choose, copied
+from ntkengine.gram.tiles import TILE_BYTES, Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of

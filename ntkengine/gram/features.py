@@ -29,7 +29,7 @@ from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import check_inputs
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
-from ntkengine.tangents.capture import matrix_shape
+from ntkengine.tangents.paths import matrix_shape
 from ntkengine.tangents.sweep import Sweep
 
 _CONTRACTIONS = ("trace", "full", "sum-of-outputs")

@@ -23,8 +23,8 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import Readout
 from ntkengine.products import unrouted
-from ntkengine.tangents.capture import matrix_shape
 from ntkengine.tangents.factors import ParameterFactors
+from ntkengine.tangents.paths import matrix_shape
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES, Sweep

@@ -23,6 +23,7 @@ CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 
 # Terms summed in float32. One float32 product over millions of terms was wrong by 2.8e-4, over 65,536 by 2e-6.
 RUN = 4096
+TILE_BYTES = 16 << 20  # of tangent features: they stay in the last-level cache
 _COLUMNS = 2048  # of a product: oneDNN makes a kernel for every number of them, and keeps it
 # Half-precision products need longer runs for speed, and round far more than their float32 sums do.
 HALF = (torch.bfloat16, torch.float16)

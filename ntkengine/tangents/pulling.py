@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed
 from ntkengine.inputs.parameters import leave_out
-from ntkengine.tangents.capture import Call, PathFailed, Pulled, matrix_shape, uses_of
+from ntkengine.tangents.capture import Call, PathFailed, Pulled
 from ntkengine.tangents.factors import Dense, Use
+from ntkengine.tangents.paths import matrix_shape, uses_of
 from ntkengine.tangents.structure import Path, Structure
 from ntkengine.tangents.verify import calls_of, uses_in_graph
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.products import unrouted
-from ntkengine.tangents.capture import Call, Pulled, matrix_shape
+from ntkengine.tangents.capture import Call, Pulled
 from ntkengine.tangents.grouping import grouped
+from ntkengine.tangents.paths import matrix_shape
 from ntkengine.tangents.rehearsal import Rehearsal, Scene, rounding
 from ntkengine.tangents.structure import Path, Structure
 from ntkengine.tangents.verify import (

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.blocks import Stack, cut_forward
-from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder, matrix_shape, path_for, uses_of
+from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder
 from ntkengine.tangents.factors import Lookup, ParameterFactors, merge
+from ntkengine.tangents.paths import matrix_shape, path_for, uses_of
 from ntkengine.tangents.rehearsal import Scene, agreement, rounding
 
 log = logging.getLogger(__name__)
