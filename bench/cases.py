@@ -64,6 +64,13 @@ CASES = {
             1,
             watched=("gram_seconds", "gram_checked_seconds"),
         ),
+        Case(
+            "held-out",
+            "Grams under held-out heads, side by side against apart",
+            "held_out",
+            3,
+            watched=("together_seconds",),
+        ),
         Case("landmarks", "columns of a few landmarks against the whole Gram", "landmarks", 1),
         Case("sketch", "sketched Grams: error and time against the features kept", "sketch", 5),
         Case("plan-accuracy", "what the plan says against what jobs take", "plan_accuracy", 2),
