@@ -23,8 +23,8 @@ class Choice:
         modules: what it adapts.
         parameters: trained.
         outcome: its forecast.
-        condition: of its kernel on the training examples, expected over the start of A; that of one start is larger,
-            as λ_max is convex and λ_min concave in the kernel. None without a per-module Gram.
+        condition: of its kernel on the training examples, expected over the start of A; one start's is usually
+            larger, as λ_max is convex and λ_min concave in the kernel. None without a per-module Gram.
         trace: of it, or None.
         alignment: centred kernel-target alignment, or None.
         weyl: bounds from its modules alone (Σ λ_min(K_l) ≤ λ_min, λ_max ≤ Σ λ_max(K_l)), or None.

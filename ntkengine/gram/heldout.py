@@ -2,7 +2,7 @@
 
 The heads differ in their own weights alone, so that with F of them in place of the head, as F outputs, one forward pass
 serves all: Gram k is the kernel of output k. A weight of the head itself has a gradient in its own rows only, and its
-part of Gram k is what it is under head k. F·C output gradients wait in place of C.
+part of Gram k is what it is under head k. F output gradients wait in place of one.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def held_out_grams(
 def _foretold(outputs: np.ndarray, model: nn.Module, head: HeadFit, call: Mapping[str, Any]) -> np.ndarray:
     """Return outputs (F, N, C), in which each example's under its own fold's head are what `fit_head` foretold."""
     readout = call.get("readout", "logits")
-    if readout not in ("logits", "margin") or outputs.shape[2] < head.held_out.shape[1] - (readout == "margin"):
-        return outputs
     own = outputs[head.fold, np.arange(len(head.fold))]
-    want = head.held_out if readout == "logits" else head.held_out[:, 1:] - head.held_out[:, :1]
+    want = head.held_out[:, 1:] - head.held_out[:, :1] if readout == "margin" else head.held_out
+    if readout not in ("logits", "margin") or own.shape != want.shape:  # another readout, or the sum of its outputs
+        return outputs
     off = np.abs(own - want).max(1)
     full = call.get("precision") != "fast" and all(p.dtype in _SAME for p in model.parameters())
     if not off.max() <= (_FORETOLD if full else _ROUNDED) * np.abs(want).max():
