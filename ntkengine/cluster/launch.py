@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 _SLURM = "SLURM_STEP_NUM_TASKS"
+_SPEAK_S = 5.0  # rank 0 has spoken by then: ranks start within that of each other
 
 
 def launcher_rank() -> int | None:
@@ -44,6 +46,9 @@ def launched() -> Team | None:
             return None
         msg = f"started by an MPI launcher, but mpi4py cannot be used ({str(error).splitlines()[0]}); "
         raise InputError(msg + "pip install mpi4py mpich") from error
+    except InputError as error:
+        _after_rank_0(error)
+        raise
     if count > comm.Get_size():
         msg = (
             f"the launcher started {count} processes, but {name}, which mpi4py has loaded, sees {comm.Get_size()}: use "
@@ -95,6 +100,13 @@ def _redirect(where: str | Path) -> None:
 
 def _line(handle: int, line: str) -> None:
     os.write(handle, f"{line}\n".encode())
+
+
+def _after_rank_0(error: InputError) -> None:
+    """Let rank 0 speak: prterun ends all ranks when the first exits. Where it does not come to that, speak here."""
+    if launcher_rank():
+        time.sleep(_SPEAK_S)
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _number(name: str) -> int:
