@@ -15,13 +15,15 @@ from bench.record import record
 from bench.timing import gate, in_turn
 
 JOBS: dict[str, dict[str, Any]] = {
-    "lora": {"model": "bert", "N": 384, "T": 32, "lora": True, "params": "*lora_*"},
-    "all": {"model": "bert", "N": 128, "T": 32, "params": "all"},
+    "lora": {"model": "bert", "N": 384, "T": 32, "lora": True, "params": "*lora_*", "readout": "margin"},
+    "lora logits": {"model": "bert", "N": 384, "T": 32, "lora": True, "params": "*lora_*", "readout": "logits"},
+    "all": {"model": "bert", "N": 128, "T": 32, "params": "all", "readout": "margin"},
+    "all logits": {"model": "bert", "N": 128, "T": 32, "params": "all", "readout": "logits"},
 }
 
 
 def main() -> int:
-    """Time both in turn, for adapters and for all parameters, print, and record a line each."""
+    """Time both in turn, for adapters and for all parameters, margin and logits, print, and record a line each."""
     import ntkengine as ntk
 
     for name, job in JOBS.items():
@@ -29,7 +31,8 @@ def main() -> int:
         labels = np.arange(job["N"]) % 2
         head = ntk.fit_head(model, inputs, ntk.encode_targets(labels, "logits", 2) / 2)
 
-        together = partial(ntk.cross_fit, model, inputs, head, readout="margin", params=job["params"], check=False)
+        readout, params = job["readout"], job["params"]
+        together = partial(ntk.cross_fit, model, inputs, head, readout=readout, params=params, check=False)
         apart = partial(_apart, together)
         alone = apart().grams
         off = np.linalg.norm(together().grams - alone) / np.linalg.norm(alone)

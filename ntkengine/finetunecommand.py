@@ -50,7 +50,9 @@ def finetune(
     proximal: Annotated[float | None, flag(TRAINING, "λ of (λ/2)‖θ − θ₀‖² (default: 0).")] = None,
     linear: Annotated[bool | None, flag(TRAINING, "Train the linearised model along.", "--linear/--no-linear")] = None,
     history: Annotated[Path | None, flag(TRAINING, "JSON lines to write: the recipe, then every measurement.")] = None,
-    save: Annotated[Path | None, flag(TRAINING, "New folder for the model, or the adapter (a fitted head: in its folder base).")] = None,
+    save: Annotated[
+        Path | None, flag(TRAINING, "New folder: the model, or the adapter, and a fitted head in base/.")
+    ] = None,
     **flags: Any,
 ) -> None:
     """Train the job's model on the job's data."""

@@ -173,8 +173,9 @@ def test_cross_fit_is_a_gram_under_each_held_out_head():
     for k in range(3):
         head.write(model, k)
         alone = compute_gram(model, inputs, **options)
-        np.testing.assert_allclose(found.grams[k], alone.values, rtol=1e-6)
-        np.testing.assert_allclose(found.outputs[k], alone.outputs, rtol=1e-6)
+        np.testing.assert_allclose(found.grams[k], alone.values, rtol=1e-6, atol=1e-7 * np.abs(alone.values).max())
+        rounding = 1e-7 * np.abs(head.held_out).max()  # of a logit: a margin is the difference of two
+        np.testing.assert_allclose(found.outputs[k], alone.outputs, rtol=1e-6, atol=rounding)
     y = np.where(np.arange(9) % 2, 1.0, -1.0)
     assert forecast(compute_gram(model, inputs, **options), y, cross_fit=found).loo[0] > 0
     for other, said in [
@@ -222,22 +223,46 @@ class Doubtful(torch.nn.Module):
         return self.head(torch.tanh(self.body(x))) * self.scale
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "odd"])
-def test_all_heads_side_by_side_are_one_after_the_other(kind, monkeypatch):
+SIDES = [(kind, 2, "margin", "all", 1) for kind in [*KINDS, "odd"]] + [
+    ("bert", 2, "margin", "body", 1),
+    ("bert", 2, None, "all", 2),
+    ("bert", 2, "logits", "body", 2),
+    ("llama", 3, "logits", "all", 3),
+    ("llama", 3, None, "body", 3),
+    ("symmetric", 2, "logits", "body", 1),
+    ("symmetric", 3, "logits", "body", 2),
+    ("rounded", 3, "logits", "body", 3),
+]
+
+
+@pytest.mark.parametrize(("kind", "labels", "readout", "params", "rank"), SIDES)
+def test_all_heads_side_by_side_are_one_after_the_other(kind, labels, readout, params, rank, monkeypatch):
     torch.manual_seed(0)
-    model = Doubtful() if kind == "odd" else tiny_model(kind, num_labels=2)
-    inputs = {"x": torch.randn(7, 4)} if kind == "odd" else tiny_inputs(model, [2 + i % 5 for i in range(7)], 12)
-    head = fit_head(model, inputs, np.random.default_rng(1).normal(size=(7, 2)), folds=3)
+    model = Doubtful() if kind == "odd" else tiny_model(kind if kind in KINDS else "bert", num_labels=labels)
+    if kind != "rounded":
+        model = model.double()
+    inputs = (
+        {"x": torch.randn(7, 4).double()} if kind == "odd" else tiny_inputs(model, [2 + i % 5 for i in range(7)], 12)
+    )
+    targets = np.random.default_rng(1).normal(size=(7, labels))
+    if kind in ("symmetric", "rounded"):  # as classes are: what one logit gains, the others lose
+        targets -= targets.mean(1, keepdims=True)
+    head = fit_head(model, inputs, targets, folds=3)
     names, calls = list(dict(model.named_parameters())), []
 
     def counted(*args, **options):
-        calls.append(options["contraction"])
-        return compute_gram(*args, **options)
+        calls.append(options.get("contraction", "trace"))
+        found = compute_gram(*args, **options)
+        ranks.append(np.asarray(found.outputs).shape[1])
+        return found
 
+    ranks: list[int] = []
     monkeypatch.setattr(engine, "compute_gram", counted)
-    options = {"readout": "margin", "params": "all", "precision": "exact", "contraction": "trace"}
+    options = {"params": ["all", f"!{head.module}.*"] if params == "body" else "all", "precision": "exact"}
+    options |= {} if readout is None else {"readout": readout, "contraction": "trace"}
     together = cross_fit(model, inputs, head, **options)
     assert calls == (["trace"] * 3 if kind == "odd" else ["per-output"])
+    assert kind == "odd" or ranks == [3 * rank]
     assert list(dict(model.named_parameters())) == names
     bounded = cross_fit(model, inputs, head, **options, memory_gib=0.5)
     monkeypatch.setattr(heldout, "_has_room", lambda *_: False)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ntkengine.inputs.heads import HeadFit
     from ntkengine.inputs.sources import Source
 
+_DEFAULTS = {"readout": "logits", "contraction": "trace"}
 _OTHERS = ("inputs2", "eval_inputs", "comm", "out", "targets", "eval_targets", "extras")
 
 
@@ -74,7 +75,8 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
     Raises:
         InputError: another option, another number of examples, or as `compute_gram`.
 
-    Cost: a Gram a fold, for a margin with one forward pass for all (`gram.heldout`); the memory of their N² entries.
+    Cost: a Gram a fold, for logits and margins with one forward pass for all (`gram.heldout`); the memory of their N²
+    entries.
     """
     from ntkengine.gram.engine import compute_gram
     from ntkengine.gram.heldout import held_out_grams
@@ -99,7 +101,7 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
 
     def under(_: int | None, **changed: Any) -> Gram:
         found = compute_gram(model, tensors, **options | changed)
-        kind.update(_kind(found) | {name: options.get(name, "trace") for name in changed})
+        kind.update(_kind(found) | {name: options.get(name, _DEFAULTS[name]) for name in changed})
         return found
 
     grams, outputs = held_out_grams(model, tensors, head, under, options, options.get("memory_gib"))

@@ -54,6 +54,29 @@ class Stacked:
         return np.stack([np.asarray(part[...]) for part in self._parts]).astype(dtype or self.dtype, copy=False)
 
 
+class Layers:
+    """Sums of the layers of a stack, so many at a time, of which only what is indexed is read and added.
+
+    Args:
+        stack: (F·R, N, M) array or dataset.
+        rank: R.
+    """
+
+    def __init__(self, stack: Any, rank: int) -> None:
+        self._stack, self._rank = stack, rank
+        self.shape, self.dtype = (stack.shape[0] // rank, *stack.shape[1:]), np.dtype(np.float64)
+
+    def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
+        """Return part of one of the sums: its number first, then an index into it."""
+        first = index[0] * self._rank
+        found = np.asarray(self._stack[(first, *index[1:])])
+        return sum((np.asarray(self._stack[(first + r, *index[1:])]) for r in range(1, self._rank)), found)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return all of it as a numpy array."""
+        return np.stack([self[k, ...] for k in range(self.shape[0])]).astype(dtype or self.dtype, copy=False)
+
+
 @dataclass
 class Gram:
     """An empirical NTK Gram matrix with what is needed to trust and use it.
