@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import peft
 import pytest
 import torch
 from sklearn.linear_model import Ridge
@@ -221,6 +222,53 @@ class Doubtful(torch.nn.Module):
 
     def forward(self, x):
         return self.head(torch.tanh(self.body(x))) * self.scale
+
+
+class Scaled(torch.nn.Module):
+    """A head whose logits go on: by a factor of one, which may be a parameter of the kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x))) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "readout", "scaled"),
+    [
+        ("scaled", "logits", True),
+        ("scaled", "margin", True),
+        ("scaled", "logits", False),
+        ("adapted", "margin", True),
+        ("adapted", "logits", True),
+    ],
+)
+def test_heads_with_parameters_beside_them_are_one_after_the_other(kind, readout, scaled, monkeypatch):
+    torch.manual_seed(0)
+    if kind == "scaled":
+        model, inputs = Scaled().double(), {"x": torch.randn(6, 4).double()}
+        params = ["body.*", "scale"] if scaled else ["body.*"]
+    else:  # two heads of a margin have as many rows as the adapter of the head
+        base = tiny_model("bert", num_labels=2).double()
+        adapter = peft.LoraConfig(r=2, target_modules=["query", "classifier"], modules_to_save=[])
+        model, params = peft.get_peft_model(base, adapter), "*lora_*"
+        inputs = tiny_inputs(base, [2 + i % 5 for i in range(6)], 12)
+    targets = np.random.default_rng(1).normal(size=(6, 2))
+    head = fit_head(model, inputs, targets - targets.mean(1, keepdims=True), folds=2)
+    options = {"readout": readout, "params": params, "precision": "exact"}
+    found, want = cross_fit(model, inputs, head, **options), []
+    for k in range(2):
+        head.write(model, k)
+        want.append(compute_gram(model, inputs, **options).values)
+    head.write(model, -1)
+    np.testing.assert_allclose(found.grams, want, rtol=1e-9, atol=1e-11 * np.abs(want).max())
+    side = heldout.Beside(model, head, readout, params, "exact")
+    assert side.rank == 1
+    assert side.stands_between(model, inputs) == (not scaled)
+    assert not model.get_submodule(head.module)._forward_pre_hooks
 
 
 SIDES = [(kind, 2, "margin", "all", 1) for kind in [*KINDS, "odd"]] + [

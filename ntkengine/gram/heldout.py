@@ -24,7 +24,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heads import HeadFit
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, logits_of, resolve_readout
-from ntkengine.inputs.running import call_model, evaluation
+from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
 
 if TYPE_CHECKING:
     from ntkengine.cluster.comm import Team
@@ -61,17 +61,17 @@ def held_out_grams(
     Cost: a Gram a fold, less all forward passes but one where one sweep does it.
     """
     readout = call.get("readout", "logits")
-    linear = readout == "logits" or readout == "margin" and len(head.weights[0][0]) == 2
+    linear = readout == "logits" or (readout == "margin" and len(head.weights[0][0]) == 2)
     plain = call.get("contraction", "trace") == "trace" and call.get("transform", "sgd") == "sgd"
     if linear and plain and call.get("sketch") is None:
         one = resolve_readout(readout, "trace")
         alone = np.stack(head.each_fold(model, lambda _: _first_outputs(model, inputs, one)[0]))
         beside = Beside(model, head, readout, call.get("params", "trainable"), call.get("precision", "high"))
+        fits = beside.stands_between(model, inputs)
         with beside.in_place(model):
             root = (lambda told: told) if team is None else team.broadcast  # all ranks go the same way
-            if root(_agree(model, inputs, beside, alone)) and root(
-                _has_room(model, inputs, beside, call, memory_gib, team)
-            ):
+            fits = root(fits and _agree(model, inputs, beside, alone))
+            if fits and root(_has_room(model, inputs, beside, call, memory_gib, team)):
                 found = compute(None, readout=beside, contraction="per-output")
                 outputs = beside.readouts(np.asarray(found.outputs))
                 return Layers(found.values, beside.rank), _foretold(outputs, model, head, call)
@@ -119,13 +119,15 @@ class Beside:
     def __init__(self, model: nn.Module, head: HeadFit, readout: str, params: Any, precision: str) -> None:
         linear: Any = model.get_submodule(head.module)
         self._module, pairs = head.module, head.weights[:-1]
+        own = {id(p) for p in linear.parameters()}
         named = dict(model.named_parameters(remove_duplicate=False))
-        chosen = {id(named[name]) for name in select_parameters(model, params)}
+        chosen = [named[name] for name in select_parameters(model, params)]
+        self._others = [p for p in chosen if id(p) not in own]
         mix = np.array([[-1.0, 1.0]]) if readout == "margin" else np.eye(len(pairs[0][0]))
         weights, biases = (np.stack([pair[i] for pair in pairs]) for i in (0, 1))
         self.width = len(mix)
         rounds = linear.weight.dtype != torch.float64 and (precision == "exact" or linear.weight.dtype != torch.float32)
-        self._turned = not rounds and not any(id(p) in chosen for p in linear.parameters())
+        self._turned = not rounds and len(self._others) == len(chosen)
         if self._turned:
             U, S, V = np.linalg.svd(mix @ weights, full_matrices=False)
             self.rank = max(1, int((_NONE * S.max() < S).sum(1).max()))
@@ -148,6 +150,24 @@ class Beside:
         each = outputs.reshape(len(outputs), len(self._rows), self.rank).transpose(1, 0, 2).astype(np.float64)
         return each @ self._back.transpose(0, 2, 1) + self._shift[:, None]
 
+    def stands_between(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether outputs depend on the kernel's parameters through the head alone, not on ones beside or after it.
+
+        Such are an adapter of the head itself, or a scale of logits: they show in gradients before they do in outputs.
+        """
+
+        def cut(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return tuple(a.detach() for a in args), {k: v.detach() for k, v in named.items()}
+
+        handle = model.get_submodule(self._module).register_forward_pre_hook(cut, with_kwargs=True)
+        try:
+            with evaluation(model), wanting_gradients(self._others):
+                f = logits_of(call_model(model, _first(model, inputs))).sum()
+                slopes = torch.autograd.grad(f, self._others, allow_unused=True) if f.requires_grad else ()
+        finally:
+            handle.remove()
+        return all(slope is None for slope in slopes)
+
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
         """Within the block the model has all heads, one after the other, in place of its own."""
@@ -168,11 +188,15 @@ class Beside:
 
 def _first_outputs(model: nn.Module, inputs: Mapping[str, Tensor], readout: ReadoutFunction) -> np.ndarray:
     """Return the first example's outputs, (1, C)."""
-    one = Samples([inputs], microbatch=1, trim=False)
-    parameter = next(iter(model.parameters()))
-    given = one.inputs(one.chunks[0], parameter.device, parameter.dtype)
+    given = _first(model, inputs)
     with evaluation(model), torch.no_grad():
         return readout(call_model(model, given), given).double().cpu().numpy()
+
+
+def _first(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    one = Samples([inputs], microbatch=1, trim=False)
+    parameter = next(iter(model.parameters()))
+    return one.inputs(one.chunks[0], parameter.device, parameter.dtype)
 
 
 def _agree(model: nn.Module, inputs: Mapping[str, Tensor], beside: Beside, alone: np.ndarray) -> bool:
