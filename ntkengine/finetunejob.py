@@ -48,7 +48,7 @@ def run_finetune(
         job: the job; its [gram] says what is trained (params) and which outputs (readout), its `out` is not touched.
         progress: called with (done, in all, stage).
         history: JSON lines to write: the recipe, then every measurement.
-        save: a new folder for the model, or for the adapter and, where the head was fitted, the model below it.
+        save: a new folder for the model, or for the adapter and, where that is not all that is new, the model below it.
 
     Returns:
         The run.
@@ -77,7 +77,8 @@ def run_finetune(
     targets = prepared.targets(prepared.train)
     if targets is None:
         raise InputError("finetune: expected labelled examples and readout 'logits' or 'margin'")
-    fitted = prepared.fit_head(tell) is not None
+    new = bool(getattr(prepared.model, "ntk_head_new", False))
+    new |= prepared.fit_head(tell) is not None
     run = fine_tune(
         prepared.model,
         prepared.inputs,
@@ -94,7 +95,7 @@ def run_finetune(
     if history is not None:
         _write_history(run, history)
     if save is not None:
-        _save(prepared.model, save, fitted)
+        _save(prepared.model, save, new or _beside_adapter(prepared.model, job.gram.params))
     return run
 
 
@@ -104,10 +105,22 @@ def _write_history(run: FineTuning, path: Path) -> None:
     write_text(path, "".join(json_text(line) + "\n" for line in (first, *found["history"])))
 
 
-def _save(model: nn.Module, folder: Path, fitted: bool) -> None:
-    """Save the model, whole or not at all.
+def _beside_adapter(model: nn.Module, params: Any) -> bool:
+    """Whether parameters were trained that are not in an adapter's file."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from peft import get_peft_model_state_dict
 
-    An adapter's file has no head, and what it adapts may have got one fitted, which is then saved beside it.
+    from ntkengine.inputs.parameters import select_parameters
+
+    inside = {t.data_ptr() for t in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
+    return any(p.data_ptr() not in inside for p in select_parameters(model, params).values())
+
+
+def _save(model: nn.Module, folder: Path, below: bool) -> None:
+    """Save the model, whole or not at all; of an adapter also the model below it, if that is not what it was loaded as.
+
+    An adapter's file has no head, nor what else was trained beside the adapter.
     """
     partial = folder.absolute().with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -116,7 +129,7 @@ def _save(model: nn.Module, folder: Path, fitted: bool) -> None:
         tuned.save_pretrained(partial)
         if tuned.ntk_tokenizer is not None:
             tuned.ntk_tokenizer.save_pretrained(partial)
-        if hasattr(tuned, "peft_config") and fitted:
+        if hasattr(tuned, "peft_config") and below:
             base = tuned.unload() if hasattr(tuned.base_model, "unload") else tuned.get_base_model()
             base.save_pretrained(partial / "base")
             config = partial / "adapter_config.json"

@@ -117,6 +117,26 @@ def test_saved_adapter_gives_the_outputs_training_ended_with(folder, run, fit):
     assert sorted(p.name for p in folder.iterdir()) == ["dev.tsv", "job.toml", "model", "train.tsv", "tuned"]
 
 
+@pytest.mark.parametrize("flags", [["--params", "trainable,*classifier*"], ["--params", "all"], ["--peft", "lora"]])
+def test_what_was_trained_or_drawn_beside_an_adapter_is_saved_too(folder, run, flags):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    (folder / "job.toml").write_text(JOB.format(fit="false", readout="logits"))
+    if flags[0] == "--peft":  # a head of its own seed, that nobody fits
+        save_tiny(folder / "model", kind="bert", head=False)
+    code, out, err = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json", *flags)
+    assert code == 0, err
+    base = json.loads((folder / "tuned/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(folder / "tuned/base")
+    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder / "tuned").eval()
+    loaded = ntk.load_model(folder / "model")
+    inputs = ntk.tokenize(ntk.read_examples(folder / "train.tsv", text="sentence"), loaded)
+    with torch.no_grad():
+        f = model(**inputs).logits.double().numpy()
+    assert np.allclose(f, json.loads(out)["outputs"], atol=1e-5)
+
+
 def test_saved_model_is_whole(folder, run):
     flags = ["--model", folder / "model", "--data", folder / "train.tsv", "--text-column", "sentence", "--loss",
              "cross-entropy", "--learning-rate", "1e-2", "--save", folder / "tuned", "--json"]  # fmt: skip

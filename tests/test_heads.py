@@ -6,16 +6,19 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers as tf
 from sklearn.linear_model import Ridge
 
 from ntkengine.errors import InputError
 from ntkengine.finetune import fine_tune
 from ntkengine.forecast import cross_fit, forecast
 from ntkengine.gram import engine, heldout
+from ntkengine.gram.beside import Beside
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.linear import tangent_factors
 from ntkengine.inputs.heads import fit_head
 from ntkengine.inputs.models import load_model
+from ntkengine.inputs.readout import resolve_readout
 from tests.brute import KINDS, tiny_inputs, tiny_model
 from tests.tiny import save_tiny
 
@@ -265,10 +268,102 @@ def test_heads_with_parameters_beside_them_are_one_after_the_other(kind, readout
         want.append(compute_gram(model, inputs, **options).values)
     head.write(model, -1)
     np.testing.assert_allclose(found.grams, want, rtol=1e-9, atol=1e-11 * np.abs(want).max())
-    side = heldout.Beside(model, head, readout, params, "exact")
+    side = Beside(model, head, readout, params, "exact")
     assert side.rank == 1
-    assert side.stands_between(model, inputs) == (not scaled)
+    assert side.agrees(model, inputs, resolve_readout(readout, "trace")) == (not scaled)
     assert not model.get_submodule(head.module)._forward_pre_hooks
+
+
+class Reading(torch.nn.Module):
+    """A model that reads its head's weights, or shape, where that changes no output, but a gradient."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.body, self.head = what, torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)
+        self.gate = torch.nn.Parameter(torch.zeros(()))
+        if what == "table":
+            self.table = torch.nn.Embedding(2, 6)
+            self.head.weight = self.table.weight
+
+    def forward(self, x):
+        h, weight = torch.tanh(self.body(x)), self.head.weight
+        if self.what == "norm":
+            h = h * (1 + self.gate * weight.norm())
+        if self.what == "shape":
+            h = h * (1 + self.gate * self.head.out_features)
+        if self.what in ("sum", "table"):
+            h = h + weight.sum() - weight.detach().sum()
+        return self.head(h)
+
+
+@pytest.mark.parametrize("params", ["all", ["all", "!head.*"]])
+@pytest.mark.parametrize("what", ["norm", "shape", "sum", "table", "hook"])
+def test_heads_that_a_model_reads_are_one_after_the_other(what, params):
+    torch.manual_seed(0)
+    model, inputs = Reading(what).double(), {"x": torch.randn(7, 4).double()}
+    targets = np.where(np.arange(7)[:, None] % 2, 1.0, -1.0) * [-0.5, 0.5]
+    head = fit_head(model, inputs, targets, folds=3)
+    if what == "hook":
+        model.head.register_full_backward_hook(lambda _, given, __: tuple(2 * g for g in given))
+    found, want = cross_fit(model, inputs, head, params=params, check=False), []
+    for k in range(3):
+        head.write(model, k)
+        want.append(compute_gram(model, inputs, params=params, check=False).values)
+    np.testing.assert_allclose(found.grams, want, rtol=1e-9, atol=1e-11 * np.abs(want).max())
+
+
+def test_cross_fit_of_a_model_that_is_its_head_and_of_folds_without_a_class():
+    torch.manual_seed(0)
+    model, inputs = torch.nn.Linear(4, 2), {"x": torch.randn(9, 4)}
+    head = fit_head(model, inputs, np.eye(2)[np.arange(9) % 2], folds=3)
+    assert cross_fit(model, inputs, head).grams.shape == (3, 9, 9)
+    assert len(repr(head)) < 100
+    model = tiny_model("bert", num_labels=3)
+    inputs = tiny_inputs(model, [2 + i % 5 for i in range(6)], 12)
+    fold = fit_head(model, inputs, np.zeros((6, 3)), folds=3).fold
+    labels = np.where(fold == 0, 2, np.arange(6) % 2)  # without fold 0 there is no class 2
+    head = fit_head(model, inputs, np.eye(3)[labels] * 2 - 1, folds=3)
+    found = cross_fit(model, inputs, head, params="*query*")
+    for k in range(3):
+        head.write(model, k)
+        alone = compute_gram(model, inputs, params="*query*").values
+        np.testing.assert_allclose(found.grams[k], alone, rtol=1e-6, atol=1e-6 * np.abs(alone).max())
+
+
+class Doubling(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+@pytest.mark.parametrize("wrap", [
+    torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal,
+    lambda linear: Doubling(linear.in_features, linear.out_features),
+])  # fmt: skip
+def test_a_head_that_is_no_plain_linear_is_refused_and_left_as_it_was(wrap):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), wrap(torch.nn.Linear(6, 2)))
+    before = model[2].weight.detach().clone()
+    with pytest.raises(InputError, match=r"fitted weights of 2 the model gives .* for example \d, and its features"):
+        fit_head(model, {"x": torch.randn(9, 4)}, np.eye(2)[np.arange(9) % 2])
+    assert torch.equal(model[2].weight, before)
+
+
+def test_what_is_told_of_a_head_is_what_the_model_gives():
+    config = tf.XLNetConfig(vocab_size=97, d_model=16, n_layer=2, n_head=2, d_inner=24, num_labels=2)
+    torch.manual_seed(0)
+    model = tf.XLNetForSequenceClassification(config).eval()  # reads the last column, padding or not
+    inputs = tiny_inputs(model, [2 + i % 6 for i in range(12)], 8)
+    targets = np.where(np.arange(12)[:, None] % 2, 1.0, -1.0) * [-0.5, 0.5]
+    head = fit_head(model, inputs, targets)
+    with torch.no_grad():
+        np.testing.assert_allclose(model(**inputs).logits.double(), head.fitted, atol=1e-5)
+    small = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.Tanh(), torch.nn.Linear(40, 2)).bfloat16()
+    x = torch.randn(40, 30).bfloat16()
+    head = fit_head(small, {"x": x}, np.eye(2)[np.arange(40) % 2], ridge=1e-6)
+    with torch.no_grad():
+        features = small[1](small[0](x)).double().numpy()
+    W, b = small[2].weight.detach().double().numpy(), small[2].bias.detach().double().numpy()
+    np.testing.assert_allclose(features @ W.T + b, head.fitted, rtol=1e-9, atol=1e-9)
 
 
 SIDES = [(kind, 2, "margin", "all", 1) for kind in [*KINDS, "odd"]] + [

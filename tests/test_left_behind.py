@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import ntkengine as ntk
@@ -70,6 +71,20 @@ def test_a_model_is_left_as_it_was(forward, precision):
     names = [n for n, _ in model.named_parameters()]
     G = gradients(model, {"x": x}, names)
     assert max(relative_error(gram.values, np.einsum("ncp,mcp->nm", G, G))) < 1e-6
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_hooks_that_a_model_hangs_on_itself_are_taken_away(ran):
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=97, output_hidden_states=True, **shape)).eval()
+    inputs = {"input_ids": torch.randint(0, 97, (4, 6))}
+    if ran:
+        model(**inputs)
+    before = [len(m._forward_hooks) for m in model.modules()]
+    for _ in range(2):
+        ntk.compute_gram(model, inputs, params="*query*")
+    assert [len(m._forward_hooks) for m in model.modules()] == before
+    assert len(model(**inputs).hidden_states) == 3
 
 
 def test_a_model_that_merges_its_adapter_in_eval_mode():

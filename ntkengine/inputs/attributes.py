@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}  # with the hooks, which are their owners' to remove
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+_HOOKS = tuple(key for key, value in vars(nn.Module()).items() if "_hooks" in key and isinstance(value, dict))
 _PLAIN = bool | int | float | str | torch.dtype
 _CONTAINERS = dict, list, set
 
@@ -20,10 +21,19 @@ class Attributes:
 
     def __init__(self, model: nn.Module) -> None:
         self._held = [(m, _own(m), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+        self._hooks = [
+            (hooks, set(hooks)) for m in model.modules() for k in _HOOKS if (hooks := vars(m).get(k)) is not None
+        ]
         self._inside = [(v, v.copy()) for _, own, _, _ in self._held for v in own.values() if type(v) in _CONTAINERS]
 
     def restore(self) -> None:
-        """Make every module's attributes, parameters and buffers the objects they were."""
+        """Make every module's attributes, parameters and buffers the objects they were, and take new hooks away.
+
+        Transformers' models mark themselves as hooked: of the mark and the hooks, one without the other is wrong.
+        """
+        for hooks, known in self._hooks:
+            for key in hooks.keys() - known:
+                del hooks[key]
         for module, own, parameters, buffers in self._held:
             for key in _own(module).keys() - own.keys():
                 del vars(module)[key]

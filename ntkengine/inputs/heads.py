@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,8 @@ from ntkengine.inputs.running import call_model, evaluation
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Relative to Σ |W x|: what the same features may differ by in another batch.
+_NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}
 _NO_LINEAR = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
 
 
@@ -37,11 +39,11 @@ class HeadFit:
         module: the Linear that was written.
     """
 
-    held_out: np.ndarray
-    fitted: np.ndarray
+    held_out: np.ndarray = field(repr=False)
+    fitted: np.ndarray = field(repr=False)
     ridge: float
-    fold: np.ndarray
-    weights: list[tuple[np.ndarray, np.ndarray]]
+    fold: np.ndarray = field(repr=False)
+    weights: list[tuple[np.ndarray, np.ndarray]] = field(repr=False)
     module: str
 
     def write(self, model: nn.Module, fold: int) -> None:
@@ -113,25 +115,68 @@ def fit_head(
     if n < 2:
         msg = f"fit_head: expected at least 2 examples, got {n}"
         raise InputError(msg)
-    name, features = _features(model, samples)
-    linear: Any = model.get_submodule(name)
-    if targets.shape[1] != linear.out_features:
-        msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
-        raise InputError(msg)
-    bias = linear.bias is not None
+    for part in (samples, Samples([inputs], trim=False)):
+        name, features = _features(model, part)
+        linear: Any = model.get_submodule(name)
+        if targets.shape[1] != linear.out_features:
+            msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
+            raise InputError(msg)
+        fit = _fit(name, linear, features, targets, ridge, folds, seed)
+        wrong = _misfit(model, fit, features, inputs, samples)
+        if wrong is None:
+            return fit
+    raise InputError(wrong)
+
+
+def _fit(
+    name: str, linear: Any, features: np.ndarray, targets: np.ndarray, ridge: float | str, folds: int, seed: int
+) -> HeadFit:
+    """Return the heads, in the numbers that the Linear's dtype has."""
+    n, bias = len(features), linear.bias is not None
     chosen = _best_ridge(features, targets, bias) if ridge == "loo" else float(ridge)
     held_out = np.full_like(targets, np.nan)
     fold = np.empty(n, dtype=np.int64)
     weights = []
     for k, part in enumerate(np.array_split(np.random.default_rng(seed).permutation(n), min(folds, n))):
         rest = np.setdiff1d(np.arange(n), part)
-        W, b = _ridge(features[rest], targets[rest], chosen, bias)
+        W, b = (_rounded(x, linear) for x in _ridge(features[rest], targets[rest], chosen, bias))
         held_out[part], fold[part] = features[part] @ W.T + b, k
         weights.append((W, b))
-    W, b = _ridge(features, targets, chosen, bias)
-    fit = HeadFit(held_out, features @ W.T + b, chosen, fold, [*weights, (W, b)], name)
+    W, b = (_rounded(x, linear) for x in _ridge(features, targets, chosen, bias))
+    return HeadFit(held_out, features @ W.T + b, chosen, fold, [*weights, (W, b)], name)
+
+
+def _rounded(x: np.ndarray, linear: nn.Linear) -> np.ndarray:
+    return torch.from_numpy(x).to(linear.weight.dtype).to(torch.float64).numpy()
+
+
+def _misfit(
+    model: nn.Module, fit: HeadFit, features: np.ndarray, inputs: Mapping[str, Tensor], samples: Samples
+) -> str | None:
+    """Write the fitted head, and put the old one back if the model does not give what it should on three examples."""
+    linear: Any = model.get_submodule(fit.module)
+    old = [p.detach().clone() for p in (linear.weight, linear.bias) if p is not None]
+    new = getattr(model, "ntk_head_new", False)
     fit.write(model, -1)
-    return fit
+    W, b = fit.weights[-1]
+    order = samples.order[0]
+    for n in sorted({int(order[0]), int(order[len(order) // 2]), int(order[-1])}):
+        one = Samples([{k: v[n : n + 1] for k, v in inputs.items()}], trim=False)
+        got = _logits(model, one, one.chunks[0], [])[0].double().cpu().numpy()
+        most = (np.abs(features[n]) @ np.abs(W).T + np.abs(b)).max()
+        if (
+            got.shape != fit.fitted[n].shape
+            or not np.abs(got - fit.fitted[n]).max() <= _NEAR.get(linear.weight.dtype, 5e-2) * most
+        ):
+            with torch.no_grad():
+                for p, was in zip((linear.weight, linear.bias), old, strict=False):
+                    p.copy_(was)
+            model.ntk_head_new = new  # type: ignore[assignment]
+            return (
+                f"fit_head: with the fitted weights of {fit.module} the model gives {got} for example {n}, and its "
+                f"features times those weights {fit.fitted[n]}: it is no plain Linear; fit the head yourself"
+            )
+    return None
 
 
 def check_fit(ridge: float | str, folds: int) -> None:
