@@ -85,6 +85,12 @@ def run_select(
     factors: Any
     if held is None and fit is not None:
         folds = len(fit.weights) - 1
+        for k, (W, _) in enumerate(fit.weights[:-1]):
+            if not W.any():
+                raise InputError(
+                    f"data.train: expected two labels among the examples without fold {k + 1} of {folds}, found one; "
+                    "give more of each, or data.eval"
+                )
         call["memory_gib"] = None if room is None else room / folds
 
         def under(k: int) -> TangentFactors:

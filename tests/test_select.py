@@ -68,6 +68,17 @@ def test_without_held_out_text_folds_are_used(job):
         run_select(read_job(job), subsets="layers", repeats=1, kernels=False)
 
 
+def test_a_fold_with_all_examples_of_a_label_is_refused(job):
+    job.write_text(job.read_text().replace('eval = "dev.tsv"\n', ""))
+    rows = (job.parent / "train.tsv").read_text().splitlines()
+    label = rows[1].rpartition("\t")[2]
+    other = next(row.rpartition("\t")[2] for row in rows[1:] if not row.endswith(f"\t{label}"))
+    rows = [rows[0], *(f"{row.rpartition(chr(9))[0]}\t{other if i == 3 else label}" for i, row in enumerate(rows[1:]))]
+    (job.parent / "train.tsv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(InputError, match=r"data.train: expected two labels among the examples without fold \d of 5"):
+        run_select(read_job(job), subsets="layers", repeats=1, kernels=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

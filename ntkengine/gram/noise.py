@@ -139,10 +139,11 @@ def estimate_noise(
     noise = Noise(max(norm, floor), relative, len(picked[0][1]), float(off.max()))
     worst = max(0.0 if sketched else relative, float(off.max() / (np.abs(true).max() or 1.0)))
     if worst > limit:
+        constant = ", or the sum of its outputs is a constant" if frame.contraction == "sum-of-outputs" else ""
         msg = (
             f"recomputed in float64, in other batches, the Gram or f differs by a relative {worst:.0e}, which is no "
             "rounding: the model's outputs depend on the batch (`ntkengine doctor --model`), or its float32 is "
-            "unusable (precision='exact' tells)"
+            f"unusable (precision='exact' tells){constant}"
         )
         raise CheckFailed(msg)
     if noise.relative > expected and not sketched:
