@@ -163,7 +163,7 @@ class Whole:
 
         def tell(done: float, total: float, _: str) -> None:
             if total > 1 and k is None:
-                done, total = self.before * (1 + self.folds * done / total), self.before * (1 + self.folds)
+                done, total = self.before + done, self.before + total  # less than was thought
             elif total > 1 and k is not None:
                 done, total = self.before + k * total + done, self.before + self.folds * total
             self.tell(done, total, stage)
