@@ -83,6 +83,11 @@ def run_select(
     room = job.gram.memory_gib
     call: dict[str, Any] = {"params": names, "readout": readout, "memory_gib": room}
     factors: Any
+
+    def named(stage: str) -> Progress:
+        tell(0.0, 1.0, stage)
+        return lambda done, total, _: tell(done, total, stage)
+
     if held is None and fit is not None:
         folds = len(fit.weights) - 1
         for k, (W, _) in enumerate(fit.weights[:-1]):
@@ -94,13 +99,13 @@ def run_select(
         call["memory_gib"] = None if room is None else room / folds
 
         def under(k: int) -> TangentFactors:
-            tell(0.0, 1.0, f"factors without fold {k + 1} of {folds}")
-            return tangent_factors(model, prepared.inputs, **call)
+            return tangent_factors(
+                model, prepared.inputs, **call, progress=named(f"factors without fold {k + 1} of {folds}")
+            )
 
         factors = fit.each_fold(model, under)
     else:
-        tell(0.0, 1.0, "factors")
-        factors = tangent_factors(model, prepared.inputs, prepared.eval_inputs, **call)
+        factors = tangent_factors(model, prepared.inputs, prepared.eval_inputs, **call, progress=named("factors"))
     gram = None
     if kernels:
         call |= {"memory_gib": room, "per_module": True, "progress": progress}

@@ -37,7 +37,10 @@ def problem(kind: str, outputs: int):
 @pytest.mark.parametrize("kind", MAPS)
 def test_factors_are_the_gradients(kind):
     model, inputs, held, *_ = problem(kind, 2)
-    factors = tangent_factors(model, inputs, held, params=MAPS[kind])
+    told: list[tuple[float, float, str]] = []
+    factors = tangent_factors(model, inputs, held, params=MAPS[kind], progress=lambda *found: told.append(found))
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert 1 < told[0][0] <= told[-1][0] == told[-1][1]
     assert factors.train == len(LENGTHS)
     for name, found in factors.maps.items():
         truth = np.concatenate([gradients(model, x, [f"{name}.weight"]) for x in (inputs, held)])

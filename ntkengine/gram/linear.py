@@ -7,7 +7,7 @@ however often.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,6 +78,7 @@ def tangent_factors(
     memory_gib: float | None = None,
     seed: int = 0,
     check: bool = True,
+    progress: Callable[[float, float, str], None] | None = None,
 ) -> TangentFactors:
     """Return the factors of the linear maps among the selected parameters.
 
@@ -91,6 +92,7 @@ def tangent_factors(
         memory_gib: bound on what is returned.
         seed: of the probe, and of the draw of the check.
         check: compare the gradients of two examples of each kind, alone and among the others, with plain autograd.
+        progress: called with (flops done, flops in all, stage) after every segment.
 
     Raises:
         InputError: nothing selected is a linear map, an adapter's is, or the factors would not fit `memory_gib`.
@@ -109,14 +111,17 @@ def tangent_factors(
     held = 0
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
-        structure, _, layout, samples, _ = planned(task, "high", False, None, seed)
+        structure, plan, layout, samples, _ = planned(task, "high", False, None, seed)
         alone = _alone(structure)
         truth = Check(task, samples, task.frame(structure.outputs), structure, seed, layout) if check else None
         if truth is not None:
             truth.sweep()
         sweep = Sweep(task.model, task.selected, structure, samples, task.readout, hidden=layout.hidden)
         order = np.concatenate([c.rows + samples.span(c.group)[0] for c in samples.chunks])
-        for _, found in sweep.segments():
+        depth = structure.stack.depth + 1
+        for done, (stage, found) in enumerate(sweep.segments(), start=1):
+            if progress is not None:
+                progress(plan.pass_flops * min(1.0, done / depth), plan.pass_flops, stage)
             beside: list[LinearFactors] = []  # maps of one segment, some of which read the same inputs
             while found:
                 factors = found.pop()
