@@ -270,7 +270,7 @@ def test_heads_with_parameters_beside_them_are_one_after_the_other(kind, readout
     np.testing.assert_allclose(found.grams, want, rtol=1e-9, atol=1e-11 * np.abs(want).max())
     side = Beside(model, head, readout, params, "exact")
     assert side.rank == 1
-    assert side.agrees(model, inputs, resolve_readout(readout, "trace")) == (not scaled)
+    assert side.agrees(model, inputs, resolve_readout(readout, "trace"), 1 << 20) == (not scaled)
     assert not model.get_submodule(head.module)._forward_pre_hooks
 
 

@@ -21,7 +21,7 @@ from ntkengine.tangents.grouping import grouped
 _NONE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the largest singular value: less is rounding
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest logit, or to a parameter's gradient
 _FLOOR = 1e-2  # of the whole gradient: a parameter's below it is compared relative to that
-_ENTRIES, _PARTS = 1 << 26, 4  # of a gradient at once; where there are more parts, only so many are compared
+_PARTS = 4  # of a gradient: where memory asks for more, only so many are compared
 
 
 class Beside:
@@ -101,11 +101,17 @@ class Beside:
         finally:
             model.set_submodule(self._module, old)
 
-    def agrees(self, model: nn.Module, inputs: Mapping[str, Tensor], readout: Readout) -> bool:
+    def agrees(self, model: nn.Module, inputs: Mapping[str, Tensor], readout: Readout, entries: int) -> bool:
         """Whether one example's outputs, and the slopes of the first head's, are those of each head alone.
 
         Not so with an adapter of the head itself, a scale of logits, or a model that reads its head's weights or shape:
         many show in gradients only. Those beside the head or after it show in which gradients there are at all.
+
+        Args:
+            model: with its fitted head.
+            inputs: of examples.
+            readout: of one head.
+            entries: of gradients to hold at once.
         """
         if not self._plain or not self._leads(model, inputs):
             return False
@@ -119,7 +125,7 @@ class Beside:
         if got.shape != alone.shape or not np.abs(got - alone).max() <= near * np.abs(alone).max():
             return False
         named = dict(model.named_parameters(remove_duplicate=False))
-        parts = grouped({name: named[name].numel() for name in self._others}, _ENTRIES)
+        parts = grouped({name: named[name].numel() for name in self._others}, entries / 3)
         return all(self._same(model, inputs, readout, names, near) for names in parts[:: -(-len(parts) // _PARTS) or 1])
 
     def _leads(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:

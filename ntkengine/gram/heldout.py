@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.gram.beside import Beside
-from ntkengine.gram.layout import GIB
+from ntkengine.gram.layout import GIB, bounds
 from ntkengine.gram.planning import planned
 from ntkengine.gram.result import Gram, Layers, Stacked
 from ntkengine.gram.task import Task
@@ -63,7 +63,8 @@ def held_out_grams(
     if linear and plain and call.get("sketch") is None:
         beside = Beside(model, head, readout, call.get("params", "trainable"), call.get("precision", "high"))
         root = (lambda told: told) if team is None else team.broadcast  # all ranks go the same way
-        if root(beside.agrees(model, inputs, resolve_readout(readout, "trace"))):
+        entries = bounds(memory_gib, next(model.parameters()).element_size()).gradients
+        if root(beside.agrees(model, inputs, resolve_readout(readout, "trace"), entries)):
             with beside.in_place(model):
                 if root(_has_room(model, inputs, beside, call, memory_gib, team)):
                     found = compute(None, readout=beside, contraction="per-output")
