@@ -51,6 +51,10 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
             raise InputError(f"{name}: expected one largest score a row, its class, row {int(several[0])} has several")
         return y.argmax(1)
     if not classes:
+        if bool((y >= 0).all()) and not bool(((y == 0) | (y == 1)).all()):
+            raise InputError(
+                f"{name}: expected 0 and 1, or scores of both signs, got numbers ≥ 0 such as {float(y.max())}"
+            )
         return (y[:, 0] > 0).long()
     if int(y.min()) < 0 or int(y.max()) >= max(2, outputs):
         raise InputError(f"{name}: expected classes in 0..{max(2, outputs) - 1}, got {int(y.min())}..{int(y.max())}")

@@ -159,7 +159,7 @@ def test_a_copy_and_a_cycle():
 def test_what_a_call_leaves_behind_is_not_the_model():
     model = holding(None)
     before = fingerprint_model(model)
-    model.key_cache, model.rows_cached = torch.zeros(3), 7
+    model.key_cache, model.max_seq_len_cached = torch.zeros(3), 7
     assert fingerprint_model(model) == before
 
 
@@ -180,3 +180,28 @@ def test_another_process_finds_the_same():
         env={**os.environ, "PYTHONHASHSEED": seed},
     )  # fmt: skip
     assert done.stdout.split() == found()
+
+
+def test_what_a_module_of_ones_own_holds_counts_where_it_is_used(tmp_path, monkeypatch):
+    (tmp_path / "own_helper.py").write_text("SCALE, OTHER = 1.0, 1.0\ndef post(x):\n    return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    helper = __import__("own_helper")
+    names = {"own_helper": helper}
+    exec("def read(out, inputs):\n    return own_helper.post(out) * own_helper.SCALE", names)
+    first = fingerprint_function(names["read"])
+    monkeypatch.setattr(helper, "OTHER", 2.0)
+    assert fingerprint_function(names["read"]) == first
+    monkeypatch.setattr(helper, "SCALE", 2.0)
+    second = fingerprint_function(names["read"])
+    monkeypatch.setattr(helper, "post", lambda x: 3 * x)
+    assert len({first, second, fingerprint_function(names["read"])}) == 3
+
+
+def test_a_setting_that_is_called_cached_counts():
+    model = nn.Linear(2, 2)
+    model.cached_scale, model.max_seq_len_cached = 1.0, 4
+    first = fingerprint_model(model)
+    model.max_seq_len_cached = 8  # of rotary tables, which calls make longer
+    assert fingerprint_model(model) == first
+    model.cached_scale = 3.0
+    assert fingerprint_model(model) != first

@@ -376,3 +376,9 @@ def test_half_precision_parameters_are_not_trained():
     model = Tied().to(torch.bfloat16)
     with pytest.raises(ntk.InputError, match="float32 or float64 parameters to train"):
         ntk.fine_tune(model, {"x": torch.ones(N, 4)}, goals(), learning_rate=1.0)
+
+
+def test_training_is_not_told_as_a_forward_pass_that_writes(caplog):
+    model = torch.nn.Linear(3, 2)
+    ntk.fine_tune(model, {"x": torch.randn(6, 3)}, torch.randn(6, 2), learning_rate=1e-2, optimizer="sgd")
+    assert not caplog.records

@@ -161,3 +161,19 @@ def test_a_fused_optimiser_that_leaves_no_trace_is_noticed():
     optimizer.step()
     with pytest.raises(ntk.InputError, match=r"out\.weight of the model has changed"):
         linear(inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("change", [
+    lambda w: w.neg(), lambda w: w.flip(0), lambda w: w.flip(1), lambda w: w.roll(1, 1), lambda w: w * (1 + 3e-7),
+])  # fmt: skip
+def test_a_change_that_keeps_the_bits_but_not_their_places_or_signs_is_noticed(change, dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)).to(dtype)
+    x = {"x": torch.randn(5, 4, dtype=dtype)}
+    expansion = ntk.linearize(model, params="2.*")
+    expansion(x)
+    with torch.no_grad():
+        model[0].weight.copy_(change(model[0].weight))
+    with pytest.raises(ntk.InputError, match=r"0.weight of the model has changed"):
+        expansion(x)

@@ -13,6 +13,7 @@ import ntkengine as ntk
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.finetune import fine_tune
 from ntkengine.forecast.simulate import simulate
+from ntkengine.losses import as_targets
 from ntkengine.recipe import Recipe
 from tests.brute import gradients, tiny_inputs, tiny_model
 
@@ -129,6 +130,14 @@ def test_what_cannot_be_simulated_is_refused():
     far = Recipe(1e30, epochs=6, optimizer="sgd", loss="cross-entropy", proximal=1e30, batch_size=0)
     with np.errstate(all="ignore"), pytest.raises(NonFinite, match="not finite after the last step"):
         simulate([1e-60 * K], np.array([1.0, -1.0, 1.0, -1.0]), far, offset=f0)
+
+
+def test_scores_of_one_sign_name_no_classes():
+    for y in ([0.1, 0.4, 0.6, 0.9], [1.0, 1.0, 2.0, 2.0]):
+        with pytest.raises(InputError, match="targets: expected 0 and 1, or scores of both signs"):
+            as_targets("targets", np.array(y), "cross-entropy", 4, 1)
+    for y in ([0.0, 1.0, 1.0, 0.0], [-0.3, 2.0, 1.0, -1.0]):
+        assert as_targets("targets", np.array(y), "cross-entropy", 4, 1).tolist() == [0, 1, 1, 0]
 
 
 def test_recipes_are_checked():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import peft
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 import ntkengine as ntk
 from ntkengine.errors import InputError, NonFinite
+from ntkengine.forecast.outcome import outcome
 from ntkengine.forecast.simulate import simulate
 from ntkengine.forecast.subsets import rank_subsets
 from ntkengine.gram.linear import tangent_factors
@@ -158,3 +161,50 @@ def test_what_cannot_be_ranked_is_refused(job):
     alone = ntk.compute_gram(model, inputs, params=PARAMS, per_module=True, check=False)
     with pytest.raises(InputError, match="cross Grams by module"):
         rank_subsets(alone, y, recipe=RECIPE, eval_targets=y_held)
+
+
+def test_kernels_of_another_inner_product_are_refused(job):
+    model, inputs, held, y, y_held, _, factors = job
+    gram = ntk.compute_gram(
+        model, inputs, eval_inputs=held, params=PARAMS, per_module=True, eval_targets=y_held, transform="sign"
+    )
+    for given in (None, factors):
+        with pytest.raises(InputError, match="gram: expected the plain inner product, transform 'sgd', got 'sign'"):
+            rank_subsets(gram, y, "types", recipe=RECIPE, factors=given, eval_targets=y_held)
+    with pytest.raises(InputError, match=r"gram: expected the plain inner product .* got 'sign'"):
+        ntk.forecast(gram, y, recipe=RECIPE)
+
+
+def test_a_bound_knows_the_noise_of_its_kernels(job):
+    *_, y, y_held, gram, _ = job
+    found = rank_subsets(gram, y, "types", recipe=RECIPE, eval_targets=y_held)
+    noisy = rank_subsets(
+        replace(gram, noise=10 * float(np.trace(gram.values))), y, "types", recipe=RECIPE, eval_targets=y_held
+    )
+    for one, other in zip(found.choices, noisy.choices, strict=True):
+        assert other.weyl[0] == 0.0 <= one.weyl[0]
+        assert one.weyl[1] < other.weyl[1]
+    assert all(row[-1] == "∞" for row in noisy.table()[1:])
+
+
+def test_numbers_that_are_no_classes_have_no_accuracy(job):
+    *_, gram, factors = job
+    y, y_held = np.linspace(1.5, 5.0, 12)[:, None], np.linspace(2.0, 4.0, 8)[:, None]
+    for given in (None, factors):
+        found = rank_subsets(gram, y, "types", recipe=RECIPE, factors=given, eval_targets=y_held)
+        assert all(c.outcome.eval_accuracy is None and c.outcome.eval_loss is not None for c in found.choices)
+        assert found.table()[1][3] == ""
+    rows = dict(ntk.forecast(gram, y, eval_targets=y_held, recipe=RECIPE).table())
+    assert "eval loss after it (90%)" in rows
+    assert "eval accuracy after it (90%)" not in rows
+
+
+@pytest.mark.parametrize(("p", "count"), [(0.95, 20), (0.98, 50), (0.7, 100)])
+def test_an_interval_of_hits_covers_the_next_draw(p, count):
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        hit = rng.random((1, count)) < p
+        _, low, high = outcome(np.ones((1, 3)), np.ones((1, count)), hit, 0.0).eval_accuracy
+        covered += low - 1e-12 <= (rng.random(count) < p).mean() <= high + 1e-12
+    assert covered > 860

@@ -14,6 +14,9 @@ from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import arguments, evaluation
 
+_PIECE = 1 << 20  # words digested at a time
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # mixes places
+
 
 class Linearized(nn.Module):
     """f̄(x; δ) = f(x; θ_0) + J(x) δ: linear in its parameters, the displacement δ, which starts at 0.
@@ -90,13 +93,19 @@ def linearize(
 
 
 def _states(model: nn.Module, but: Iterable[str]) -> dict[str, int]:
-    """Return a sum over the bits of every other parameter: fused optimisers write without a trace but the values."""
+    """Return a digest of every other parameter's bits: fused optimisers write without a trace but the values."""
     left_out = set(but)
     found = {name: _bits(p.detach()) for name, p in model.named_parameters() if name not in left_out}
     return {name: int(bits) for name, bits in found.items()}
 
 
 def _bits(p: Tensor) -> Tensor:
+    """Return Σ w·mix(word) mod 2⁶⁴: odd weights tell places apart, and high bits, as signs, are mixed into low ones."""
     flat = p.contiguous().view(-1).view(torch.uint8)
     whole = flat.numel() // 8 * 8
-    return flat[:whole].view(torch.int64).sum() + flat[whole:].sum()
+    total = flat[whole:].to(torch.int64).mul_(torch.arange(1, len(flat) - whole + 1, device=p.device)).sum()
+    for i, words in enumerate(flat[:whole].view(torch.int64).split(_PIECE)):
+        weights = torch.arange(1, 2 * len(words), 2, device=p.device).mul_(_ODD)
+        mixed = words ^ (words >> 29)
+        total = total + (2 * i + 1) * (mixed ^ (mixed >> 32)).mul_(weights).sum()
+    return total

@@ -82,7 +82,7 @@ def fine_tune(
         raise InputError(f"measure_every: expected a number of steps >= 1, got {measure_every!r}")
     if hasattr(model, "peft_config") and params == "trainable" and not any("modules_to_save" in n for n in selected):
         warn_of_new_head(model, readout)  # which an adapter does not train
-    with evaluation(model):
+    with evaluation(model, selected.values()):
         stepper = Stepper(model, selected, resolve_readout(readout, "full"), chosen, linear)
         groups = {"train": _group(stepper, "targets", inputs, targets)}
         if eval_inputs is not None:

@@ -62,8 +62,9 @@ def rehearse_folds(
     scored, hits, trained = np.empty((R, N)), np.empty((R, N), dtype=bool), np.zeros((R, N))
     for k, run in enumerate(runs):
         assert run.eval_losses is not None
-        assert run.eval_correct is not None
-        scored[:, where == k], hits[:, where == k] = run.eval_losses, run.eval_correct
+        scored[:, where == k] = run.eval_losses
+        if run.eval_correct is not None:
+            hits[:, where == k] = run.eval_correct
         trained[:, where != k] += run.train_losses / (len(runs) - 1)
     steps = min(len(run.batch_losses[0]) for run in runs)
     first = runs[0]
@@ -75,7 +76,7 @@ def rehearse_folds(
         recipe=first.recipe,
         train_losses=trained,
         eval_losses=scored,
-        eval_correct=hits,
+        eval_correct=None if any(run.eval_correct is None for run in runs) else hits,
         batch_losses=np.mean([run.batch_losses[:, :steps] for run in runs], axis=0),
         displacement=np.mean([run.displacement for run in runs], axis=0),
         movement=float(np.sqrt(np.mean([run.movement**2 for run in runs]))),

@@ -23,6 +23,7 @@ from ntkengine.arguments import number, real_array, whole
 from ntkengine.descent import Descent, norm
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.outcome import Outcome, outcome
+from ntkengine.forecast.scores import tells_classes
 from ntkengine.losses import as_targets, correct, losses
 from ntkengine.recipe import Recipe
 
@@ -42,7 +43,7 @@ class Rehearsal:
         recipe: of the training.
         train_losses: (R, N) float64, loss of each training example after it, by repeat (start of A, order of batches).
         eval_losses: (R, M), or None without eval examples.
-        eval_correct: (R, M) bool, or None.
+        eval_correct: (R, M) bool; None without eval examples, or where targets name no class.
         batch_losses: (R, steps), the loss of each step's batch before the step.
         displacement: (R,) ‖θ_t − θ_0‖ over A and B.
         movement: root mean square of f_t − f_0 over the eval outputs and repeats; over the training ones without eval.
@@ -148,7 +149,9 @@ def rehearse(
         recipe=recipe,
         train_losses=np.stack([losses(f, y, recipe.loss).numpy() for f in fitted]),
         eval_losses=None if y_eval is None else np.stack([losses(f, y_eval, recipe.loss).numpy() for f in scored]),
-        eval_correct=None if y_eval is None else np.stack([correct(f, y_eval).numpy() for f in scored]),
+        eval_correct=None
+        if y_eval is None or not tells_classes(y, y_eval)
+        else np.stack([correct(f, y_eval).numpy() for f in scored]),
         batch_losses=np.stack([run.history for run in runs]),
         displacement=np.array([run.displacement() for run in runs]),
         movement=float(torch.stack(moved).square().mean().sqrt()),

@@ -27,7 +27,7 @@ class Outcome:
     Attributes:
         train_loss: mean over training examples.
         eval_loss: mean over eval examples, for another draw of as many of them; None without eval examples.
-        eval_accuracy: likewise.
+        eval_accuracy: likewise; None where targets name no class.
         sampling: standard error of the eval loss over eval examples.
         chance: its standard deviation between runs that differ in their seeds; 0 with one repeat.
         model: the share that a first-order forecast leaves out.
@@ -49,27 +49,34 @@ def outcome(
     Args:
         train_losses: (R, N).
         eval_losses: (R, M) or None.
-        eval_correct: (R, M) bool or None.
+        eval_correct: (R, M) bool; None without eval examples, or where targets name no class.
         movement: root mean square of f_t − f_0 over the eval outputs.
     """
     train = float(train_losses.mean())
-    if eval_losses is None or eval_correct is None:
+    if eval_losses is None:
         return Outcome(train, None, None, 0.0, 0.0, 0.0)
     sampling, chance = _errors(eval_losses)
     model = MODEL_LOSS * movement
     half = float(half_width(sampling, chance, model))
     loss = float(eval_losses.mean())
-    of_hits, chance_of_hits = _errors(eval_correct.astype(np.float64))
-    share = float(eval_correct.mean())
-    width = float(half_width(of_hits, chance_of_hits, MODEL_ACCURACY * movement))
     return Outcome(
         train_loss=train,
         eval_loss=(loss, max(0.0, loss - half), loss + half),
-        eval_accuracy=(share, max(0.0, share - width), min(1.0, share + width)),
+        eval_accuracy=None if eval_correct is None else _accuracy(eval_correct, movement),
         sampling=sampling,
         chance=chance,
         model=model,
     )
+
+
+def _accuracy(correct: np.ndarray, movement: float) -> tuple[float, float, float]:
+    """Return the share of hits; where nearly all agree, the spread of a share that two more of each would have."""
+    M, share = correct.shape[1], float(correct.mean())
+    sampling, chance = _errors(correct.astype(np.float64))
+    near = (M * share + Z90**2 / 2) / (M + Z90**2)
+    least = float(np.sqrt(near * (1 - near) / (M + Z90**2)))
+    width = float(half_width(max(sampling, least), chance, MODEL_ACCURACY * movement))
+    return share, max(0.0, share - width), min(1.0, share + width)
 
 
 def half_width(sampling: ArrayLike, chance: ArrayLike, model: ArrayLike) -> np.ndarray:

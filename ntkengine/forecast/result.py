@@ -253,11 +253,8 @@ def _trained(training: Simulation) -> list[tuple[str, str]]:
     r, o = training.recipe, training.outcome
     what = f"{r.optimizer}, learning rate {r.learning_rate:g}, {len(training.batch_losses)} steps"
     rows = [("simulated training", what), ("train loss after it", f"{o.train_loss:.4g}")]
-    if o.eval_loss is not None and o.eval_accuracy is not None:
-        rows += [
-            ("eval loss after it (90%)", span(o.eval_loss)),
-            ("eval accuracy after it (90%)", span(o.eval_accuracy)),
-        ]
+    rows += [("eval loss after it (90%)", span(o.eval_loss))] if o.eval_loss is not None else []
+    rows += [("eval accuracy after it (90%)", span(o.eval_accuracy))] if o.eval_accuracy is not None else []
     return [*rows, ("movement of parameters", f"{training.displacement:.4g}")]
 
 

@@ -141,6 +141,10 @@ def forecast(
     top, bottom = condition.lambda_max, condition.lambda_min
     lower, upper = risk_bounds(chosen, residual_norm, max(bottom - noise, 0.0), top + noise)
     t = default_times(N, top, bottom, noise) if times is None else checked_times(times)
+    if recipe is not None and getattr(gram, "transform", "sgd") != "sgd":
+        raise InputError(
+            f"gram: expected the plain inner product (transform 'sgd') to simulate a recipe on, got {gram.transform!r}"
+        )
     training = None if recipe is None else simulated(gram, kernel, y, f0, y_eval, f0_eval, Recipe.of(recipe))
     curves = flow_curves(flow, y, y_eval, f0_eval, t, noise, classes)
     return Forecast(

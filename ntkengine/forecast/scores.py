@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from torch import Tensor
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 Z90 = 1.6448536269514722  # of the 90% interval
@@ -24,6 +25,11 @@ def name_classes(targets: np.ndarray, eval_targets: np.ndarray | None = None) ->
         return bool((joint != 0).all() and (targets > 0).any() and (targets < 0).any())
     ordered = np.sort(joint, axis=1)
     return bool((ordered[:, -1] > ordered[:, -2]).all())
+
+
+def tells_classes(targets: Tensor, eval_targets: Tensor) -> bool:
+    """Say the same of targets as a loss has them: classes (N,), or numbers (N, C)."""
+    return targets.ndim == 1 or name_classes(targets.numpy(), eval_targets.numpy())
 
 
 def hits(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:

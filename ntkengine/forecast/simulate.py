@@ -24,6 +24,7 @@ import torch
 from ntkengine.arguments import number, real_array
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.outcome import Outcome, outcome
+from ntkengine.forecast.scores import tells_classes
 from ntkengine.losses import as_targets, correct, losses, slopes
 from ntkengine.recipe import Recipe
 from ntkengine.spectrum.checks import check_size
@@ -41,7 +42,7 @@ class Simulation:
         eval_outputs: (M, C), or None.
         train_losses: (N,) loss of each example after it.
         eval_losses: (M,), or None.
-        eval_correct: (M,) bool, or None.
+        eval_correct: (M,) bool; None without eval examples, or where targets name no class.
         batch_losses: (steps,) loss of each step's batch before the step.
         displacement: ‖θ_t − θ_0‖.
         movement: root mean square of f_t − f_0 over the eval outputs; over the training ones without eval.
@@ -144,7 +145,9 @@ def simulate(
         eval_outputs=after,
         train_losses=losses(torch.from_numpy(run.outputs), y, recipe.loss).numpy(),
         eval_losses=None if scored is None or y_eval is None else losses(scored, y_eval, recipe.loss).numpy(),
-        eval_correct=None if scored is None or y_eval is None else correct(scored, y_eval).numpy(),
+        eval_correct=None
+        if scored is None or y_eval is None or not tells_classes(y, y_eval)
+        else correct(scored, y_eval).numpy(),
         batch_losses=np.array(history),
         displacement=float(np.sqrt(max(0.0, sum(float((a * b).sum()) for a, b in zip(run.A, run.KA, strict=True))))),
         movement=float(np.sqrt(np.mean(((run.outputs if after is None else after) - start) ** 2))),

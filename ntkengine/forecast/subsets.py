@@ -109,6 +109,8 @@ class _Judge:
             raise InputError("gram: expected one computed with per_module=True, got one without modules")
         if gram is not None and gram.contraction not in ("trace", "full"):
             raise InputError(f"gram: expected one of contraction 'trace' or 'full', got {gram.contraction!r}")
+        if getattr(gram, "transform", "sgd") != "sgd":
+            raise InputError(f"gram: expected the plain inner product, transform 'sgd', got {gram.transform!r}")
         by_fold = isinstance(factors, Sequence)
         if by_fold and fold is None:
             raise InputError("fold: expected the fold of each example, as factors are given by fold, got none")
@@ -198,8 +200,8 @@ class _Judge:
         noise = float(self.gram.noise) * max(self._factor(m) for m in modules)
         for m in modules:
             if m not in self._ends:
-                own = np.linalg.eigvalsh(self._kernel(m))
-                self._ends[m] = float(own[0]), float(own[-1])
+                own, off = np.linalg.eigvalsh(self._kernel(m)), float(self.gram.noise) * self._factor(m)
+                self._ends[m] = max(0.0, float(own[0]) - off), float(own[-1]) + off
         y = self._named()
         return {
             "condition": condition_from_eigenvalues(values, noise),

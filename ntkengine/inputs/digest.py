@@ -75,7 +75,7 @@ class Digest:
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, types.ModuleType):
-            self._text("module", value.__name__)
+            self._text("module", value.__name__)  # what of it is used, the code that uses it says
         elif isinstance(value, types.FunctionType | types.CodeType | types.MethodType | types.CellType):
             self._function(value)
         elif isinstance(value, functools.partial):
@@ -169,7 +169,11 @@ class Digest:
         elif _installed(value.__code__.co_filename):
             self._items(f"{value.__module__}.{value.__qualname__}", value.__closure__ or ())
         else:
-            outside = {n: value.__globals__[n] for n in sorted(_names(value.__code__)) if n in value.__globals__}
+            names = sorted(_names(value.__code__))
+            outside = {n: value.__globals__[n] for n in names if n in value.__globals__}
+            for home in [m for m in outside.values() if isinstance(m, types.ModuleType)]:
+                if not _installed(getattr(home, "__file__", None) or "<frozen"):
+                    outside |= {f"{home.__name__}.{n}": vars(home)[n] for n in names if n in vars(home)}
             given = value.__defaults__, value.__kwdefaults__, value.__closure__
             self._items("function", (value.__code__, *given, vars(value), outside))
 
@@ -208,7 +212,7 @@ def _installed(file: str) -> bool:
 
 def _remembers(name: str, value: Any) -> bool:
     """Whether an attribute keeps what the last call left, which a setting such as `cache_size` does not."""
-    return "cached" in name or ("cache" in name and not isinstance(value, bool | int | float | str))
+    return "seq_len_cached" in name or ("cache" in name and not isinstance(value, bool | int | float | str))
 
 
 def _is_configuration(value: Any) -> bool:

@@ -58,18 +58,22 @@ def _no_checkpointing() -> Iterator[None]:
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Run a model as the kernel needs it, and leave it, the random numbers and torch's settings as they were.
 
     Eval mode, weights frozen, no KV cache, no TF32, no autocast; mixture-of-experts layers by their plain loop, the
     only one that takes every dtype and rounds in it; 4-bit layers of bitsandbytes without their CPU kernel for
     inference, which has no derivative.
 
+    Args:
+        model: any module.
+        trained: parameters that are written to within the block, and stay so.
+
     Raises:
         InputError: such a layer's weights are already laid out for that kernel.
     """
     _check_differentiable(model)
-    with _as_found(model), _torch_settings(model), _no_checkpointing(), torch.enable_grad():
+    with _as_found(model, trained), _torch_settings(model), _no_checkpointing(), torch.enable_grad():
         for module in model.modules():  # not model.eval(), which some make merge their adapters into the weights
             module.training = False
         for p in model.parameters():
@@ -96,14 +100,15 @@ def _configurations(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
+def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[None]:
     """After the block make the model what it was; say which large tensors its forward pass wrote to."""
     grads = [(p, p.requires_grad) for p in model.parameters()]
     settings = [(owner, key, getattr(owner, key)) for owner, key, _ in _unwanted(model)]
     before = Attributes(model)
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel() <= _SMALL]
     unsaved = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.numel() > _SMALL}}
-    versions = {name: t._version for name, t in unsaved.items()}
+    known = {id(p) for p in trained}
+    versions = {name: t._version for name, t in unsaved.items() if id(t) not in known}
     try:
         yield
     finally:
@@ -117,7 +122,7 @@ def _as_found(model: nn.Module) -> Iterator[None]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
-        written = [name for name, t in unsaved.items() if t._version != versions[name]]
+        written = [name for name, version in versions.items() if unsaved[name]._version != version]
         if written:
             log.warning("model: its forward pass wrote to %s, which is left as it is now", ", ".join(written[:3]))
 
