@@ -114,7 +114,7 @@ def test_other_refusals(tmp_path):
         read_examples(tmp_path / "bytes.tsv")
     with pytest.raises(InputError, match="list row 1: unknown label 'y'.*expected one of x, z"):
         read_examples(rows, label_names=["x", "z"])
-    with pytest.raises(InputError, match="limit: expected at least 1, got 0"):
+    with pytest.raises(InputError, match="limit: expected an integer >= 1, got 0"):
         read_examples(rows, limit=0)
     with pytest.raises(InputError, match="expected equal lengths"):
         read_examples({"text": ["a"], "label": []})
@@ -207,3 +207,27 @@ def test_tokenize_takes_texts_pairs_and_tables_only(model):
     bare = type("Bare", (), {"pad_token": None, "eos_token": None})()
     with pytest.raises(InputError, match="this one has neither"):
         tokenize(texts, tokenizer=bare)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"limit": "1"}, "limit: expected an integer >= 1, got '1'"),
+    ({"limit": 1.5}, "limit: expected an integer >= 1, got 1.5"),
+    ({"shuffle": -1}, "shuffle: expected an integer >= 0, got -1"),
+    ({"shuffle": "a"}, "shuffle: expected an integer >= 0, got 'a'"),
+    ({"header": ["text", "text"]}, "header: expected distinct column names, got text, text"),
+])  # fmt: skip
+def test_options_that_are_none_are_refused(tmp_path, options, said):
+    (tmp_path / "x.csv").write_text("text,label\na,0\nb,1\n")
+    with pytest.raises(InputError, match=said):
+        read_examples(tmp_path / "x.csv", **options)
+
+
+def test_an_empty_text_in_quotes_is_no_blank_line(tmp_path):
+    (tmp_path / "x.csv").write_text('text\nfoo\n\n""\nbar\n')
+    with pytest.raises(InputError, match=r"x.csv:4: .*empty"):
+        read_examples(tmp_path / "x.csv", label=None)
+
+
+def test_tokens_are_not_cut():
+    with pytest.raises(InputError, match="max_length: expected none with examples that are tokens already"):
+        tokenize([{"input_ids": [1, 2, 3]}], max_length=2)

@@ -16,7 +16,7 @@ ALLOWED = {
     "assets": {"errors", "inputs"},
     "products": set(),
     "display": set(),
-    "inputs": {"errors", "products", "textfile"},
+    "inputs": {"errors", "arguments", "products", "textfile"},
     "tangents": {"errors", "products", "inputs"},
     "cluster": {"errors", "inputs", "tangents"},
     "gram": {"errors", "arguments", "display", "targets", "products", "inputs", "tangents", "cluster", "store"},
@@ -29,7 +29,7 @@ ALLOWED = {
     "losses": {"errors", "arguments", "targets"},
     "recipe": {"errors"},
     "descent": {"recipe"},
-    "finetune": {"errors", "inputs", "losses", "recipe", "descent", "gram", "spectrum", "forecast"},
+    "finetune": {"errors", "arguments", "inputs", "losses", "recipe", "descent", "gram", "spectrum", "forecast"},
     "report": {"errors", "textfile"},
     "textfile": {"errors"},
 }

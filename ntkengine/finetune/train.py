@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkengine.arguments import whole
 from ntkengine.errors import InputError
 from ntkengine.finetune.history import FineTuning, Measured
 from ntkengine.finetune.measuring import Examples, measure
@@ -78,8 +79,8 @@ def fine_tune(
             raise InputError(f"params: expected float32 or float64 parameters to train, {name} is {p.dtype}")
     if (eval_inputs is None) != (eval_targets is None):
         raise InputError("eval_targets: expected together with eval_inputs, got one without the other")
-    if measure_every is not None and measure_every < 1:
-        raise InputError(f"measure_every: expected a number of steps >= 1, got {measure_every!r}")
+    if measure_every is not None:
+        measure_every = whole("measure_every", measure_every, 1)
     if hasattr(model, "peft_config") and params == "trainable" and not any("modules_to_save" in n for n in selected):
         warn_of_new_head(model, readout)  # which an adapter does not train
     with evaluation(model, selected.values()):

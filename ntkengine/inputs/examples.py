@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkengine.arguments import whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.labels import class_indices, label_text
 from ntkengine.inputs.memory import class_names, missing, plain, rows_in
@@ -78,9 +79,9 @@ def read_examples(
             missing or unknown label, decimal numbers in place of classes, one class only, malformed row, nothing to
             read.
     """
-    if limit is not None and limit < 1:
-        msg = f"limit: expected at least 1, got {limit}"
-        raise InputError(msg)
+    for option, value, least in (("limit", limit, 1), ("shuffle", shuffle, 0)):
+        if value is not None:
+            whole(option, value, least)
     columns = [c for c in (text, label, text_pair) if c is not None]
     name, rows = rows_of(source, header) if isinstance(source, str | Path) else rows_in(source, columns)
     found: list[tuple[Text, Any, str]] = []
@@ -128,6 +129,8 @@ def tokenize(
     if model is not None:
         require_module(model)
     if is_tokenised(examples):
+        if max_length is not None or truncate:
+            raise InputError("max_length: expected none with examples that are tokens already; cut them yourself")
         inputs = collated(examples, model)
         _check_vocabulary(inputs["input_ids"], model)
         return inputs

@@ -90,6 +90,8 @@ def _separated(delimiter: str, quoting: int) -> Any:
         reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
         names = list(header) if header is not None else None
         named_at = "header"
+        if names is not None and len(set(names)) != len(names):
+            raise InputError(f"header: expected distinct column names, got {', '.join(map(str, names))}")
         while True:
             try:
                 fields = next(reader)
@@ -98,8 +100,8 @@ def _separated(delimiter: str, quoting: int) -> Any:
             except csv.Error as error:
                 msg = f"{path.name}:{reader.line_num}: malformed row ({error})"
                 raise InputError(msg) from error
-            if not fields or (len(fields) == 1 and not fields[0].strip()):
-                continue
+            if not fields or (len(fields) == 1 and fields[0] and not fields[0].strip()):
+                continue  # a blank line; an empty value is a quoted one
             if names is None:
                 names, named_at = [f.strip() for f in fields], f"{path.name}:{reader.line_num}"
                 if len(set(names)) != len(names):
