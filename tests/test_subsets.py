@@ -208,3 +208,15 @@ def test_an_interval_of_hits_covers_the_next_draw(p, count):
         _, low, high = outcome(np.ones((1, 3)), np.ones((1, count)), hit, 0.0).eval_accuracy
         covered += low - 1e-12 <= (rng.random(count) < p).mean() <= high + 1e-12
     assert covered > 860
+
+
+def test_kernels_of_more_than_weights_are_refused(job):
+    model, inputs, held, y, y_held, *_ = job
+    call = {"eval_inputs": held, "per_module": True, "eval_targets": y_held, "check": False}
+    gram = ntk.compute_gram(model, inputs, params=["*.layer.*"], **call)
+    with pytest.raises(InputError, match=r"gram: expected weights alone, bert\..* has others; compute it with params="):
+        rank_subsets(gram, y, "types", recipe=RECIPE, eval_targets=y_held)
+    adapted = peft.get_peft_model(tiny_model("bert", 1), peft.LoraConfig(r=2, target_modules=["query"]))
+    gram = ntk.compute_gram(adapted, inputs, params="*lora_B*", **call)
+    with pytest.raises(InputError, match=r"before adapters are put on, .*lora_B.default.weight is an adapter's"):
+        rank_subsets(gram, y, "types", recipe=RECIPE, eval_targets=y_held)

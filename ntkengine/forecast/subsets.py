@@ -127,6 +127,8 @@ class _Judge:
             raise InputError(
                 "gram: expected linear maps among its modules, got none; compute it with params='*.weight'"
             )
+        if modules:
+            _refuse_more_than_weights(gram, self.names)
         self._done: dict[tuple[str, ...], Choice] = {}
         self._kernels: dict[str, np.ndarray] = {}
         self._ends: dict[str, tuple[float, float]] = {}
@@ -230,6 +232,20 @@ def _shapes(gram: Any, factors: TangentFactors | None) -> dict[str, tuple[int, i
     plan = getattr(gram, "plan", None)
     rows = [] if plan is None else plan.parameters
     return {r.module: (r.rows, r.columns) for r in rows if r.path == "outer" and min(r.rows, r.columns) > 1}
+
+
+def _refuse_more_than_weights(gram: Any, names: Sequence[str]) -> None:
+    """Refuse modules' kernels that are not of one weight alone, before any adapter: LoRA's would be taken from them."""
+    plan, met = getattr(gram, "plan", None), set()
+    for row in [] if plan is None else [row for row in plan.parameters if row.module in names]:
+        if row.module in met:
+            raise InputError(
+                f"gram: expected weights alone, {row.module} has others; compute it with params='*.weight'"
+            )
+        met.add(row.module)
+        name = getattr(row, "parameter", f"{row.module}.weight")
+        if name.rpartition(".")[0] != row.module:
+            raise InputError(f"gram: expected one of a model before adapters are put on, {name} is an adapter's")
 
 
 def _greedy(judge: _Judge, size: int | None) -> list[Choice]:
