@@ -70,11 +70,12 @@ def outcome(
 
 
 def _accuracy(correct: np.ndarray, movement: float) -> tuple[float, float, float]:
-    """Return the share of hits; where nearly all agree, the spread of a share that two more of each would have."""
-    M, share = correct.shape[1], float(correct.mean())
+    """Return the share of hits; where nearly all agree, with the spread there is when some more hit, as many miss."""
+    M, share, more = correct.shape[1], float(correct.mean()), Z90**2 / 2
     sampling, chance = _errors(correct.astype(np.float64))
-    near = (M * share + Z90**2 / 2) / (M + Z90**2)
-    least = float(np.sqrt(near * (1 - near) / (M + Z90**2)))
+    near = (M * share + more) / (M + 2 * more)
+    spread = ((correct.mean(axis=0) - near) ** 2).sum() + more * (near**2 + (1 - near) ** 2)
+    least = float(np.sqrt(spread) / (M + 2 * more))
     width = float(half_width(max(sampling, least), chance, MODEL_ACCURACY * movement))
     return share, max(0.0, share - width), min(1.0, share + width)
 
