@@ -98,43 +98,37 @@ def test_command_prints_and_writes_the_history(folder, run):
     assert told["recipe"]["epochs"] == 3
 
 
-@pytest.mark.parametrize("fit", ["false", "true"])
-def test_saved_adapter_gives_the_outputs_training_ended_with(folder, run, fit):
+def check_saved_adapter(folder, told, base):
+    """Check that an adapter in `tuned` is over that model, and gives the outputs told."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    (folder / "job.toml").write_text(JOB.format(fit=fit, readout="logits"))
-    code, out, _ = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json")
-    assert code == 0
-    base = json.loads((folder / "tuned/adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == str(folder / "tuned/base" if fit == "true" else folder / "model")
+    assert json.loads((folder / "tuned/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder / "tuned").eval()
     loaded = ntk.load_model(folder / "model")
     inputs = ntk.tokenize(ntk.read_examples(folder / "train.tsv", text="sentence"), loaded)
     with torch.no_grad():
         f = model(**inputs).logits.double().numpy()
-    assert np.allclose(f, json.loads(out)["outputs"], atol=1e-5)
+    assert np.allclose(f, json.loads(told)["outputs"], atol=1e-5)
+
+
+@pytest.mark.parametrize("fit", ["false", "true"])
+def test_saved_adapter_gives_the_outputs_training_ended_with(folder, run, fit):
+    (folder / "job.toml").write_text(JOB.format(fit=fit, readout="logits"))
+    code, out, _ = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json")
+    assert code == 0
+    check_saved_adapter(folder, out, folder / "tuned/base" if fit == "true" else folder / "model")
     assert sorted(p.name for p in folder.iterdir()) == ["dev.tsv", "job.toml", "model", "train.tsv", "tuned"]
 
 
 @pytest.mark.parametrize("flags", [["--params", "trainable,*classifier*"], ["--params", "all"], ["--peft", "lora"]])
 def test_what_was_trained_or_drawn_beside_an_adapter_is_saved_too(folder, run, flags):
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
     (folder / "job.toml").write_text(JOB.format(fit="false", readout="logits"))
     if flags[0] == "--peft":  # a head of its own seed, that nobody fits
         save_tiny(folder / "model", kind="bert", head=False)
     code, out, err = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json", *flags)
     assert code == 0, err
-    base = json.loads((folder / "tuned/adapter_config.json").read_text())["base_model_name_or_path"]
-    assert base == str(folder / "tuned/base")
-    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), folder / "tuned").eval()
-    loaded = ntk.load_model(folder / "model")
-    inputs = ntk.tokenize(ntk.read_examples(folder / "train.tsv", text="sentence"), loaded)
-    with torch.no_grad():
-        f = model(**inputs).logits.double().numpy()
-    assert np.allclose(f, json.loads(out)["outputs"], atol=1e-5)
+    check_saved_adapter(folder, out, folder / "tuned/base")
 
 
 def test_saved_model_is_whole(folder, run):
