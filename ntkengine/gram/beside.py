@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.gram.autograd import plain_gradients
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.headrows import chunk_logits, nearness
 from ntkengine.inputs.heads import HeadFit
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, logits_of
-from ntkengine.inputs.running import call_model, evaluation, sparse_tables, wanting_gradients
+from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.grouping import grouped
 
 _NONE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the largest singular value: less is rounding
-_SAME = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest logit, or to a parameter's gradient
 _FLOOR = 1e-2  # of the whole gradient: a parameter's below it is compared relative to that
 _PARTS = 4  # of a gradient: where memory asks for more, only so many are compared
 
@@ -113,93 +114,89 @@ class Beside:
             readout: of one head.
             entries: of gradients to hold at once.
         """
-        if not self._plain or not self._leads(model, inputs):
+        first = {k: v[:1] for k, v in inputs.items()}
+        if not self._plain or not self._leads(model, first):
             return False
-        alone = np.stack(self._head.each_fold(model, lambda _: _outputs(model, inputs, readout)[0]))
+        alone = np.stack(self._head.each_fold(model, lambda _: _outputs(model, first, readout)[0]))
         try:
             with self.in_place(model):
-                got = self.readouts(_outputs(model, inputs, self))[:, 0]
+                got = self.readouts(_outputs(model, first, self))[:, 0]
         except (RuntimeError, IndexError, ValueError, InputError):
             return False
-        near = _SAME.get(next(model.parameters()).dtype, 5e-2)
+        near = nearness(next(model.parameters()).dtype)
         if got.shape != alone.shape or not np.abs(got - alone).max() <= near * np.abs(alone).max():
             return False
         named = dict(model.named_parameters(remove_duplicate=False))
         parts = grouped({name: named[name].numel() for name in self._others}, entries / 3)
-        return all(self._same(model, inputs, readout, names, near) for names in parts[:: -(-len(parts) // _PARTS) or 1])
+        return all(self._same(model, first, readout, names, near) for names in parts[:: -(-len(parts) // _PARTS) or 1])
 
-    def _leads(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    def _leads(self, model: nn.Module, first: Mapping[str, Tensor]) -> bool:
         """Whether only the head's outputs lead to the logits, and only the head uses its weights."""
         head: Any = model.get_submodule(self._module)
-        named = dict(model.named_parameters(remove_duplicate=False))
-        own = list(head.parameters())
+        own = dict(head.named_parameters())
 
         def cut(_head: nn.Module, _args: Any, output: Tensor) -> Tensor:
             return output.detach()
 
         def held(_head: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
-            return nn.functional.linear(args[0], *(p.detach() for p in own))
+            return nn.functional.linear(args[0], *(p.detach() for p in own.values()))
 
-        for hook, wanted in ((cut, [*(named[name] for name in self._others), *own]), (held, own)):
+        names = [f"{self._module}.{name}" for name in own]
+        for hook, wanted in ((cut, [*self._others, *names]), (held, names)):
             handle = head.register_forward_hook(hook)
             try:
-                found = _slopes(model, inputs, lambda outputs, _: logits_of(outputs), wanted)
+                found = _slopes(model, first, lambda outputs, _: logits_of(outputs), wanted)
             except (RuntimeError, IndexError):
                 return False
             finally:
                 handle.remove()
-            if any(slope is not None for slope in found):
+            if found:
                 return False
         return True
 
     def _same(
-        self, model: nn.Module, inputs: Mapping[str, Tensor], readout: Readout, names: Sequence[str], near: float
+        self, model: nn.Module, first: Mapping[str, Tensor], readout: Readout, names: Sequence[str], near: float
     ) -> bool:
-        named = dict(model.named_parameters(remove_duplicate=False))
-        wanted = [named[name] for name in names]
+        """Whether the slopes of the first head's outputs are the same alone and side by side."""
 
-        def first(outputs: Any, given: Mapping[str, Tensor]) -> Tensor:
+        def of_first_head(outputs: Any, given: Mapping[str, Tensor]) -> Tensor:
             z = self(outputs, given)[:, : self.rank]
             return z @ torch.from_numpy(self._back[0]).to(z).T
 
         try:
             self._head.write(model, 0)
-            alone = _slopes(model, inputs, readout, wanted)
+            alone = _slopes(model, first, readout, names)
         finally:
             self._head.write(model, -1)
         with self.in_place(model):
-            beside = _slopes(model, inputs, first, wanted)
-        sizes = [_norm(slope) for slope in alone]
-        least = _FLOOR * float(np.linalg.norm(sizes))
-        off = [_norm(b if a is None else a if b is None else a - b) for a, b in zip(alone, beside, strict=True)]
-        return all(o <= near * max(size, least) for o, size in zip(off, sizes, strict=True))
+            beside = _slopes(model, first, of_first_head, names)
+        if alone.keys() != beside.keys():
+            return False
+        sizes = {name: _norm(slope) for name, slope in alone.items()}
+        least = _FLOOR * float(np.linalg.norm(list(sizes.values())))
+        return all(_norm(alone[name] - beside[name]) <= near * max(size, least) for name, size in sizes.items())
 
 
-def _first(model: nn.Module, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    one = Samples([inputs], microbatch=1, trim=False)
-    parameter = next(iter(model.parameters()))
-    return one.inputs(one.chunks[0], parameter.device, parameter.dtype)
-
-
-def _outputs(model: nn.Module, inputs: Mapping[str, Tensor], readout: ReadoutFunction) -> np.ndarray:
-    """Return the first example's outputs, (1, C)."""
-    given = _first(model, inputs)
-    with evaluation(model), torch.no_grad():
-        return readout(call_model(model, given), given).double().cpu().numpy()
+def _outputs(model: nn.Module, first: Mapping[str, Tensor], readout: ReadoutFunction) -> np.ndarray:
+    """Return one example's outputs, (1, C)."""
+    one = Samples([first], trim=False)
+    return readout(chunk_logits(model, one, one.chunks[0], []), first).double().cpu().numpy()
 
 
 def _slopes(
-    model: nn.Module, inputs: Mapping[str, Tensor], readout: ReadoutFunction, wanted: Sequence[nn.Parameter]
-) -> Sequence[Tensor | None]:
-    """Return the gradient of a weighted sum of the first example's outputs with respect to each parameter."""
-    given = _first(model, inputs)
-    with evaluation(model), wanting_gradients(wanted), sparse_tables(model):
-        f = readout(call_model(model, given), given)
-        total = (f * torch.linspace(1.0, 2.0, f.shape[1]).to(f)).sum()
-        return torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * len(wanted)
+    model: nn.Module, first: Mapping[str, Tensor], readout: ReadoutFunction, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the gradient of a weighted sum of one example's outputs, by parameter; those that lead there."""
+
+    def total(outputs: Any, given: Mapping[str, Tensor]) -> Tensor:
+        f = readout(outputs, given)
+        return (f * torch.linspace(1.0, 2.0, f.shape[1]).to(f)).sum(1, keepdim=True)
+
+    named = dict(model.named_parameters(remove_duplicate=False))
+    with evaluation(model):
+        found = plain_gradients(model, named, names, [first], Readout("slopes", total), 1, foreign=True)
+    return {name: slopes[0, 0] for name, slopes in found.items() if slopes}
 
 
-def _norm(slope: Tensor | None) -> float:
-    if slope is None:
-        return 0.0
-    return float((slope.coalesce().values() if slope.is_sparse else slope).detach().double().norm())
+def _norm(slope: Tensor) -> float:
+    return float((slope.coalesce().values() if slope.is_sparse else slope).double().norm())

@@ -89,3 +89,8 @@ def chunk_logits(model: nn.Module, samples: Samples, chunk: Chunk, handles: list
     finally:
         for handle in handles:
             handle.remove()
+
+
+def nearness(dtype: torch.dtype) -> float:
+    """Return what the same outputs may differ by in another batch, relative to the terms they are sums of."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)

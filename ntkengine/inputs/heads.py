@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.headrows import chunk_logits, head_features
+from ntkengine.inputs.headrows import chunk_logits, head_features, nearness
 from ntkengine.inputs.parameters import require_module
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# Relative to Σ |W x|: what the same features may differ by in another batch.
-_NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -157,15 +155,14 @@ def _misfit(
     new = getattr(model, "ntk_head_new", False)
     fit.write(model, -1)
     W, b = fit.weights[-1]
+    near = nearness(linear.weight.dtype)
     order = samples.order[0]
     for n in sorted({int(order[0]), int(order[len(order) // 2]), int(order[-1])}):
         one = Samples([{k: v[n : n + 1] for k, v in inputs.items()}], trim=False)
         got = chunk_logits(model, one, one.chunks[0], [])[0].double().cpu().numpy()
         most = (np.abs(features[n]) @ np.abs(W).T + np.abs(b)).max()
-        if (
-            got.shape != fit.fitted[n].shape
-            or not np.abs(got - fit.fitted[n]).max() <= _NEAR.get(linear.weight.dtype, 5e-2) * most
-        ):
+        same = got.shape == fit.fitted[n].shape and np.abs(got - fit.fitted[n]).max() <= near * most
+        if not same:
             with torch.no_grad():
                 for p, was in zip((linear.weight, linear.bias), old, strict=False):
                     p.copy_(was)

@@ -90,8 +90,8 @@ def _separated(delimiter: str, quoting: int) -> Any:
         reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
         names = list(header) if header is not None else None
         named_at = "header"
-        if names is not None and len(set(names)) != len(names):
-            raise InputError(f"header: expected distinct column names, got {', '.join(map(str, names))}")
+        if names is not None:
+            _distinct(names, named_at)
         while True:
             try:
                 fields = next(reader)
@@ -104,9 +104,7 @@ def _separated(delimiter: str, quoting: int) -> Any:
                 continue  # a blank line; an empty value is a quoted one
             if names is None:
                 names, named_at = [f.strip() for f in fields], f"{path.name}:{reader.line_num}"
-                if len(set(names)) != len(names):
-                    msg = f"{named_at}: expected distinct column names, got {', '.join(names)}"
-                    raise InputError(msg)
+                _distinct(names, named_at)
                 continue
             if len(fields) != len(names):
                 msg = f"{path.name}:{reader.line_num}: expected {len(names)} fields, got {len(fields)}"
@@ -114,6 +112,11 @@ def _separated(delimiter: str, quoting: int) -> Any:
             yield Row(f"{path.name}:{reader.line_num}", dict(zip(names, fields, strict=True)), named_at)
 
     return read
+
+
+def _distinct(names: Sequence[str], named_at: str) -> None:
+    if len(set(names)) != len(names):
+        raise InputError(f"{named_at}: expected distinct column names, got {', '.join(map(str, names))}")
 
 
 def _jsonl(path: Path, _header: Sequence[str] | None) -> Iterator[Row]:
