@@ -102,6 +102,8 @@ def real_array(name: str, values: Any) -> np.ndarray:
         raise InputError(f"{name}: expected no masked entries, got {np.ma.count_masked(values)}")
     try:
         array = np.asarray(values)
+    except InputError:  # of a file that is damaged
+        raise
     except (TypeError, ValueError, RuntimeError):  # ragged lists; tensors that NumPy cannot have
         array = np.empty(0, dtype="V")
     if array.dtype.kind == "c":  # NumPy would drop the imaginary part

@@ -10,6 +10,7 @@ import h5py
 
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
+from ntkengine.store.checked import CheckedArray, CheckedTiles
 from ntkengine.store.metadata import read_meta, read_plan
 from ntkengine.store.opening import opened, understood
 from ntkengine.store.schema import ARRAYS, matches, matrices, module_of, read_json, root
@@ -20,8 +21,8 @@ from ntkengine.store.tiles import checksum, checksum_of, tile_places, tiles_name
 class Modules(Mapping[str, Any]):
     """Per-module Grams by name, read when asked for."""
 
-    def __init__(self, group: h5py.Group) -> None:
-        self._group = group
+    def __init__(self, group: h5py.Group, path: Path) -> None:
+        self._group, self._path = group, path
         self._index: dict[str, str] = {}
         for i in sorted(group, key=int):
             name = module_of(group[i])
@@ -31,7 +32,7 @@ class Modules(Mapping[str, Any]):
             self._index[name] = i
 
     def __getitem__(self, name: str) -> Any:
-        return self._group[self._index[name]]
+        return _tiled(self._group[self._index[name]], self._path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
@@ -42,6 +43,8 @@ class Modules(Mapping[str, Any]):
 
 def open_gram(path: str | Path) -> Gram:
     """Return a Gram backed by its file, opened read-only: its matrices stay on disk until indexed.
+
+    What is read of them is compared with its checksums first: `InputError` where it does not match.
 
     Raises:
         InputError: no such file, not an HDF5 file, not one of this schema, tiles that are not done, or a shard that is
@@ -57,13 +60,13 @@ def open_gram(path: str | Path) -> Gram:
             name: _whole(file[name], path) if name in file else None for name in ARRAYS if name != "cross"
         }
         return Gram(
-            values=file["gram"],
-            cross=file.get("cross"),
+            values=_tiled(file["gram"], path),
+            cross=_tiled(file["cross"], path) if "cross" in file else None,
             contraction=str(file.attrs["contraction"]),
             transform=str(file.attrs["transform"]),
             noise=float(file.attrs["noise"]),
-            modules=Modules(file["modules"]) if "modules" in file else {},
-            cross_modules=Modules(file["crosses"]) if "crosses" in file else {},
+            modules=Modules(file["modules"], path) if "modules" in file else {},
+            cross_modules=Modules(file["crosses"], path) if "crosses" in file else {},
             plan=read_plan(file),
             meta=read_meta(file) | {"job": read_json(file, "job")} | _ids(file, path),
             extras={name: _extra(file, name, path) for name in file.get("extras", ())},
@@ -124,7 +127,13 @@ def _extra(file: h5py.File, name: str, path: Path) -> Any:
     """Return a further array; Grams among them stay on disk."""
     dataset = file[f"extras/{name}"]
     large = dataset.ndim > 1 and dataset.shape[-2:] == file["gram"].shape[-2:]
-    return dataset if large else _whole(dataset, path)
+    return CheckedArray(dataset, path) if large else _whole(dataset, path)
+
+
+def _tiled(matrix: h5py.Dataset, path: Path) -> h5py.Dataset:
+    """Return a matrix that looks at its checksums; files from before there were any have none."""
+    known = matrix.is_virtual or f"{tiles_name(matrix.name[1:])}/crc32" in matrix.file
+    return CheckedTiles(matrix, path) if known else matrix
 
 
 def _ids(file: h5py.File, path: Path) -> dict[str, list[str]]:
