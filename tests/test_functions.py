@@ -17,6 +17,7 @@ from ntkengine.spectrum import (
     log_determinant,
     spectral_density,
 )
+from ntkengine.spectrum.implicit import ImplicitOperator
 from ntkengine.spectrum.quadrature import quadrature
 from tests.test_eigsh import draw
 from tests.test_spectrum import with_spectrum
@@ -101,6 +102,23 @@ def test_sampled_densities_are_within_their_error_bars():
     assert missed <= 0.01 * counted
 
 
+@pytest.mark.parametrize(
+    ("values", "ridge", "steps"),
+    [
+        (np.r_[1e-8, np.ones(59)], 1e-6, 1),
+        (np.r_[np.zeros(5), np.linspace(0.5, 1.0, 195)], 1e-6, 3),
+        (np.r_[np.zeros(2), np.linspace(0.1, 1e3, 118)], 1e-9, 60),
+    ],
+    ids=["one small", "null space", "null space, long range"],
+)
+def test_errors_hold_where_the_truth_is_at_one_end_of_the_bracket(values, ridge, steps):
+    operator = ImplicitOperator(lambda X: values[:, None] * X, len(values), block=16)
+    truth = float((values / (values + ridge)).sum())
+    found = [effective_dimension(operator, ridge, steps=steps, seed=seed) for seed in range(100)]
+    assert sum(abs(e - truth) > e.error for e in found) <= 3
+    assert np.median([e.error for e in found]) < 0.1 * truth
+
+
 def test_more_probes_narrow_the_error():
     operator = aslinearoperator(with_spectrum(np.geomspace(1e-3, 10.0, 300)))
     few = effective_dimension(operator, 0.1, probes=8)
@@ -119,7 +137,7 @@ def test_the_two_rules_bracket_every_probe():
     for i in range(4):
         np.testing.assert_allclose(found.diagonals[i], again.diagonals[i], rtol=1e-9)
     for f in (lambda x: np.log(x + 0.01), lambda x: x / (x + 0.01)):
-        upper, lower = found.means(f), found.floor(f, -1e-9)
+        upper, lower = found.means(f), found.floor(f, -1e-9)[0]
         for probe in range(4):
             true = float(z[probe] ** 2 @ f(values)) / float(z[probe] @ z[probe])  # the matrix is diagonal
             assert lower[probe] <= true <= upper[probe]

@@ -23,9 +23,9 @@ class Estimate(float):
     """A number with its error.
 
     Attributes:
-        error: how far off it may be: the half-width of the 99 % confidence interval over probes, plus the gap between
-            the lower and the upper quadrature rule, plus what noise and rounding do when they move all eigenvalues one
-            way (Weyl).
+        error: how far off it may be: the half-width of the 99 % confidence interval over probes, of the lower or the
+            upper quadrature rule, whichever is wider, plus half the gap between them, plus what noise and rounding do
+            when they move all eigenvalues one way (Weyl).
         exact: whether all eigenvalues were computed, so that only rounding and noise are left.
     """
 
@@ -161,9 +161,12 @@ def _trace(gram: Any, f: Function, how: tuple[str, int, int, int]) -> Estimate:
     def shifted(x: np.ndarray) -> np.ndarray:
         return f(x + off)  # smooth down to the lowest eigenvalue that noise can make, where f has a kink
 
-    gap = found.means(shifted) - found.floor(shifted, -off)
+    upper, (lower, least) = found.means(shifted), found.floor(shifted, -off)
+    gap = upper - lower
     middle = found.means(f) - 0.5 * gap
-    # The rules bracket tr f(K + off·I); what tells it from tr f(K) is `change`, by quadrature as by noise.
-    error = float(spread(middle, found.deviation(f))) + 0.5 * float(gap.mean()) + 2.0 * change
+    # Either rule may be the exact one: an interval for each. The rules bracket tr f(K + off·I); what tells it from
+    # tr f(K) is `change`, by quadrature as by noise.
+    least = np.maximum(least, found.deviation(shifted))
+    error = max(float(spread(upper, least)), float(spread(lower, least))) + 0.5 * float(gap.mean()) + 2.0 * change
     error += 10.0 * EPS * float(found.means(lambda x: np.abs(f(x))).mean())
     return Estimate(found.rows * float(middle.mean()), found.rows * error, exact=False)
