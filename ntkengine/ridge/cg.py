@@ -86,7 +86,7 @@ def conjugate_gradients(
         products += B.shape[1]
         residual = np.linalg.norm(R, axis=0) / size
         shape = np.shape(right)
-        found = Iterated((X * unit).reshape(shape), residual, iterations, products)
+        found = Iterated(_rescaled(X, unit).reshape(shape), residual, iterations, products)
         open_ = residual > tol
         if not open_.any():
             return found
@@ -98,6 +98,18 @@ def conjugate_gradients(
             )
             raise NotConverged(message, partial=found, residual=worst)
         best = worst
+
+
+def _rescaled(X: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Return X in the unit of the right-hand side; InputError where float64 holds it no more."""
+    with np.errstate(over="ignore", under="ignore"):
+        solution = X * unit
+    largest = np.abs(solution).max(axis=0)
+    lost = (X.any(axis=0) & (largest < np.finfo(np.float64).tiny)) | ~np.isfinite(largest)
+    if lost.any():
+        what = "large" if np.isinf(largest[lost][0]) else "small"
+        raise InputError(f"right: expected numbers whose solution float64 can hold, that is too {what}; scale them")
+    return solution
 
 
 def _recur(

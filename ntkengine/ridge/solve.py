@@ -17,13 +17,20 @@ from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.checks import check_size
 from ntkengine.spectrum.operators import EPS
 
+# Of λ_max: eigenvalues from LAPACK are off by one to three eps·λ_max at any n (measured). Where K + ridge·I is below
+# this, a fit is off by more than 1e-4.
+SINGULAR = 3e4 * EPS
+_TINY = float(np.finfo(np.float64).tiny)
+
 
 class RidgePath:
     """K = U Λ Uᵀ once, then every ridge in closed form.
 
     With r = y − f0 and Q = (K + ridge·I)⁻¹ the fit leaves the residual ridge·Q r on its own rows. No eigenvalue is
-    clipped: the numbers are those of the K given, and a ridge for which K + ridge·I is not positive definite is
-    refused.
+    clipped: the numbers are those of the K given, and a ridge for which K + ridge·I is not positive definite, or so
+    nearly singular that the rounding of the eigenvalues shows, is refused: λ_min + ridge <= 3e4·eps·λ_max. Above that
+    dual coefficients and leave-one-out residuals are right to some 1e-4 of their norm, and better by as much as the
+    ridge is above.
 
     Args:
         gram: (n, n) symmetric, array-like or Gram-like.
@@ -60,12 +67,19 @@ class RidgePath:
         return other
 
     def dual(self, ridge: float) -> np.ndarray:
-        """Return Q r, (n, m): the dual coefficients. Unit of r / unit of K."""
-        return self.vectors @ (self.coefficients / self._shifted(ridge)[:, None])
+        """Return Q r, (n, m): the dual coefficients. Unit of r / unit of K.
+
+        Raises:
+            InputError: ridge too small, or so large that they are below what float64 holds.
+        """
+        dual = self.vectors @ (self.coefficients / self._shifted(ridge)[:, None])
+        if (self.residual.any(axis=0) & (np.abs(dual).max(axis=0) < _TINY)).any():
+            raise InputError(f"ridge: expected a value whose dual coefficients float64 can hold, got {ridge!r}")
+        return dual
 
     def train_residual(self, ridge: float) -> np.ndarray:
         """Return y − f on the training rows, ridge·Q r, (n, m)."""
-        return ridge * self.dual(ridge)
+        return self.vectors @ (self.coefficients * (ridge / self._shifted(ridge))[:, None])
 
     def loo_residuals(self, ridge: float) -> np.ndarray:
         """Return the leave-one-out residuals, (n, m): y_i − f₋ᵢ(x_i) with example i out of the fit, without refits.
@@ -84,15 +98,19 @@ class RidgePath:
         Cost: 2n²(m + b) flops.
         Source: Allen 1974 (PRESS); the block form is the Schur complement of the same system.
         """
-        return self.left_out(ridge, self.dual(ridge))
+        q, _ = self._scaled(ridge)
+        return self._left_out(q, self.vectors @ (self.coefficients * q[:, None]))
 
     def left_out(self, ridge: float, dual: np.ndarray) -> np.ndarray:
         """Return the leave-one-out residuals that belong to dual coefficients, (n, m), as `loo_residuals` does."""
-        inverse = 1.0 / self._shifted(ridge)
+        q, unit = self._scaled(ridge)
+        return self._left_out(q, dual * unit)
+
+    def _left_out(self, q: np.ndarray, dual: np.ndarray) -> np.ndarray:
         if self.block == 1:
-            return dual / (self.vectors**2 @ inverse)[:, None]
-        rows = self.vectors.reshape(-1, self.block, len(inverse))
-        return solve_blocks((rows * inverse) @ rows.transpose(0, 2, 1), dual)
+            return dual / (self.vectors**2 @ q)[:, None]
+        rows = self.vectors.reshape(-1, self.block, len(q))
+        return solve_blocks((rows * q) @ rows.transpose(0, 2, 1), dual)
 
     def held_out_residuals(self, ridge: float, folds: ArrayLike) -> np.ndarray:
         """Return y − f on each fold, (n, m), f fitted without that whole fold, without refits.
@@ -112,13 +130,13 @@ class RidgePath:
         Cost: 2n³/folds flops.
         """
         labels = fold_labels("folds", folds, len(self.eigenvalues))
-        inverse = 1.0 / self._shifted(ridge)
-        dual = self.vectors @ (self.coefficients * inverse[:, None])
+        q, _ = self._scaled(ridge)
+        dual = self.vectors @ (self.coefficients * q[:, None])
         left = np.empty_like(dual)
         for label in np.unique(labels):
             out = np.flatnonzero(labels == label)
             rows = self.vectors[out]
-            left[out] = scipy.linalg.solve((rows * inverse) @ rows.T, dual[out], assume_a="pos")
+            left[out] = scipy.linalg.solve((rows * q) @ rows.T, dual[out], assume_a="pos")
         return left
 
     def train_mse(self, ridges: ArrayLike) -> np.ndarray:
@@ -136,12 +154,11 @@ class RidgePath:
     def gcv(self, ridges: ArrayLike) -> np.ndarray:
         """Return generalised cross-validation for each ridge, (R,).
 
-        (1/(n·m)) ‖ridge·Q r‖_F² / ((ridge/n) tr Q)²: an estimate of the mean squared test error.
+        (1/(n·m)) ‖Q r‖_F² / (tr Q/n)²: an estimate of the mean squared test error.
         Source: Golub, Heath and Wahba 1979; for empirical NTKs Wei, Hu and Steinhardt 2022.
         """
-        values = _ridges(ridges)
-        shrink = np.array([np.mean(r / self._shifted(r)) for r in values])
-        return self.train_mse(values) / shrink**2
+        scaled = [self._scaled(r)[0] for r in _ridges(ridges)]
+        return np.array([q**2 @ self._power() / np.mean(q) ** 2 for q in scaled]) / self.residual.size
 
     def effective_dimension(self, ridges: ArrayLike) -> np.ndarray:
         """Return tr K Q for each ridge, (R,): between 0 and n. A negative eigenvalue, which is error, counts as 0."""
@@ -154,12 +171,17 @@ class RidgePath:
     def _shifted(self, ridge: float) -> np.ndarray:
         ridge = number("ridge", ridge, 0)
         low, high = float(self.eigenvalues[0]), float(self.eigenvalues[-1])
-        if low + ridge <= np.sqrt(len(self.eigenvalues)) * EPS * abs(high):
+        if low + ridge <= SINGULAR * abs(high):
             raise InputError(
-                f"ridge: expected a value that makes K + ridge*I positive definite (smallest eigenvalue {low:.3g}, "
-                f"largest {high:.3g}), got {ridge!r}"
+                f"ridge: expected a value that makes K + ridge*I positive definite and no more singular than rounding "
+                f"allows (smallest eigenvalue {low:.3g}, largest {high:.3g}), got {ridge!r}"
             )
         return self.eigenvalues + ridge
+
+    def _scaled(self, ridge: float) -> tuple[np.ndarray, float]:
+        """Return the eigenvalues of Q times λ_min + ridge, so that the largest is 1, and that factor."""
+        shifted = self._shifted(ridge)
+        return shifted[0] / shifted, float(shifted[0])
 
 
 def as_columns(name: str, values: ArrayLike, rows: int, *, any_size: bool = False) -> np.ndarray:

@@ -9,9 +9,8 @@ from numpy.typing import ArrayLike
 
 from ntkengine.arguments import choice, number, real_array, whole
 from ntkengine.errors import InputError
-from ntkengine.ridge.solve import RidgePath, check_block
+from ntkengine.ridge.solve import SINGULAR, RidgePath, check_block
 from ntkengine.spectrum.checks import check_size
-from ntkengine.spectrum.operators import EPS
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,9 @@ class Choice:
 def ridge_grid(eigenvalues: ArrayLike, noise: float, n: int = 60) -> np.ndarray:
     """Return a log grid of ridges from near-interpolation to near no fit.
 
-    From max(noise, λ_min⁺/10, 2·max(−λ_min, 0), √N·eps·λ_max) to 10·λ_max, with λ_min⁺ the smallest eigenvalue above
-    the noise. Never below the noise: there the ridge would be smaller than the error of the matrix it is added to.
+    From max(noise, λ_min⁺/10, 2·max(−λ_min, 0), 6e4·eps·λ_max) to 10·λ_max, with λ_min⁺ the smallest eigenvalue above
+    the noise. Never below the noise: there the ridge would be smaller than the error of the matrix it is added to; nor
+    where the eigenvalues' own rounding shows (`RidgePath`).
 
     Args:
         eigenvalues: (N,) of K, any order.
@@ -76,8 +76,7 @@ def ridge_grid(eigenvalues: ArrayLike, noise: float, n: int = 60) -> np.ndarray:
         raise InputError(f"eigenvalues: expected finite numbers, got {values.size} values")
     check_size("eigenvalues", float(np.abs(values).max()))
     top, bottom = float(values.max()), float(values.min())
-    rounding = np.sqrt(values.size) * EPS * abs(top)
-    floor = max(noise, 2.0 * max(-bottom, 0.0), 2.0 * rounding)
+    floor = max(noise, 2.0 * max(-bottom, 0.0), 2.0 * SINGULAR * abs(top))
     if top <= floor:
         raise InputError(f"eigenvalues: expected one above the noise {floor:.3g}, the largest is {top:.3g}")
     low = max(floor, 0.1 * float(values[values > floor].min()))
