@@ -5,18 +5,19 @@ They become one mapping of tensors, in their order, padded on the right.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.columns import input_columns
+from ntkengine.inputs.loaders import check_order
 
 # Tensors with a token axis -> what they are padded with; input_ids with the model's own.
 _PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -100}
-_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def is_tokenised(source: Any) -> bool:
@@ -35,19 +36,25 @@ def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
 
     Args:
         source: as `is_tokenised` knows it. Batches are mappings of tensors (n, T, …), examples of sequences (T,) and
-            numbers; `label` is called `labels`. Of a data set only what a language model takes is kept.
-        model: its padding token pads `input_ids`.
+            numbers; `label` is called `labels`. Of a data set only what the model takes is kept (`inputs.columns`).
+        model: its padding token pads `input_ids`, and its `forward` says what it takes.
 
     Raises:
         InputError: nothing in it, no `input_ids`, batches that do not go together, batches of different widths without
-            an attention mask or padded on the left, or a loader that shuffles or drops examples.
+            an attention mask or padded on the left, a column of a data set that may be an input or not, or a loader
+            that does not go through all examples in order (`inputs.loaders`).
     """
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
     padding = _PADDING | {"input_ids": pad if isinstance(pad, int) and pad >= 0 else 0}
     if isinstance(source, DataLoader):
-        _in_order(source)
+        check_order(source)
     parts: Iterable[Any] = [source] if isinstance(source, Mapping) else source
-    batches = [_batch(part, f"batch {i}", known=hasattr(source, "column_names")) for i, part in enumerate(parts)]
+    columns = None
+    batches = []
+    for i, part in enumerate(parts):
+        if i == 0 and hasattr(source, "column_names") and isinstance(part, Mapping):
+            columns = input_columns(part, _PADDING, model)
+        batches.append(_batch(part, f"batch {i}", columns))
     if not batches:
         msg = "inputs: expected at least one batch, got none"
         raise InputError(msg)
@@ -72,28 +79,17 @@ def _tokens(part: Any) -> bool:
     return isinstance(part, Mapping) and ("input_ids" in part or any(isinstance(v, Tensor) for v in part.values()))
 
 
-def _in_order(loader: DataLoader) -> None:
-    if isinstance(loader.sampler, _RANDOM):
-        msg = "inputs: this DataLoader draws examples at random: no row could be told whose it is; shuffle=False"
-        raise InputError(msg)
-    size, sampler = loader.batch_size, loader.sampler
-    dropped = len(sampler) % size if loader.drop_last and size and isinstance(sampler, Sized) else 0
-    if dropped:
-        msg = f"inputs: this DataLoader drops the last {dropped} examples; drop_last=False"
-        raise InputError(msg)
-
-
-def _batch(part: Any, where: str, *, known: bool) -> dict[str, Tensor]:
-    """Return a batch, or an example as a batch of one, as tensors."""
+def _batch(part: Any, where: str, columns: set[str] | None) -> dict[str, Tensor]:
+    """Return a batch, or an example as a batch of one, as tensors; all columns, or those."""
     if not isinstance(part, Mapping) or "input_ids" not in part:
         got = f"a mapping of {', '.join(map(str, part))}" if isinstance(part, Mapping) else type(part).__name__
         msg = f"{where}: expected token ids, a mapping with input_ids, got {got}; `tokenize` makes them from texts"
         raise InputError(msg)
     found = {}
     for name, value in part.items():
-        name = "labels" if name == "label" and "labels" not in part else str(name)
-        if known and name not in _PADDING:
+        if columns is not None and name not in columns:
             continue
+        name = "labels" if name == "label" and "labels" not in part else str(name)
         if value is None:
             msg = f"{where}: {name} has no value"
             raise InputError(msg)
