@@ -124,3 +124,47 @@ def test_what_cannot_be_taken_back_is_told(caplog):
 
     ntk.compute_gram(Net(writes), {"x": torch.randn(4, D)}, params=["one.weight"], check=False)
     assert "its forward pass wrote to two.bias, which is left as it is now" in caplog.text
+
+
+class Normed(nn.Module):
+    """Spectral norms, whose power iterations take a step whenever a weight is read in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        self.table = norm(nn.Embedding(11, 8))
+        self.inner, self.head = norm(nn.Linear(8, 8)), nn.Linear(8, 2)
+        self.config = type("Config", (), {})()
+
+    def get_input_embeddings(self):
+        return self.table
+
+    def forward(self, input_ids):
+        return self.head(torch.tanh(self.inner(self.table(input_ids))).mean(1))
+
+
+CALLS = {
+    "compute_gram": lambda m, x: ntk.compute_gram(m, x, per_module=True),
+    "plan_gram": ntk.plan_gram,
+    "tangent_factors": ntk.tangent_factors,
+    "linearize": lambda m, x: ntk.linearize(m)(x),
+    "tokenize": lambda m, x: ntk.tokenize([{"input_ids": row.tolist()} for row in x["input_ids"]], m),
+    "fit_head": lambda m, x: ntk.fit_head(m, x, np.eye(2)[np.arange(6) % 2]),
+    "fine_tune": lambda m, x: ntk.fine_tune(m, x, np.eye(2)[np.arange(6) % 2], params="head.*", learning_rate=1e-2),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_spectral_norm_in_train_mode_is_left_as_it_was(call):
+    torch.manual_seed(0)
+    model, x = Normed().double(), {"input_ids": torch.randint(0, 11, (6, 4))}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.eval()
+    with torch.no_grad():
+        outputs = model(**x)
+    found = CALLS[call](model.train(), x)
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert [name for name in changed if not name.startswith("head")] == []
+    assert all(module.training for module in model.modules())
+    if call == "compute_gram":
+        np.testing.assert_allclose(found.outputs, outputs.numpy(), rtol=1e-12)

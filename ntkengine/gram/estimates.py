@@ -18,6 +18,7 @@ from ntkengine.gram.plan import Plan, PlanRow
 from ntkengine.gram.strategies import COLUMNS, choose, copied
 from ntkengine.gram.tiles import TILE_BYTES, Frame
 from ntkengine.gram.transforms import SIGNS
+from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.streaming import entry_of
@@ -241,5 +242,5 @@ def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:
 
 def _matrix(module: nn.Module) -> int:
     """Return the size of a module's weight matrix; 0 without one."""
-    weight = getattr(module, "weight", None)
+    weight = stored_weight(module)
     return weight.numel() if isinstance(weight, torch.Tensor) and weight.ndim == 2 else 0

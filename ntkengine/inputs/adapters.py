@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.attributes import stored_weight
 
 _NAMES = ("target_modules", "modules_to_save")
 
@@ -38,7 +39,7 @@ def adapted(model: nn.Module, config: Any) -> nn.Module:
         msg = f"peft: {' '.join(str(error).split())[:200]}"
         if "target" in str(error).lower():
             linear = sorted(
-                {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight") and "." in n}
+                {n.rpartition(".")[2] for n, m in model.named_modules() if stored_weight(m) is not None and "." in n}
             )
             msg = f"{msg.rstrip('.')}; modules of this model are called {', '.join(linear[:20])}"
         raise InputError(msg) from error

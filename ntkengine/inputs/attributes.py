@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = tuple(key for key, value in vars(nn.Module()).items() if "_hooks" in key and isinstance(value, dict))
@@ -56,6 +57,14 @@ def _ids(container: Any) -> Iterator[Any]:
     if isinstance(container, dict):
         return ((key, id(value)) for key, value in container.items())
     return (id(value) for value in container)
+
+
+def stored_weight(module: nn.Module) -> Any:
+    """Return a module's weight; None without one, or where it is computed when it is read.
+
+    To read it there may change the module: a spectral norm in train mode takes a step of its power iteration.
+    """
+    return None if any(is_parametrized(m, "weight") for m in module.modules()) else getattr(module, "weight", None)
 
 
 def plain_values(model: nn.Module) -> list[dict[str, Any]]:

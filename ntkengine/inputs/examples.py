@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ntkengine.arguments import whole
 from ntkengine.errors import InputError
+from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.labels import class_indices, label_text
 from ntkengine.inputs.memory import class_names, missing, plain, rows_in
 from ntkengine.inputs.parameters import require_module
@@ -267,7 +268,8 @@ _OFFSET = frozenset(
 def _check_vocabulary(ids: Tensor, model: nn.Module | None) -> None:
     get: Any = getattr(model, "get_input_embeddings", None)
     embedding = get() if get is not None else None
-    rows = getattr(getattr(embedding, "weight", None), "shape", (None,))[0]
+    shape = None if embedding is None else getattr(stored_weight(embedding), "shape", None)
+    rows = getattr(embedding, "num_embeddings", None) if shape is None else shape[0]
     if rows is not None and int(ids.max()) >= rows:
         msg = f"tokenize: token id {int(ids.max())} is beyond the model's {rows} embeddings: not this model's tokenizer"
         raise InputError(msg)

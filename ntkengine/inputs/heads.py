@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.headrows import chunk_logits, head_features, nearness
 from ntkengine.inputs.parameters import require_module
@@ -114,6 +115,9 @@ def fit_head(
     for part in (samples, Samples([inputs], trim=False)):
         name, features = head_features(model, part)
         linear: Any = model.get_submodule(name)
+        if stored_weight(linear) is None:
+            msg = f"fit_head: the weight of {name} is computed: it is no plain Linear; fit the head yourself"
+            raise InputError(msg)
         if targets.shape[1] != linear.out_features:
             msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
             raise InputError(msg)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ntkengine.errors import InputError
-from ntkengine.inputs.attributes import Attributes
+from ntkengine.inputs.attributes import Attributes, stored_weight
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.products import full_rate
 
@@ -151,7 +151,7 @@ def _torch_settings(model: nn.Module) -> Iterator[None]:
 
 def _check_differentiable(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+        if getattr(getattr(stored_weight(module), "quant_state", None), "packing_format_for_cpu", False):
             msg = (
                 f"model: {name} ({type(module).__name__}) ran in eval mode, which packed its 4-bit weights for a "
                 "kernel that has no derivative; load the model again and compute its Gram first"
@@ -163,7 +163,7 @@ def tables(model: nn.Module) -> dict[str, nn.Embedding]:
     """Return the embeddings whose weight's gradient autograd can give as the rows a batch touches, by weight name."""
     found = {}
     for name, module in model.named_modules():
-        plain = type(module).forward is nn.Embedding.forward and isinstance(module.weight, nn.Parameter)
+        plain = type(module).forward is nn.Embedding.forward and isinstance(stored_weight(module), nn.Parameter)
         if plain and module.max_norm is None and not module.scale_grad_by_freq:
             found[f"{name}.weight" if name else "weight"] = module
     return found
