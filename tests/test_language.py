@@ -106,6 +106,57 @@ def token_losses(out, labels, *, shift):
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
 
 
+TUNINGS = {
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p-tuning": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+def own_losses(model, inputs, names):
+    """Return the loss that the model itself gives for each example's labels, in float32, and its gradients (N, P)."""
+    wanted = [p for n, p in model.named_parameters() if n in names]
+    losses = [model(**{k: v[i : i + 1] for k, v in inputs.items()}).loss for i in range(len(inputs["labels"]))]
+    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted)]) for loss in losses]
+    return torch.stack(losses).detach().numpy(), torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("first", ["scored", "not scored"])
+def test_the_loss_after_virtual_tokens_is_the_one_that_is_trained(tuning, first):
+    torch.manual_seed(1)
+    model = peft.get_peft_model(causal("gpt2"), TUNINGS[tuning]()).double().eval()
+    inputs = prompts(model, "right")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    if first == "not scored":
+        inputs["labels"][:, 0] = -100
+    losses, G = own_losses(model, inputs, {n for n, p in model.named_parameters() if p.requires_grad})
+    gram = compute_gram(model, inputs, readout="loss", precision="exact")
+    np.testing.assert_allclose(gram.outputs[:, 0], losses, rtol=1e-6)
+    assert relative_error(gram.values, G @ G.T)[0] < 1e-5
+    each = compute_gram(model, inputs, readout=ntk.TokenLoss(), precision="exact").outputs
+    scored = (inputs["labels"] if tuning != "prefix" else inputs["labels"][:, 1:]) != -100
+    assert each.shape == scored.shape
+    np.testing.assert_allclose(each.sum(1) / scored.sum(1).numpy(), losses, rtol=1e-6)
+
+
+def test_the_loss_after_an_image_is_the_models_own():
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tf.GitConfig(
+        vision_config=vision | {"image_size": 8, "patch_size": 4}, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=24, max_position_embeddings=32, **_SIZES,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = tf.GitForCausalLM(config).double().eval()
+    ids = torch.randint(3, VOCABULARY, (3, 5))
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images, "labels": ids}
+    losses, G = own_losses(model, inputs, {"output.weight", "output.bias"})
+    gram = compute_gram(model, inputs, params="output.*", readout="loss", precision="exact")
+    np.testing.assert_allclose(gram.outputs[:, 0], losses, rtol=1e-6)
+    assert relative_error(gram.values, G @ G.T)[0] < 1e-5
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert-mlm", "t5-lm"])
 def test_losses_of_tokens_and_sequences(name):
     model = causal("gpt2") if name == "gpt2" else zoo.model(name)

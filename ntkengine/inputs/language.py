@@ -104,7 +104,8 @@ class SequenceLoss:
 
     Attributes:
         reduction: `"mean"` over the example's scored tokens, or `"sum"`.
-        shift: whether position t predicts label t + 1 (causal models); None: known from the model's output type.
+        shift: whether position t predicts label t + 1 (causal models; the last virtual token of prompt tuning predicts
+            the first label); None: known from the model's output type.
     """
 
     reduction: str = "mean"
@@ -126,7 +127,7 @@ class SequenceLoss:
 class TokenLoss:
     """One output for each label position: its token's cross-entropy, 0 where it is not scored.
 
-    C = T (T − 1 with a shift) outputs cost C backward passes: meant for short sequences.
+    C = T (T − 1 with a shift, but after virtual tokens) outputs cost C backward passes: meant for short sequences.
 
     Attributes:
         shift: as `SequenceLoss`.
@@ -163,12 +164,16 @@ def _losses(outputs: Any, inputs: Mapping[str, Tensor], shift: bool | None) -> t
             raise InputError(msg)
         shift = "CausalLM" in kind
     ids = inputs.get("input_ids")
-    if logits.shape[1] > labels.shape[1] and ids is not None and ids.shape == labels.shape:
-        logits = logits[:, logits.shape[1] - labels.shape[1] :]  # virtual tokens of prompt tuning come first
+    before = logits.shape[1] - labels.shape[1]  # virtual tokens of prompt tuning come first
+    first = False
+    if before > 0 and ids is not None and ids.shape == labels.shape:
+        # The last of them predicts the first token; images that come first do not (GIT).
+        first = shift and not any(v.is_floating_point() and v.ndim > 2 for v in inputs.values())
+        logits = logits[:, before - 1 : -1] if first else logits[:, before:]
     if logits.shape[1] != labels.shape[1]:
         msg = f"readout: expected labels of {logits.shape[1]} positions like the logits, got {labels.shape[1]}"
         raise InputError(msg)
-    if shift:
+    if shift and not first:
         logits, labels = logits[:, :-1], labels[:, 1:]
     scored = labels != _IGNORED
     if labels.is_floating_point() or bool(((labels < 0) & scored).any()) or bool((labels >= logits.shape[2]).any()):
