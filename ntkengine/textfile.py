@@ -93,16 +93,29 @@ def parse_json(text: str, where: object, kind: type | tuple[type, ...] = object,
         expected: that, in words.
 
     Raises:
-        InputError: malformed, nested deeper than 64 levels, a text in it that is no Unicode, or another kind.
+        InputError: malformed, a key twice in one object, nested deeper than 64 levels, a text in it that is no Unicode,
+            or another kind.
     """
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text)
         check_plain(value)
     except (ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
         raise InputError(f"{where}: malformed JSON ({str(error).splitlines()[0]})") from error
     if not isinstance(value, kind):
         raise InputError(f"{where}: expected {expected}, got {type(value).__name__}")
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object's values by key; of two under one key the last would be taken."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
 def check_plain(value: object, depth: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -89,11 +90,66 @@ def test_options(tmp_path):
         ("a.json", '{"text": "a"}', "expected a list of JSON objects"),
         ("a.csv", 'text,label\n"a,1\n', "malformed row"),
         ("a.txt", "a", "expected one of .jsonl"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}\n{"text": "a", "text": "b", "label": 0}\n',
+            "2: .*key 'text' is there twice",
+        ),
+        ("a.json", '[{"text": "a", "label": 1, "more": {"k": 1, "k": 1}}]', "key 'k' is there twice"),
+        (
+            "a.csv",
+            "text,label\na,1\nb,0\nc,1.0\n",
+            "a.csv:4: .*'label' holds one number written in two ways, 1 and 1.0;",
+        ),
+        ("a.tsv", "text\tlabel\na\t01\nb\tx\nc\t1\n", "a.tsv:4: .* one number written in two ways, 01 and 1;"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         read_examples(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([["text", "label"], ["plain", "1"], ['he said "hi"', "0"]], 3),
+        ([["text", "label"], ["plain", "1"], ['"hi"', "0"]], 3),
+        ([["text", "label"], ["one\ntwo", "1"], ["plain", "0"]], 2),
+        ([["label", "text"], ["0", "one\nx\t"], ["1", 'so "it" is']], 2),
+        ([["text"], ["plain"], ["one\n\n\ntwo"], ["plain"]], 3),
+    ],
+)
+def test_a_tsv_quoted_as_a_csv_is_refused(tmp_path, rows, line):
+    with (tmp_path / "a.tsv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(rows)
+    with pytest.raises(InputError, match=f"^a.tsv:{line}: the quotes of '\"[^']*' are those of a csv, .* csv or jsonl"):
+        read_examples(tmp_path / "a.tsv", label="label" if "label" in rows[0] else None)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ['"hi" , he said', '"hi"', '"', '""', "it 's 5\" wide", '"" x ""', '"a" and "b"', '"so', 'there"'],
+        ['"I went home .', 'Then I slept . "', 'She said " yes " .'],
+        ['"I went home .', "and there was nothing more to it", '" No', 'it was not "'],
+        ['"never closed', "plain", "plain"],
+        ['x "y"', '"one', 'two"', '"three ""'],
+    ],
+)
+def test_quotes_that_stand_in_a_tsv_s_text_are_read_as_they_stand(tmp_path, texts):
+    rows = [f"{text}\t{i % 2}\n" for i, text in enumerate(texts)]
+    assert list(read_examples(write(tmp_path / "a.tsv", "text\tlabel\n" + "".join(rows))).texts) == texts
+    last = [f"{i % 2}\t{text}\n" for i, text in enumerate(texts)]
+    found = read_examples(write(tmp_path / "b.tsv", "".join(last)), header=["label", "text"])
+    assert list(found.texts) == texts
+    assert found.labels.tolist() == [i % 2 for i in range(len(texts))]
+
+
+def test_numbers_that_are_equal_only_when_rounded_are_classes():
+    rows = [{"text": "a", "label": 2**53}, {"text": "b", "label": 2**53 + 1}, {"text": "c", "label": "nan"}]
+    assert read_examples(rows).label_names == ["9007199254740992", "9007199254740993", "nan"]
+    rows = [{"text": "a", "label": "1"}, {"text": "b", "label": "1.0"}]
+    assert read_examples(rows, label_names=["1", "1.0"]).labels.tolist() == [0, 1]
 
 
 def test_decimal_numbers_are_classes_when_named(tmp_path):
@@ -153,6 +209,30 @@ def test_tokenize_pads_on_the_right(model):
     assert torch.equal(inputs["attention_mask"], (torch.arange(int(lengths.max())) < lengths[:, None]).long())
     pairs = tokenize([("w1 w2", "w3"), ("w4", "w5")], model)
     assert pairs["attention_mask"].sum(1).tolist() == [6, 5]
+
+
+@pytest.mark.parametrize("pad", [None, "[PAD]"])
+def test_a_tokenizer_is_left_as_it_was(model, pad):
+    from transformers import PreTrainedTokenizerFast
+
+    mine = PreTrainedTokenizerFast(
+        tokenizer_object=model.ntk_tokenizer.backend_tokenizer, pad_token=pad, eos_token="[SEP]", unk_token="[UNK]"
+    )
+    mine.padding_side = "left"
+    mine("w1 w2", truncation=True, max_length=3, padding="max_length" if pad else False)
+
+    def state():
+        backend = mine.backend_tokenizer
+        return mine.pad_token, mine.padding_side, mine.special_tokens_map, backend.padding, backend.truncation
+
+    before = state()
+    inputs = tokenize(["w1 w2 w3", "w4"], tokenizer=mine)
+    assert state() == before
+    assert inputs["input_ids"][1, -1] == mine.convert_tokens_to_ids(pad or "[SEP]")
+    assert inputs["attention_mask"][1, -1] == 0
+    with pytest.raises(InputError, match="over the limit of 2"):
+        tokenize(["w1 w2 w3 w4 w5"], tokenizer=mine, max_length=2)
+    assert state() == before
 
 
 def test_too_long_is_refused_unless_truncated(model):

@@ -19,6 +19,7 @@ from ntkengine.inputs.memory import class_names, missing, plain, rows_in
 from ntkengine.inputs.parameters import require_module
 from ntkengine.inputs.tables import Row, no_column, rows_of
 from ntkengine.inputs.tokenised import collated, is_tokenised
+from ntkengine.inputs.tokenizers import longest_text, padding_right, tokenizer_of
 
 Text = str | tuple[str, str]
 
@@ -117,7 +118,7 @@ def tokenize(
         examples: `Examples`; a list of texts or of pairs; a data set, frame, columns or list of mappings with a `text`
             column; or what is tokenised already, which is only put together (`inputs.tokenised`).
         model: its tokenizer and its length limit are used.
-        tokenizer: used instead of the model's.
+        tokenizer: used instead of the model's, and left as it was; without a pad token it pads with its end-of-text.
         max_length: a shorter limit than the model's.
         truncate: cut longer texts; otherwise they are refused.
 
@@ -137,21 +138,29 @@ def tokenize(
         return inputs
     if not isinstance(examples, Examples):
         examples = _examples_of(examples)
-    if tokenizer is None:
-        known = model is not None and hasattr(model, "ntk_tokenizer")
-        tokenizer = getattr(model, "ntk_tokenizer", None) if known else _tokenizer_of(model)
+    tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     if tokenizer is None:
         msg = "tokenize: the model carries no tokenizer; pass tokenizer="
         raise InputError(msg)
     if not len(examples):
         msg = "tokenize: expected at least one example, got none"
         raise InputError(msg)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            msg = "tokenize: expected a tokenizer with a pad or an end-of-text token, this one has neither"
-            raise InputError(msg)
-        tokenizer.pad_token = tokenizer.eos_token
-    limit = _limit(tokenizer, model, max_length)
+    with padding_right(tokenizer):
+        inputs = _tokens(examples, tokenizer, longest_text(tokenizer, model, max_length), truncate=truncate)
+    _check_vocabulary(inputs["input_ids"], model)
+    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
+    words = {int(i) for i in inputs["input_ids"].unique()} - (special - {unknown})
+    if unknown is not None and words == {unknown}:
+        msg = (
+            f"tokenize: the tokenizer ({type(tokenizer).__name__}) knows no word of these texts: all are unknown tokens"
+        )
+        raise InputError(msg)
+    if examples.labels is not None:
+        inputs["labels"] = torch.from_numpy(np.asarray(examples.labels, dtype=np.int64))
+    return inputs
+
+
+def _tokens(examples: Examples, tokenizer: Any, limit: int | None, *, truncate: bool) -> dict[str, Tensor]:
     pairs = isinstance(examples.texts[0], tuple)
     columns = [list(column) for column in zip(*examples.texts, strict=True)] if pairs else [list(examples.texts)]
     cut = {"truncation": True, "max_length": limit} if truncate and limit else {"truncation": False}
@@ -168,23 +177,8 @@ def tokenize(
     if not all(lengths):
         msg = f"{examples.ids[lengths.index(0)]}: the tokenizer makes no token of this text"
         raise InputError(msg)
-    side, tokenizer.padding_side = tokenizer.padding_side, "right"
-    try:
-        batch = tokenizer.pad(dict(encoded), padding="longest", return_tensors="pt", verbose=False)
-    finally:
-        tokenizer.padding_side = side
-    inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    _check_vocabulary(inputs["input_ids"], model)
-    unknown, special = tokenizer.unk_token_id, set(tokenizer.all_special_ids)
-    words = {int(i) for i in inputs["input_ids"].unique()} - (special - {unknown})
-    if unknown is not None and words == {unknown}:
-        msg = (
-            f"tokenize: the tokenizer ({type(tokenizer).__name__}) knows no word of these texts: all are unknown tokens"
-        )
-        raise InputError(msg)
-    if examples.labels is not None:
-        inputs["labels"] = torch.from_numpy(np.asarray(examples.labels, dtype=np.int64))
-    return inputs
+    batch = tokenizer.pad(dict(encoded), padding="longest", return_tensors="pt", verbose=False)
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 def _examples_of(source: Any) -> Examples:
@@ -228,41 +222,6 @@ def _example(row: Row, columns: list[str], text: str, label: str | None, pair: s
         msg = f"{row.where}: column {label!r} is {type(value).__name__}, expected a class, as text or a number"
         raise InputError(msg)
     return (parts[0] if pair is None else (parts[0], parts[1])), value, row.where
-
-
-def _tokenizer_of(model: nn.Module | None) -> Any:
-    path = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not path or not Path(path).is_dir():
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        msg = f"tokenize: {path} holds no tokenizer; pass tokenizer="
-        raise InputError(msg) from error
-
-
-def _limit(tokenizer: Any, model: nn.Module | None, max_length: int | None) -> int | None:
-    """Return the longest text in tokens that the model, the tokenizer and the caller all allow."""
-    limits = [max_length] if max_length is not None else []
-    if max_length is not None and max_length < 1:
-        msg = f"max_length: expected at least 1, got {max_length}"
-        raise InputError(msg)
-    if tokenizer.model_max_length and tokenizer.model_max_length < 10**9:  # "unlimited" is a huge number there
-        limits.append(int(tokenizer.model_max_length))
-    config = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        # RoBERTa's positions start after the padding index.
-        offset = config.pad_token_id + 1 if getattr(config, "model_type", "") in _OFFSET and config is not None else 0
-        limits.append(int(positions) - offset)
-    return min(limits, default=None)
-
-
-_OFFSET = frozenset(
-    {"roberta", "xlm-roberta", "camembert", "longformer", "mpnet", "xlm-roberta-xl", "roberta-prelayernorm"}
-)
 
 
 def _check_vocabulary(ids: Tensor, model: nn.Module | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def class_indices(
         label_names: class names in order; default those of the data set, else the values found, sorted.
 
     Raises:
-        InputError: an unknown label, decimal numbers in place of classes, names that are not distinct, one class only.
+        InputError: an unknown label, decimal numbers in place of classes, one number written in two ways, names that
+            are not distinct, one class only.
     """
     if given is not None and (label_names is None or set(label_names) <= set(given)):
         values = [_named(value, given, place, column) for value, place in zip(values, where, strict=True)]
@@ -38,6 +40,7 @@ def class_indices(
             label_names = label_names or given
     if label_names is None:
         _refuse_decimals(values, where, column)
+        _refuse_spellings(values, where, column)
     names = [label_text(n) for n in label_names] if label_names is not None else _class_names(values)
     if len(set(names)) != len(names):
         msg = f"label_names: expected distinct names, got {', '.join(names)}"
@@ -54,7 +57,7 @@ def class_indices(
 
 
 def label_text(value: Any) -> str:
-    """Return a label as text: 1, "1" and 1.0 are one class."""
+    """Return a label as text: 1, "1" and 1.0 are one class; the text "1.0" is not theirs, and refused beside them."""
     if isinstance(value, float | np.floating) and float(value).is_integer():
         value = int(value)
     return str(value).strip()
@@ -95,3 +98,21 @@ def _refuse_decimals(values: Sequence[Any], where: Sequence[str], column: str) -
             "and give the numbers as targets, in Python"
         )
         raise InputError(msg)
+
+
+def _refuse_spellings(values: Sequence[Any], where: Sequence[str], column: str) -> None:
+    """Refuse a number written in two ways, such as 1 and 1.0 in a csv: whether it is one class is not for us to say."""
+    names = {label_text(value): place for value, place in zip(values, where, strict=True)}
+    seen: dict[Decimal, str] = {}
+    for name, place in names.items():
+        try:
+            number = Decimal(name)
+        except InvalidOperation:
+            continue
+        other = name if number.is_nan() else seen.setdefault(number, name)
+        if other != name:
+            msg = (
+                f"{place}: column {column!r} holds one number written in two ways, {other} and {name}; write it in "
+                "one way, or name them both in label_names (--label-names) if they are two classes"
+            )
+            raise InputError(msg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from ntkengine.errors import InputError
 from ntkengine.textfile import parse_json
 
 _LONGEST_FIELD = 1 << 24
+_FIELD = r'(?:"[^"]*(?:""[^"]*)*"|[^"\t\r\n]*)'  # of a csv with tabs
+_DOUBLED = re.compile(r'"[^"]*(?:""[^"]*)+"')
+_OPEN = re.compile(r'"[^"]*(?:""[^"]*)*')
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def _separated(delimiter: str, quoting: int) -> Any:
         csv.field_size_limit(_LONGEST_FIELD)
         reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
         names = list(header) if header is not None else None
-        named_at = "header"
+        named_at, stray = "header", False
         if names is not None:
             _distinct(names, named_at)
         while True:
@@ -100,6 +104,8 @@ def _separated(delimiter: str, quoting: int) -> Any:
             except csv.Error as error:
                 msg = f"{path.name}:{reader.line_num}: malformed row ({error})"
                 raise InputError(msg) from error
+            if quoting == csv.QUOTE_NONE:
+                stray = _stray_quotes(path, reader.line_num, fields, len(names or fields), stray)
             if not fields or (len(fields) == 1 and fields[0] and not fields[0].strip()):
                 continue  # a blank line; an empty value is a quoted one
             if names is None:
@@ -112,6 +118,46 @@ def _separated(delimiter: str, quoting: int) -> Any:
             yield Row(f"{path.name}:{reader.line_num}", dict(zip(names, fields, strict=True)), named_at)
 
     return read
+
+
+def _stray_quotes(path: Path, number: int, fields: Sequence[str], columns: int, stray: bool) -> bool:
+    """Return whether quotes that are opened and not closed are known to be text's own; refuse a csv's, read as text.
+
+    Args:
+        path: of a tsv, for messages and a look at all of it.
+        number: of the line.
+        fields: in it, as they stand.
+        columns: that every row has.
+        stray: whether it is known already.
+
+    Raises:
+        InputError: a field in quotes with doubled ones in it; or one that a later line closes, in a file that is a
+            csv's from its first line to its last.
+    """
+    for field in fields:
+        if not field.startswith('"'):
+            continue
+        stray = stray or _OPEN.fullmatch(field) is not None and not _quoted_as_csv(path, columns)
+        if _DOUBLED.fullmatch(field) or not stray and _OPEN.fullmatch(field):
+            msg = (
+                f"{path.name}:{number}: the quotes of {field[:40]!r} are those of a csv, which a tsv has as text; "
+                "write the file as csv or jsonl, or with its quotes as they stand in the text"
+            )
+            raise InputError(msg)
+    return stray
+
+
+def _quoted_as_csv(path: Path, columns: int) -> bool:
+    row = re.compile(rf"{_FIELD}(?:\t{_FIELD}){{{columns - 1}}}[\r\n]*|\s*")
+    lines, odd = [], False
+    for line in _lines(path):
+        lines.append(line)
+        odd ^= line.count('"') % 2 == 1
+        if not odd:
+            if not row.fullmatch("".join(lines)):
+                return False
+            lines = []
+    return not lines
 
 
 def _distinct(names: Sequence[str], named_at: str) -> None:
