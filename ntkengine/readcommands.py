@@ -39,11 +39,13 @@ def spectrum(
     there = gram.shape[-1]
     ritz, condition = eigsh(gram, k=min(k, there), which=which), condition_number(gram)
     if as_json:
-        found = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
+        found: dict[str, Any] = {name: getattr(ritz, name).tolist() for name in ("values", "residuals", "bounds")}
         told = {name: getattr(condition, name) for name in ("lambda_max", "lambda_min", "lower", "resolved")}
         told |= {"noise": condition.noise, "upper": condition.upper if condition.resolved else None}
+        rank = effective_rank(gram)
+        found |= {"certified": ritz.certified, "condition": told}
         print_json(
-            {"path": str(path), **found, "condition": told, "effective_rank": effective_rank(gram), **_sketch(gram)}
+            {"path": str(path), **found, "effective_rank": rank, "effective_rank_error": rank.error, **_sketch(gram)}
         )
         return
     fewer = f"these are all {there} eigenvalues" if k > there else ""
@@ -54,7 +56,7 @@ def spectrum(
 def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> None:
     """Kernel ridge regression along the ridge path: train, leave-one-out, GCV and eval errors."""
     from ntkengine.gramfiles import forecast_file
-    from ntkengine.report.findings import ridge_dimension, ridge_table
+    from ntkengine.report.findings import ridge_table
     from ntkengine.report.tables import sketch_note
     from ntkengine.store import open_gram
 
@@ -66,9 +68,10 @@ def ridge(path: GramFile, ridge: RidgeChoice = None, as_json: Json = False) -> N
         return
     names = ("ridge", "ridge_loo", "ridge_gcv", "ridges", "train_mse", "loo_mse", "loo_accuracy", "gcv", "eval_mse")
     plain = found.to_dict()
-    dimensions = [ridge_dimension(found, i) for i in range(len(found.ridges))]
+    dimensions = [found.effective_dimension_at(r) for r in found.ridges]
     told = {name: plain[name] for name in (*names, "eval_accuracy")}
-    print_json({"path": str(path), **told, "effective_dimension": dimensions, **_sketch(gram)})
+    told |= {"effective_dimension": dimensions, "effective_dimension_error": [d.error for d in dimensions]}
+    print_json({"path": str(path), **told, **_sketch(gram)})
 
 
 @answered

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ntkengine import gramfiles
-from ntkengine.spectrum import condition_number, eigsh
+from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh
 from ntkengine.store import Folder, open_gram
 
 
@@ -34,6 +34,8 @@ def test_spectrum_json_is_the_spectrum(run, gram_file):
     assert code == 0
     np.testing.assert_allclose(told["values"], ritz.values, rtol=1e-12)
     assert told["condition"]["lower"] == condition_number(gram).lower
+    assert told["certified"] is ritz.certified
+    assert (told["effective_rank"], told["effective_rank_error"]) == (rank := effective_rank(gram), rank.error)
     assert len(run("spectrum", gram_file)[1].splitlines()) > 9
     assert "; these are all 7 eigenvalues" in run("spectrum", gram_file, "-k", 9999)[1]
     assert "these are all" not in run("spectrum", gram_file, "-k", 7)[1]
@@ -45,10 +47,15 @@ def test_ridge_and_forecast_json(run, gram_file):
     told = json.loads(run("ridge", gram_file, "--json")[1])
     np.testing.assert_allclose(told["loo_mse"], found.loo_mse, rtol=1e-12)
     assert told["ridge"] == found.ridge
-    assert len(told["effective_dimension"]) == len(told["ridges"])
+    dimensions = [effective_dimension(open_gram(gram_file), r) for r in told["ridges"]]
+    np.testing.assert_allclose(told["effective_dimension"], dimensions, rtol=1e-9)
+    np.testing.assert_allclose(told["effective_dimension_error"], [d.error for d in dimensions], rtol=1e-3)
+    forecast_of_gcv = gramfiles.forecast_file(gram_file, "gcv")
     told = json.loads(run("forecast", gram_file, "--json", "--ridge", "gcv")[1])
     assert told["ridge"] == found.ridge_gcv
     assert told["assumptions"] == found.assumptions
+    for name in ("trace", "effective_rank", "effective_dimension"):
+        assert told[f"{name}_error"] == getattr(forecast_of_gcv, name).error > 0
     code, out, _ = run("forecast", gram_file)
     assert code == 0
     assert f"- {found.assumptions[0]}" in out

@@ -254,6 +254,49 @@ def test_noise_freezes_what_it_hides_and_limits_ridges_and_times() -> None:
         forecast(gram, y, ridge=1e-5)
 
 
+def test_sums_over_the_spectrum_are_right_to_their_errors() -> None:
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        phi = random.standard_normal((40, 3))
+        noise = 10.0 ** random.uniform(-6, -1)
+        error = random.standard_normal((40, 40))
+        error = error @ error.T if seed % 2 else error + error.T
+        true = phi @ phi.T
+        values = true + error * noise / np.linalg.norm(error, 2)
+        result = forecast(SimpleNamespace(values=values, noise=noise, contraction="trace"), np.sign(phi[:, 0]))
+        exact = np.clip(np.linalg.eigvalsh(true), 0.0, None)
+        for found, expected in (
+            (result.trace, exact.sum()),
+            (result.effective_rank, exact.sum() ** 2 / (exact**2).sum()),
+            (result.effective_dimension, (exact / (exact + result.ridge)).sum()),
+            (result.effective_dimension_at(2.0), (exact / (exact + 2.0)).sum()),
+        ):
+            assert abs(found - expected) <= found.error
+            assert found.error >= 1e-3 * noise
+        table = dict(result.table())
+        assert table["trace"] == str(result.trace)
+        assert result.to_dict()["effective_dimension_error"] == result.effective_dimension.error
+
+
+@pytest.mark.parametrize(("contraction", "outputs"), [("trace", 2), ("full", 2), ("per-output", 2)])
+def test_sums_over_the_spectrum_of_several_outputs_know_their_noise(contraction, outputs) -> None:
+    g = linear_model(outputs=outputs, contraction=contraction)
+    noise = 1e-3
+    noisy = SimpleNamespace(**{**vars(g), "noise": noise})
+    result = forecast(noisy, g.y)
+    rows = len(result.eigenvalues)
+    assert rows == (N if contraction == "trace" else N * outputs)
+    assert result.trace.error == pytest.approx(rows * noise / (outputs if contraction == "trace" else 1), rel=1e-6)
+
+
+def test_a_ridge_hardly_above_the_noise_is_told() -> None:
+    g = linear_model()
+    noisy = SimpleNamespace(**{**vars(g), "noise": 1e-2})
+    for ridge, told in ((1.01e-2, True), (1.9e-2, True), (2.1e-2, False), (1.0, False)):
+        lines = forecast(noisy, g.y, ridge=ridge).assumptions
+        assert any("The ridge is below twice the noise" in line for line in lines) is told
+
+
 def test_bare_arrays_default_to_a_zero_start() -> None:
     g = linear_model()
     result = forecast(g.values, g.y)

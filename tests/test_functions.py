@@ -14,6 +14,7 @@ from ntkengine.spectrum import (
     DenseOperator,
     condition_number,
     effective_dimension,
+    effective_rank,
     log_determinant,
     spectral_density,
 )
@@ -36,9 +37,28 @@ def test_exact_values_equal_their_definitions():
     assert noisy.error == pytest.approx(np.log((values + 0.301) / (values + 0.3)).sum(), rel=1e-6)
     dimension = effective_dimension(matrix, 0.3)
     assert dimension == pytest.approx((values / (values + 0.3)).sum(), rel=1e-12)
-    assert str(dimension).startswith("2.16717 ± ")
+    shown, error = map(float, str(dimension).split(" ± "))
+    assert abs(shown - (values / (values + 0.3)).sum()) <= error < 1e-7
     again = pickle.loads(pickle.dumps(noisy))
     assert (again, again.error, again.exact) == (noisy, noisy.error, True)
+
+
+def test_an_effective_rank_is_right_to_its_error():
+    tight = 0
+    for seed in range(100):
+        true, rng = draw(KINDS[seed % 5], seed)
+        noise = 10.0 ** rng.uniform(-8, -1) * np.linalg.norm(true, 2)
+        E = rng.standard_normal(true.shape)
+        E = 0.5 * (E + E.T) if seed % 3 else np.eye(len(true))  # what moves the trace most
+        E *= noise / np.linalg.norm(E, 2)
+        values = np.linalg.eigvalsh(true)
+        exact = values.sum() ** 2 / (values**2).sum()
+        found = effective_rank(SimpleNamespace(values=true + E, noise=noise))
+        assert abs(found - exact) <= found.error
+        assert found.error <= len(true)
+        tight += found.error < 0.1 * exact
+    assert tight > 40
+    assert effective_rank(np.eye(9)).error < 1e-12
 
 
 @pytest.mark.parametrize("function", [log_determinant, effective_dimension])

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.digits import above
 from ntkengine.forecast.crossfit import CrossFit
 from ntkengine.forecast.system import Kernel
 from ntkengine.report.tables import sketch_note
+from ntkengine.spectrum import ConditionNumber
 
 
 def start_line(held: np.ndarray | None, cross_fit: CrossFit | None, fitted: bool) -> str:
@@ -24,7 +26,14 @@ def start_line(held: np.ndarray | None, cross_fit: CrossFit | None, fitted: bool
 
 
 def assumptions_of(
-    kernel: Kernel, resolved: bool, start: str, classes: bool, loo_edge: str, gcv_edge: str, gram: Any
+    kernel: Kernel,
+    condition: ConditionNumber,
+    ridge: float,
+    start: str,
+    classes: bool,
+    loo_edge: str,
+    gcv_edge: str,
+    gram: Any,
 ) -> list[str]:
     """Return the sentences."""
     lines = [
@@ -40,8 +49,13 @@ def assumptions_of(
     if kernel.divisor > 1:
         lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
     lines.append(start)
-    if not resolved:
+    if not condition.resolved:
         lines.append("Eigenvalues at or below the noise do not move in the training curve.")
+    if ridge < 2.0 * condition.noise:
+        lines.append(
+            f"The ridge is below twice the noise ({above(condition.noise, 2)}): figures at it may differ from those of "
+            "the true kernel by more than their intervals say."
+        )
     if not classes:
         lines.append("Targets name no class (C = 1: both signs; C > 1: one largest entry), so no accuracy is given.")
     for name, edge in (("leave-one-out", loo_edge), ("GCV", gcv_edge)):

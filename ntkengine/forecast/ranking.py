@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ntkengine.digits import above
 from ntkengine.display import html_facts
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.recipe import Recipe
@@ -125,7 +126,7 @@ class Ranking:
         ]
         for c in self.choices:
             o = c.outcome
-            bound = "" if c.weyl is None else "∞" if c.weyl[0] <= 0 else f"≤ {c.weyl[1] / c.weyl[0]:.3g}"
+            bound = "" if c.weyl is None else "∞" if c.weyl[0] <= 0 else f"≤ {above(c.weyl[1] / c.weyl[0], 3)}"
             rows.append(
                 (
                     c.name,

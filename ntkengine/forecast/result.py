@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from ntkengine.arguments import number
+from ntkengine.digits import above, below, measured
 from ntkengine.display import html_facts
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import displacement_bound
 from ntkengine.forecast.simulate import Simulation
 from ntkengine.report.tables import span
-from ntkengine.spectrum import ConditionNumber
+from ntkengine.spectrum import ConditionNumber, Estimate
+from ntkengine.spectrum.functions import dimension_from_eigenvalues
 
 Interval = tuple[float, float, float]
 # Rows of `Forecast.table` in its one-line form.
@@ -28,7 +30,8 @@ class Forecast:
     """What fine-tuning from this start is forecast to reach, with the error of each number.
 
     An *mse* is a mean over all entries (examples × outputs). A *loss* is the training objective, the mean over
-    examples of ½‖f − y‖², summed over outputs: C/2 times the mse. Intervals are (value, low, high) at 95%.
+    examples of ½‖f − y‖², summed over outputs: C/2 times the mse. Intervals are (value, low, high) at 95%. An Estimate
+    is a number with its `.error`, here what `noise` does to it.
 
     Attributes:
         n: N, training examples.
@@ -90,9 +93,9 @@ class Forecast:
     noise: float
     eigenvalues: np.ndarray
     condition: ConditionNumber
-    trace: float
-    effective_rank: float
-    effective_dimension: float
+    trace: Estimate
+    effective_rank: Estimate
+    effective_dimension: Estimate
     alignment: float | None
     ridges: np.ndarray
     train_mse: np.ndarray
@@ -144,6 +147,17 @@ class Forecast:
         """
         return displacement_bound(self.lipschitz, self.residual_norm, proximal, time, scale=1.0 / self.n)
 
+    def effective_dimension_at(self, ridge: float) -> Estimate:
+        """Return tr K(K + ridge·I)⁻¹ at any ridge, summed over systems, with what `noise` does to it.
+
+        Args:
+            ridge: > 0, in the unit of K.
+
+        Raises:
+            InputError: ridge not positive.
+        """
+        return dimension_from_eigenvalues(self.eigenvalues, number("ridge", ridge, above=0), self.noise)
+
     def at(self, time: float) -> dict[str, float | None]:
         """Return the forecast curves at one training time, interpolated in log t.
 
@@ -194,11 +208,11 @@ class Forecast:
         rows = [
             ("examples", f"{self.n} train, {self.n_eval} eval, {self.outputs} output{'s' * (self.outputs > 1)}"),
             ("contraction", self.contraction),
-            ("largest eigenvalue", f"{self.eigenvalues[0]:.4g} ± {self.noise:.1g}"),
-            ("smallest eigenvalue", f"{self.eigenvalues[-1]:.3g} ± {self.noise:.1g}"),
+            ("largest eigenvalue", measured(self.eigenvalues[0], self.noise)),
+            ("smallest eigenvalue", measured(self.eigenvalues[-1], self.noise)),
             ("condition number", str(self.condition)),
-            ("trace", f"{self.trace:.4g}"),
-            ("effective rank", f"{self.effective_rank:.3g}"),
+            ("trace", str(self.trace)),
+            ("effective rank", str(self.effective_rank)),
             ("alignment with targets", "undefined" if self.alignment is None else f"{self.alignment:.3f}"),
             ("at the start, train", _pair(start["train_mse"], start["train_accuracy"])),
         ]
@@ -208,7 +222,7 @@ class Forecast:
             rows.append(("at the start, eval", _pair(start["eval_mse"], start["eval_accuracy"])))
         rows += [
             ("ridge", f"{self.ridge:.3g} (LOO {self.ridge_loo:.3g}, GCV {self.ridge_gcv:.3g})"),
-            ("effective dimension", f"{self.effective_dimension:.3g}"),
+            ("effective dimension", str(self.effective_dimension)),
             ("leave-one-out mse", span(self.loo)),
         ]
         if self.loo_accuracy_at_ridge is not None:
@@ -225,7 +239,7 @@ class Forecast:
         rows.append(("the same as", f"proximal {self.proximal:.3g}, or stopping at time {self.stopping_time:.3g}"))
         if self.training is not None:
             rows += _trained(self.training)
-        rows.append(("train mse bounds at ridge", f"{self.paper_lower:.3g} to {self.paper_upper:.3g}"))
+        rows.append(("train mse bounds at ridge", f"{below(self.paper_lower, 3)} to {above(self.paper_upper, 3)}"))
         shares = sorted(self.modules.items(), key=lambda item: -item[1])[:5]
         rows += [(f"share of trace, {name}", f"{share:.1%}") for name, share in shares]
         return rows
@@ -238,8 +252,17 @@ class Forecast:
         return html_facts("Forecast", self.table(), note="; ".join(self.assumptions))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field as JSON-able values: arrays as lists, NaN and infinity as None."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """Return every field as JSON-able values: arrays as lists, NaN and infinity as None.
+
+        Beside each Estimate stands its error, such as `trace_error`.
+        """
+        found: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            found[name] = _plain(value)
+            if isinstance(value, Estimate):
+                found[f"{name}_error"] = _plain(value.error)
+        return found
 
     def figures(self) -> dict[str, Any]:
         """Return matplotlib figures by name."""
@@ -274,5 +297,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item())
     if isinstance(value, float):
-        return value if np.isfinite(value) else None
+        return float(value) if np.isfinite(value) else None
     return value

@@ -25,7 +25,8 @@ from ntkengine.forecast.trained import simulated, training_notes
 from ntkengine.recipe import Recipe
 from ntkengine.ridge import RidgePath, ridge_grid
 from ntkengine.ridge.tuning import pick
-from ntkengine.spectrum import condition_from_eigenvalues, noise_of
+from ntkengine.spectrum import Estimate, condition_from_eigenvalues, noise_of
+from ntkengine.spectrum.functions import dimension_from_eigenvalues, rank_from_sums
 
 
 def forecast(
@@ -155,9 +156,9 @@ def forecast(
         noise=noise,
         eigenvalues=values,
         condition=condition,
-        trace=float(values.sum()),
-        effective_rank=float(values.sum() ** 2 / (values**2).sum()),
-        effective_dimension=float(sum(path.effective_dimension(chosen)[0] for path in flow.paths)),
+        trace=Estimate(values.sum(), values.size * noise, exact=True),
+        effective_rank=rank_from_sums(float(values.sum()), float(np.linalg.norm(values)), values.size, noise),
+        effective_dimension=dimension_from_eigenvalues(values, chosen, noise),
         alignment=centred_alignment(kernel.over_examples(), y),
         ridges=ridges,
         train_mse=np.mean([path.train_mse(ridges) for path in flow.paths], axis=0),
@@ -189,7 +190,8 @@ def forecast(
         training=training,
         assumptions=assumptions_of(
             kernel,
-            condition.resolved,
+            condition,
+            chosen,
             start_line(held, cross_fit, head_fitted_on_targets),
             classes,
             by_loo.edge,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.digits import above
 from ntkengine.display import html_facts
 from ntkengine.errors import InputError
 from ntkengine.gram.plan import Plan
@@ -138,7 +139,7 @@ class Gram:
             ("readout", str(meta.get("readout", ""))),
             ("contraction", self.contraction),
             ("transform", self.transform),
-            ("noise", "not estimated" if unknown else f"± {self.noise:.2g} (spectral norm, gradient²)"),
+            ("noise", "not estimated" if unknown else f"± {above(self.noise, 2)} (spectral norm, gradient²)"),
             ("sketched", f"to {sketch['features']} features" if sketch else ""),
             ("eval × train", "" if self.cross is None else " × ".join(map(str, self.cross.shape))),
             ("module Grams", str(len(self.modules)) if self.modules else ""),

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.digits import above, measured, nearest, with_error
 from ntkengine.report.tables import Table
 
 RIDGE_ROWS = 16
 
 
 def spectrum_table(ritz: Any, condition: Any, approximation: str = "", fewer: str = "") -> Table:
-    """Return Ritz values, largest first, each with its bound.
+    """Return Ritz values, largest first, each with its bound, and whether their places in the spectrum are proved.
 
     Args:
         ritz: from `eigsh`.
@@ -26,11 +27,12 @@ def spectrum_table(ritz: Any, condition: Any, approximation: str = "", fewer: st
     """
     order = np.argsort(ritz.values)[::-1]
     rows = [
-        (str(i + 1), f"{ritz.values[j]:.8g}", f"{ritz.bounds[j]:.1e}", f"{ritz.residuals[j]:.1e}")
+        (str(i + 1), *with_error(ritz.values[j], ritz.bounds[j]), above(ritz.residuals[j], 2))
         for i, j in enumerate(order)
     ]
+    unproved = "" if ritz.certified else "numbers not certified: an eigenvalue may have been missed"
     note = f"condition number {condition}; {ritz.method}, {ritz.products} products"
-    note += "".join(f"; {more}" for more in (fewer, approximation) if more)
+    note += "".join(f"; {more}" for more in (unproved, fewer, approximation) if more)
     columns = ("no.", "eigenvalue (gradient²)", "± bound (gradient²)", "residual (gradient²)")
     return Table("Spectrum", columns, rows, note)
 
@@ -53,11 +55,12 @@ def ridge_table(forecast: Any, approximation: str = "") -> Table:
     columns = {"train mse": forecast.train_mse, "LOO mse": forecast.loo_mse, "LOO accuracy": forecast.loo_accuracy}
     columns |= {"GCV mse": forecast.gcv, "eval mse": forecast.eval_mse, "eval accuracy": forecast.eval_accuracy}
     held = {name: values for name, values in columns.items() if values is not None}
+    dimensions = {i: forecast.effective_dimension_at(forecast.ridges[i]) for i in keep}
     rows = [
         (
             f"{forecast.ridges[i]:.4g}",
-            f"{ridge_dimension(forecast, i):.4g}",
-            *(f"{values[i]:.4f}" for values in held.values()),
+            measured(dimensions[i], dimensions[i].error, 4),
+            *(nearest(values[i]) for values in held.values()),
             ", ".join(_marks(forecast, i, chosen)),
         )
         for i in keep
@@ -65,12 +68,6 @@ def ridge_table(forecast: Any, approximation: str = "") -> Table:
     note = "gradient² is the unit of K; mse: mean over examples and outputs"
     note += f"; {approximation}" if approximation else ""
     return Table("Ridge path", ("ridge (gradient²)", "effective dimension", *held, ""), rows, note)
-
-
-def ridge_dimension(forecast: Any, index: int) -> float:
-    """Return tr K(K + ridge·I)⁻¹ at one ridge of the path, from the clipped eigenvalues."""
-    values = np.maximum(forecast.eigenvalues, 0.0)
-    return float((values / (values + forecast.ridges[index])).sum())
 
 
 def module_table(shares: Mapping[str, float], trace: float, top: int | None = None) -> Table:

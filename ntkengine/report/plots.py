@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine import digits
 from ntkengine.errors import InputError
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072b2", "#d55e00", "#009e73", "#b2182b", "#7a7a7a"
@@ -56,7 +57,7 @@ def spectrum_figure(eigenvalues: np.ndarray, noise: float, condition: str) -> An
             rank[hidden], eigenvalues[hidden], ".", color=_GREY, ms=3, label=f"{int((~above).sum())} unresolved"
         )
     if noise > 0:
-        axes.axhline(noise, color=_RED, lw=1, ls="--", label=f"error of each, {noise:.1e}")
+        axes.axhline(noise, color=_RED, lw=1, ls="--", label=f"error of each, {digits.above(noise, 2)}")
         axes.axhspan(axes.get_ylim()[0], noise, color=_RED, alpha=0.07, lw=0)
     axes.set(
         xlabel="rank", ylabel="eigenvalue (gradient²)", title=f"Spectrum: condition number {condition.split(' (')[0]}"

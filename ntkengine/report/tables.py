@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ntkengine.digits import above, between
+
 
 @dataclass(frozen=True)
 class Table:
@@ -194,13 +196,13 @@ def sketch_note(gram: Any) -> str:
     found = (getattr(gram, "meta", None) or {}).get("sketch")
     if not found:
         return ""
-    error = f"relative error {found['relative_error']:.1e}"
+    error = f"relative error {above(found['relative_error'], 2)}"
     return f"sketched, k={found['features']:,}, {error}, {found['parameters']:,} parameters projected"
 
 
 def span(value: tuple[float, float, float] | None) -> str:
-    """Return an interval's (value, low, high) as text, nothing for None."""
-    return "" if value is None else f"{value[0]:.4g} ({value[1]:.4g} to {value[2]:.4g})"
+    """Return an interval's (value, low, high) as text, rounded outwards; nothing for None."""
+    return "" if value is None else between(*value)
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -225,7 +227,7 @@ def _noise(gram: Any) -> str:
     relative = gram.meta.get("noise_relative")
     if not np.isfinite(gram.noise):
         return "not estimated (computed without the check)"
-    return f"± {gram.noise:.2g} gradient²" + ("" if relative is None else f", {relative:.1g} of the norm")
+    return f"± {above(gram.noise, 2)} gradient²" + ("" if relative is None else f", {above(relative, 1)} of the norm")
 
 
 def _shape(array: Any) -> str:

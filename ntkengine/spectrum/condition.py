@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.arguments import number, real_array
+from ntkengine.digits import above, below, between, nearest
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.spectrum.lanczos import eigsh
 from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of
@@ -41,12 +42,13 @@ class ConditionNumber:
 
     def __str__(self) -> str:
         if self.resolved:
-            return f"{self.lambda_max / self.lambda_min:.3g} ({self.lower:.3g} to {self.upper:.3g})"
+            return between(self.lambda_max / self.lambda_min, self.lower, self.upper)
+        lower = f"> {below(self.lower, 3)}"
         if self.lambda_min >= self.noise:
-            return f"> {self.lower:.3g} (unresolved: the smallest eigenvalue is at most {self.lambda_min:.2g})"
+            return f"{lower} (unresolved: the smallest eigenvalue is at most {above(self.lambda_min, 2)})"
         return (
-            f"> {self.lower:.3g} (unresolved: the smallest eigenvalue {self.lambda_min:.2g} is not above "
-            f"its error {self.noise:.2g})"
+            f"{lower} (unresolved: the smallest eigenvalue {nearest(self.lambda_min, 2)} is not above "
+            f"its error {above(self.noise, 2)})"
         )
 
 

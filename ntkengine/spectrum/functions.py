@@ -11,6 +11,7 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.arguments import choice, number, real_array
+from ntkengine.digits import measured
 from ntkengine.errors import InputError
 from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of, rounding_of
 from ntkengine.spectrum.panels import operator_of
@@ -42,7 +43,7 @@ class Estimate(float):
         return (float(self), self.error), {"exact": self.exact}
 
     def __str__(self) -> str:
-        return f"{float(self):.6g} ± {self.error:.2g}"
+        return measured(self, self.error)
 
 
 def effective_dimension(
@@ -70,7 +71,7 @@ def effective_dimension(
     Source: Ubaru, Chen and Saad 2017; Golub and Meurant 2010.
     """
     ridge = number("ridge", ridge, above=0)
-    return _trace(gram, lambda x: np.maximum(x, 0.0) / (np.maximum(x, 0.0) + ridge), (method, probes, steps, seed))
+    return _trace(gram, _shrinkage(ridge), (method, probes, steps, seed))
 
 
 def log_determinant(
@@ -98,14 +99,14 @@ def log_determinant(
     return _trace(gram, lambda x: np.log(np.maximum(x, 0.0) + ridge), (method, probes, steps, seed))
 
 
-def effective_rank(gram: Any) -> float:
+def effective_rank(gram: Any) -> Estimate:
     """Return (tr K)² / ‖K‖_F², between 1 and N: how many equal eigenvalues would give the same two sums.
 
     Args:
         gram: (N, N) array-like or Gram-like object.
 
     Returns:
-        The participation ratio of the spectrum.
+        The participation ratio of the spectrum; `.error` is what the noise and rounding do to it.
 
     Raises:
         InputError: the matrix is zero.
@@ -116,7 +117,36 @@ def effective_rank(gram: Any) -> float:
     norm = float(np.linalg.norm(matrix))
     if norm == 0.0:
         raise InputError("gram: expected a non-zero matrix, got all zeros")
-    return float((np.trace(matrix) / norm) ** 2)
+    return rank_from_sums(float(np.trace(matrix)), norm, len(matrix), noise_of(gram))
+
+
+def rank_from_sums(trace: float, norm: float, rows: int, noise: float) -> Estimate:
+    """Return the effective rank of a Gram from its trace and its Frobenius norm.
+
+    An error E of the matrix with ‖E‖₂ <= noise moves the trace by N·noise at most, and the norm by √N·noise.
+
+    Args:
+        trace: of the matrix. Unit of K.
+        norm: ‖K‖_F > 0, same unit.
+        rows: N.
+        noise: error of the matrix in the spectral norm, same unit.
+    """
+    value, off = (trace / norm) ** 2, np.sqrt(rows) * noise
+    low = (max(trace - rows * noise, 0.0) / (norm + off)) ** 2
+    high = ((trace + rows * noise) / (norm - off)) ** 2 if norm > off else np.inf
+    error = max(value - max(low, 1.0), min(high, rows) - value, 0.0)
+    return Estimate(value, error + 10.0 * rows * EPS * value, exact=True)
+
+
+def dimension_from_eigenvalues(eigenvalues: np.ndarray, ridge: float, noise: float) -> Estimate:
+    """Return tr K(K + ridge·I)⁻¹ from eigenvalues already at hand.
+
+    Args:
+        eigenvalues: (N,) float64 in any order. Unit of K. Those that the noise made negative count as 0.
+        ridge: > 0, same unit.
+        noise: error of each eigenvalue, same unit.
+    """
+    return _summed(eigenvalues, _shrinkage(ridge), noise)
 
 
 def is_small(gram: Any, method: str) -> bool:
@@ -141,22 +171,17 @@ def _trace(gram: Any, f: Function, how: tuple[str, int, int, int]) -> Estimate:
     method, *drawn = how
     probes, steps, seed = sampling(*drawn)
     noise = noise_of(gram)
-
-    def moved(x: np.ndarray, by: float) -> np.ndarray:
-        return np.stack([f(x + by) - f(x), f(x) - f(x - by)], axis=-1)
-
     if is_small(gram, method):
         values = eigenvalues_of(gram.matrix if isinstance(gram, DenseOperator) else gram)
         off = noise + 10.0 * np.sqrt(len(values)) * EPS * float(np.abs(values).max())
         if values.min() < -off:
             raise InputError(f"gram: expected no eigenvalue below {-off:.3g}, found one at {values.min():.3g}")
-        summed = 10.0 * EPS * float(np.abs(f(values)).sum())
-        return Estimate(f(values).sum(), moved(values, off).sum(axis=0).max() + summed, exact=True)
+        return _summed(values, f, off)
     operator = operator_of(gram)
     found = quadrature(operator, probes, steps, seed)
     rounding = 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale
     off = noise + rounding
-    change = float(found.means(lambda x: moved(x, off)).mean(axis=0).max())
+    change = float(found.means(lambda x: _moved(f, x, off)).mean(axis=0).max())
 
     def shifted(x: np.ndarray) -> np.ndarray:
         return f(x + off)  # smooth down to the lowest eigenvalue that noise can make, where f has a kink
@@ -170,3 +195,18 @@ def _trace(gram: Any, f: Function, how: tuple[str, int, int, int]) -> Estimate:
     error = max(float(spread(upper, least)), float(spread(lower, least))) + 0.5 * float(gap.mean()) + 2.0 * change
     error += 10.0 * EPS * float(found.means(lambda x: np.abs(f(x))).mean())
     return Estimate(found.rows * float(middle.mean()), found.rows * error, exact=False)
+
+
+def _summed(values: np.ndarray, f: Function, off: float) -> Estimate:
+    """Return Σ f(λ), each eigenvalue right to `off`."""
+    found = f(values)
+    rounding = 10.0 * EPS * float(np.abs(found).sum())
+    return Estimate(found.sum(), _moved(f, values, off).sum(axis=0).max() + rounding, exact=True)
+
+
+def _moved(f: Function, x: np.ndarray, by: float) -> np.ndarray:
+    return np.stack([f(x + by) - f(x), f(x) - f(x - by)], axis=-1)
+
+
+def _shrinkage(ridge: float) -> Function:
+    return lambda x: np.maximum(x, 0.0) / (np.maximum(x, 0.0) + ridge)
