@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import pytest
 from ntkengine.errors import InputError
 from ntkengine.forecast import forecast
 from ntkengine.report import Section, Table, findings, plots, tables, text, write_report
+from ntkengine.report.training import training_section
 from ntkengine.spectrum import condition_number, eigsh
 
 N, M = 37, 21
@@ -173,6 +176,33 @@ def test_figures_show_what_the_forecast_holds(found):
     assert labels == [*(f"layer {i}" for i in range(10)), "embeddings", "head"]
     for figure in figures.values():
         assert figure.axes[-1].get_xlabel()
+
+
+def test_the_risk_figure_shows_the_whole_interval(found):
+    value, _, high = found.loo
+    for top in (high, 20.0 * value, np.inf):
+        axes = plots.risk_figure(replace(found, loo=(value, 0.0, top))).axes[0]
+        assert axes.get_ylim()[1] > (top if np.isfinite(top) else value)
+        assert np.isfinite(axes.get_ylim()).all()
+
+
+def test_a_loss_that_was_not_finite_leaves_the_others_in_the_figure(tmp_path):
+    names = ("epoch", "train_accuracy", "eval_accuracy", "displacement", "relative_gap")
+    names += ("linear_eval_loss", "linear_train_loss")
+    losses = ((0, 0.7, 0.5), (5, 2.0, None), (9, None, 0.25))
+    recipe = {"optimizer": "sgd", "learning_rate": 1.0, "epochs": 2}
+    rows = [dict.fromkeys(names) | {"step": s, "train_loss": a, "eval_loss": b} for s, a, b in losses]
+    path = tmp_path / "h.jsonl"
+    lines = [{"recipe": recipe, "seconds": 1.0, "measuring_seconds": 1.0}, *rows]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    section = training_section(path)
+    drawn = {
+        line.get_label(): line.get_xydata().tolist() for line in next(iter(section.figures.values())).axes[0].lines
+    }
+    assert drawn == {"train": [[0, 0.7], [5, 2.0]], "eval": [[0, 0.5], [9, 0.25]]}
+    assert any("without a finite loss" in note for note in section.notes)
+    path.write_text("\n".join(map(json.dumps, lines[:2])))
+    assert not any("without a finite loss" in note for note in training_section(path).notes)
 
 
 def test_spectrum_figure_with_an_unresolved_tail():

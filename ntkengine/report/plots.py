@@ -89,8 +89,9 @@ def risk_figure(forecast: Any) -> Any:
     best = min(float(np.min(v)) for _, v, _, _ in lines[1:] if v is not None)
     worst = max(float(v[-1]) for _, v, _, _ in lines if v is not None)
     tested = [float(np.max(v)) for _, v, _, _ in lines[1:] if v is not None]
-    # Interpolation can be arbitrarily bad: keep the part where the choice is made in view.
-    axes.set_ylim(0, min(max(tested), 3.0 * max(best, worst)) * 1.08)
+    # Interpolation can be arbitrarily bad: keep the part where the choice is made in view, and the interval whole.
+    ceiling = min(max(tested), 3.0 * max(best, worst))
+    axes.set_ylim(0, max(ceiling, high if np.isfinite(high) else 0.0) * 1.08)
     axes.set_xscale("log")
     axes.set(
         xlabel="ridge (gradient²)", ylabel="mean squared error", title="Kernel ridge regression along the ridge path"

@@ -48,20 +48,26 @@ def training_section(path: Path) -> Section:
         notes.append(
             "The gap is ‖f_θ − f̄_θ̄‖ / ‖f_θ − f_θ0‖ over the training outputs: at 1 the linear model says nothing."
         )
+    figured = (name for name in shown if name.endswith("_loss"))
+    if any(m[name] is None for name in figured for m in history):
+        notes.append("A measurement without a finite loss has an empty cell, and no point in the figure.")
     table = Table("What fine-tuning did", tuple(shown.values()), rows, note)
     return Section(str(path), [table], {"measured losses by step": figure}, notes)
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Return (steps, losses) by name, without the measurements that have none."""
     names = {
         "train": "train_loss",
         "eval": "eval_loss",
         "linear model, train": "linear_train_loss",
         "linear model, eval": "linear_eval_loss",
     }
-    steps = [float(m["step"]) for m in history]
-    curves = {label: (steps, [float(m[name]) for m in history if m[name] is not None]) for label, name in names.items()}
-    return {label: (x, y) for label, (x, y) in curves.items() if len(y) == len(x)}
+    points = {
+        label: [(float(m["step"]), float(m[name])) for m in history if m[name] is not None]
+        for label, name in names.items()
+    }
+    return {label: ([x for x, _ in both], [y for _, y in both]) for label, both in points.items() if both}
 
 
 def _cell(value: float | None) -> str:
