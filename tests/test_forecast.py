@@ -369,6 +369,7 @@ def test_curves_can_be_read_at_a_time_and_matched_to_a_loss() -> None:
         ({}, {"eval_targets": np.zeros((M, 2))}, "eval_targets: expected 3 columns"),
         ({"eval_outputs": None}, {"eval_targets": np.zeros((M, C))}, "eval_offset: expected f0 on the eval examples"),
         ({}, {"eval_targets": np.zeros((M, C)), "offset": np.ones((N, C))}, "eval_offset: .* same start as offset"),
+        ({"outputs": None}, {"eval_targets": np.zeros((M, C))}, "offset: expected f0 on the train examples"),
         ({}, {"held_out_offset": np.ones(N)}, r"held_out_offset: expected shape \(23, 3\)"),
         ({}, {"ridge": "aic"}, "ridge: expected 'loo', 'gcv' or a number, got 'aic'"),
         ({}, {"ridge": -1.0}, "ridge: expected a number > 0"),

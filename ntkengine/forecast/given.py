@@ -46,7 +46,10 @@ def eval_offset_of(
     default = getattr(gram, "eval_outputs", None)
     if given is None and default is None and f0.any():
         raise InputError("eval_offset: expected f0 on the eval examples, as offset is not 0; got none")
-    return offset_of("eval_offset", given, default, shape)
+    found = offset_of("eval_offset", given, default, shape)
+    if offset is None and own is None and found.any():
+        raise InputError("offset: expected f0 on the train examples, as that of the eval examples is not 0; got none")
+    return found
 
 
 def ridge_of(ridge: float, noise: float) -> float:
