@@ -193,7 +193,7 @@ def test_small_steps_stay_linear():
 
 def test_measurements():
     model, inputs = lora()
-    y, y_eval = goals(), goals(seed=1)
+    y, y_eval = goals() * [1, 2], goals(seed=1) * [1, 2]  # a class a row
     f0 = model.eval()(**inputs).logits.detach().numpy()
     told = []
     run = ntk.fine_tune(
@@ -227,6 +227,14 @@ def test_measurements():
     assert len(table) == 4
     assert {len(row) for row in table} == {19}
     assert json.loads(json.dumps(run.to_dict()))["history"][1]["step"] == 3
+
+
+def test_values_to_be_met_have_no_accuracy():
+    model, inputs = lora(outputs=1)
+    for y, told in ((np.linspace(-1.0, 2.0, N), False), (np.where(np.arange(N) % 2, 1.0, -1.0), True)):
+        run = ntk.fine_tune(model, inputs, y, learning_rate=1e-3, epochs=1, eval_inputs=inputs, eval_targets=y)
+        assert all((m.train_accuracy is not None) is (m.eval_accuracy is not None) is told for m in run.history)
+        assert ("train_accuracy" in run.table()[0]) is told
 
 
 def test_divergence_is_kl_between_the_two_models():

@@ -9,7 +9,7 @@ import scipy.linalg
 
 from ntkengine.errors import InputError
 from ntkengine.forecast import displacement_bound, forecast, linearisation_gap_bound, risk_bounds
-from ntkengine.forecast.scores import centred_alignment, mean_interval, wilson_interval
+from ntkengine.forecast.scores import centred_alignment, mean_interval, name_classes, wilson_interval
 from ntkengine.ridge import KernelRidge
 
 N, M, C, P = 23, 14, 3, 90
@@ -295,6 +295,22 @@ def test_a_ridge_hardly_above_the_noise_is_told() -> None:
     for ridge, told in ((1.01e-2, True), (1.9e-2, True), (2.1e-2, False), (1.0, False)):
         lines = forecast(noisy, g.y, ridge=ridge).assumptions
         assert any("The ridge is below twice the noise" in line for line in lines) is told
+
+
+def test_values_to_be_met_name_no_class() -> None:
+    two, many = np.array([[-1.0], [1.0], [1.0]]), np.array([[-1.2], [0.7], [1.0]])
+    assert name_classes(two)
+    assert name_classes(3.0 * two, np.array([[3.0]]))
+    assert not name_classes(many)
+    assert not name_classes(two, np.array([[0.5]]))
+    assert not name_classes(np.abs(two))
+    assert not name_classes(np.array([[0.0], [1.0]]))
+    assert name_classes(np.random.default_rng(0).standard_normal((5, 3)))
+    g = linear_model()
+    result = forecast(g, g.y * np.linspace(0.5, 1.5, N)[:, None], eval_targets=g.y_eval)
+    assert (result.loo_accuracy, result.eval_accuracy, result.start["train_accuracy"]) == (None,) * 3
+    assert any("no accuracy" in line for line in result.assumptions)
+    assert forecast(g, g.y, eval_targets=g.y_eval).loo_accuracy is not None
 
 
 def test_bare_arrays_default_to_a_zero_start() -> None:

@@ -21,7 +21,7 @@ class Measured:
         epoch: passes over the examples done.
         time: learning rates summed over them.
         train_loss: over all training examples.
-        train_accuracy: likewise.
+        train_accuracy: likewise; None where targets name no class, as are all accuracies.
         eval_loss: over the eval examples, or None.
         eval_accuracy: likewise.
         displacement: ‖θ_t − θ_0‖.
@@ -42,7 +42,7 @@ class Measured:
     epoch: float
     time: float
     train_loss: float
-    train_accuracy: float
+    train_accuracy: float | None
     eval_loss: float | None
     eval_accuracy: float | None
     displacement: float

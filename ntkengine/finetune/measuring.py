@@ -12,6 +12,7 @@ from ntkengine.descent import norm
 from ntkengine.errors import NonFinite
 from ntkengine.finetune.history import Measured
 from ntkengine.finetune.stepping import Stepper
+from ntkengine.forecast.scores import tells_classes
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.losses import correct, divergence, losses
 
@@ -67,16 +68,17 @@ def measure(
         NonFinite: an output is not finite.
     """
     loss, outputs = stepper.recipe.loss, {}
+    classes = tells_classes(*(y for _, y in groups.values()))
     found: dict[str, float | None] = dict.fromkeys(("eval_loss", "eval_accuracy"))
     for name, (examples, y) in groups.items():
         f = outputs[name] = examples.outputs(stepper.f)
         if not bool(torch.isfinite(f).all()):
             raise NonFinite(f"fine_tune: outputs are not finite after {step} steps; a lower learning rate may help")
-        found[f"{name}_loss"], found[f"{name}_accuracy"] = _scored(f, y, loss)
+        found[f"{name}_loss"], found[f"{name}_accuracy"] = _scored(f, y, loss, classes)
         if stepper.linear is None:
             continue
         g = examples.outputs(stepper.linear)
-        found[f"linear_{name}_loss"], found[f"linear_{name}_accuracy"] = _scored(g, y, loss)
+        found[f"linear_{name}_loss"], found[f"linear_{name}_accuracy"] = _scored(g, y, loss, classes)
         prefix = "" if name == "train" else "eval_"
         found[f"{prefix}gap"] = gap = float((f - g).norm())
         found[f"{prefix}divergence"] = divergence(f, g)
@@ -88,6 +90,6 @@ def measure(
     return Measured(step=step, epoch=epoch, time=time, displacement=moved, **found), outputs  # type: ignore[arg-type]
 
 
-def _scored(f: Tensor, y: Tensor, loss: str) -> tuple[float, float]:
-    """Return the mean loss and the accuracy of outputs."""
-    return float(losses(f, y, loss).mean()), float(correct(f, y).double().mean())
+def _scored(f: Tensor, y: Tensor, loss: str, classes: bool) -> tuple[float, float | None]:
+    """Return the mean loss and the accuracy of outputs, None without classes."""
+    return float(losses(f, y, loss).mean()), float(correct(f, y).double().mean()) if classes else None

@@ -57,7 +57,9 @@ def assumptions_of(
             "the true kernel by more than their intervals say."
         )
     if not classes:
-        lines.append("Targets name no class (C = 1: both signs; C > 1: one largest entry), so no accuracy is given.")
+        lines.append(
+            "Targets name no class (C = 1: one number a sign; C > 1: one largest entry), so no accuracy is given."
+        )
     for name, edge in (("leave-one-out", loo_edge), ("GCV", gcv_edge)):
         if edge == "upper":
             lines.append(f"The {name} optimum is at the largest ridge: the kernel adds little to the start.")

@@ -17,19 +17,21 @@ Z90 = 1.6448536269514722  # of the 90% interval
 def name_classes(targets: np.ndarray, eval_targets: np.ndarray | None = None) -> bool:
     """Say whether targets (N, C), and eval targets (M, C) if any, name a class for each example.
 
-    C = 1: every target is non-zero, so that its sign is the class, and `targets` has both signs. C > 1: every row has
-    one largest entry.
+    C = 1: every target is one of two numbers, one for each sign, and `targets` has both; more than two are values to be
+    met, not classes. C > 1: every row has one largest entry.
     """
     joint = targets if eval_targets is None else np.vstack([targets, eval_targets])
     if targets.shape[1] == 1:
-        return bool((joint != 0).all() and (targets > 0).any() and (targets < 0).any())
+        return len(np.unique(joint)) == 2 and bool((targets > 0).any() and (targets < 0).any())
     ordered = np.sort(joint, axis=1)
     return bool((ordered[:, -1] > ordered[:, -2]).all())
 
 
-def tells_classes(targets: Tensor, eval_targets: Tensor) -> bool:
+def tells_classes(targets: Tensor, eval_targets: Tensor | None = None) -> bool:
     """Say the same of targets as a loss has them: classes (N,), or numbers (N, C)."""
-    return targets.ndim == 1 or name_classes(targets.numpy(), eval_targets.numpy())
+    if targets.ndim == 1:
+        return True
+    return name_classes(targets.cpu().numpy(), None if eval_targets is None else eval_targets.cpu().numpy())
 
 
 def hits(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
