@@ -63,8 +63,8 @@ def test_any_cut_of_the_pieces_gives_any_other(tmp_path, symmetric):
 
 
 def test_a_checkpoint_counts_when_every_rank_has_it(tmp_path):
-    def write(rank, slot, generation, ranks=2):
-        state = {"generation": generation, "rank": rank, "ranks": ranks}
+    def write(rank, slot, generation, ranks=2, attempt="x"):
+        state = {"generation": generation, "rank": rank, "ranks": ranks, "attempt": attempt}
         store.save_parts(tmp_path / f"rank-{rank:04d}-of-{ranks:04d}.{slot}", state, [])
 
     for rank, slot, generation in ((0, "a", 3), (1, "a", 3), (0, "b", 4)):
@@ -74,3 +74,24 @@ def test_a_checkpoint_counts_when_every_rank_has_it(tmp_path):
     assert [s.state["rank"] for s in store.load_newest(tmp_path)] == [0, 1]
     write(1, "b", 4)
     assert [s.state["generation"] for s in store.load_newest(tmp_path)] == [4, 4]
+    write(0, "a", 5, attempt="y")  # two runs that began from 4, each killed while it wrote 5
+    write(1, "a", 5, attempt="z")
+    assert [s.state["generation"] for s in store.load_newest(tmp_path)] == [4, 4]
+
+
+def test_what_is_saved_after_a_failed_attempt_is_not_taken_for_it(tmp_path):
+    """One rank's disk refuses a save, the other's the next: neither belongs to what the other wrote."""
+    refused: list[int] = []
+    ranks = {"ranks": 2, "agree": lambda failed: failed or bool(refused), "run": "r"}
+    one = Checkpoints(tmp_path / "k.h5", {"a": 1}, **ranks)
+    two = Checkpoints(tmp_path / "k.h5", {"a": 1}, rank=1, **ranks)
+    with one, two:
+        for number, saved in enumerate(((one, two), (one,), (two,))):
+            refused[:] = [] if len(saved) == 2 else [1]
+            for work in (one, two):
+                if work in saved:
+                    work.save({"tile": 0, "region": (0, 1, 0, 1), "number": number}, list, None)
+                else:  # as `save` does when the disk refuses
+                    work._attempts += 1
+        found = store.load_newest(one.folder.path)
+    assert [saved.state["number"] for saved in found] == [0, 0]

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,11 @@ _TELL_S = 2.0
 Progress = Callable[[float, float, str], None]
 
 
+def new_run() -> str:
+    """Return a name for a run that no other has."""
+    return uuid.uuid4().hex
+
+
 def check_seconds(checkpoint_s: float) -> None:
     """Refuse what is not a time."""
     number("checkpoint_s", checkpoint_s, 0, what="a number of seconds")
@@ -45,6 +51,7 @@ class Checkpoints:
         rank: of this process among those that share the job. All enter after rank 0 has, which alone holds the folder.
         ranks: how many there are.
         agree: whether any rank says yes; every rank asks it at the same points of its sweep.
+        run: of the ranks that share the job, unlike that of any others before or after them.
 
     Attributes:
         folder: of the parts.
@@ -63,6 +70,7 @@ class Checkpoints:
         rank: int = 0,
         ranks: int = 1,
         agree: Callable[[bool], bool] = bool,
+        run: str = "",
     ) -> None:
         self.rank, self.ranks, self.agree = rank, ranks, agree
         self.folder, self.resume, self.every_s = store.Folder(out), resume, every_s
@@ -71,7 +79,8 @@ class Checkpoints:
         self.stop, self.repairs = Stop(), False
         self._start = self._last = self._told = time.monotonic()
         self._began, self._before_s, self._cost_s = time.time(), 0.0, 0.0
-        self._generation = 0
+        self._generation = self._attempts = 0
+        self._run = run or new_run()
         self._newest: Path | None = None
         self._found: list[store.Saved] = []  # until one of its files is written over
         self._others = False  # whether it is of another number of ranks
@@ -209,8 +218,10 @@ class Checkpoints:
             self._found = []  # what is read from its files from now on may be another tile's
         full = dict(state) | {"job": self.job, "seconds": self.seconds, "rank": self.rank, "ranks": self.ranks}
         failed = False
+        self._attempts += 1
+        full |= {"generation": self._generation + 1, "attempt": f"{self._run}-{self._attempts}"}
         try:
-            store.save_parts(target, full | {"generation": self._generation + 1}, parts(), arrays)
+            store.save_parts(target, full, parts(), arrays)
         except OSError as error:
             level = logging.WARNING if self._again is None else logging.INFO
             log.log(level, "a checkpoint could not be written (%s): the job goes on, the one before it stays", error)

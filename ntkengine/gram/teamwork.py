@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ntkengine import store
 from ntkengine.cluster.comm import Team
 from ntkengine.errors import InputError, Stopped
-from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.checkpoint import Checkpoints, new_run
 from ntkengine.gram.keeper import Writer, names_of, work_of
 from ntkengine.gram.tiles import Frame
 
@@ -41,6 +41,7 @@ def checkpointing(
             yield alone
         return
     ranks: dict[str, Any] = {"rank": team.rank, "ranks": team.size, "agree": lambda yes: any(team.exchange(yes))}
+    ranks["run"] = team.broadcast(new_run())
     mine, mark = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks), ""
     with ExitStack() as entered:
         for first in (True, False):

@@ -3,7 +3,8 @@
 A file is an uncompressed zip archive, as `numpy.savez` writes them, whose format has a checksum of every member:
 `state.json`, what the sums hold; `part-<i>.npy`, pieces of Gram matrices; and further arrays. Pieces say which rows and
 columns of the whole they are, so that another number of ranks can put its own together from them.
-Each rank has two files and overwrites the older; a checkpoint counts when every rank has its file of one generation.
+Each rank has two files and overwrites the older; a checkpoint counts when every rank has its file of one `attempt`:
+generations alone do not tell the files of two runs, or of a save that failed on one rank and the next, from each other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ntkengine.store.folder import parts_of
 
 log = logging.getLogger(__name__)
 
-SCHEMA = "ntkengine-checkpoint/1"
+SCHEMA = "ntkengine-checkpoint/2"
 _SLOT = re.compile(r"rank-(\d{4})-of-(\d{4})\.[ab]")
 
 
@@ -59,7 +60,7 @@ class Saved:
 
     Attributes:
         path: where it is.
-        state: what was given to `save_parts`, and `generation`, `rank`, `ranks`.
+        state: what was given to `save_parts`: among it `generation`, `attempt`, `rank`, `ranks`.
     """
 
     path: Path
@@ -132,7 +133,7 @@ def load_newest(folder: Path) -> list[Saved]:
 
     Damaged files are passed over, with a warning.
     """
-    found: dict[tuple[int, int], dict[int, Saved]] = {}
+    found: dict[tuple[int, int, str], dict[int, Saved]] = {}
     damaged = []
     for path in sorted(folder.glob("rank-*")):
         match = _SLOT.fullmatch(path.name)
@@ -141,7 +142,8 @@ def load_newest(folder: Path) -> list[Saved]:
         try:
             saved = load(path)
             state = saved.state
-            found.setdefault((state["generation"], state["ranks"]), {})[state["rank"]] = saved
+            key = state["generation"], state["ranks"], state["attempt"]
+            found.setdefault(key, {})[state["rank"]] = saved
         except (OSError, KeyError) as error:
             damaged.append(str(error))
     whole = [key for key, files in found.items() if len(files) == key[1]]
