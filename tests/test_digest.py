@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -205,3 +206,46 @@ def test_a_setting_that_is_called_cached_counts():
     assert fingerprint_model(model) == first
     model.cached_scale = 3.0
     assert fingerprint_model(model) != first
+
+
+READS = {
+    "package": "import own_package.inner\ndef read(out, inputs):\n    return own_package.inner.post(out)",
+    "imported inside": "def read(out, inputs):\n    from own_package.inner import post\n    return post(out)",
+    "module imported inside": "def read(out, inputs):\n    from own_package import inner\n    return inner.post(out)",
+    "by a text": "from own_package import inner\ndef read(out, inputs):\n    return out * getattr(inner, 'SCALE')",
+    "global by a text": "from own_package.inner import SCALE\ndef read(out, _):\n    return out * globals()['SCALE']",
+}
+
+
+@pytest.mark.parametrize("case", READS)
+def test_what_a_package_of_ones_own_holds_counts_however_it_is_reached(case, tmp_path, monkeypatch):
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for scale in (1.0, 1.0, 2.0):
+        (tmp_path / "own_package/inner.py").write_text(f"SCALE = {scale}\ndef post(x):\n    return x * SCALE\n")
+        for name in [name for name in sys.modules if name.startswith("own_package")]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        names: dict = {}
+        with monkeypatch.context() as now:
+            now.setattr(sys, "dont_write_bytecode", True)
+            exec(READS[case], names)
+            found.append(fingerprint_function(names["read"]))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("name", ["cache_keys", "prompt_cache", "kernel_config", "generation_config"])
+def test_in_a_class_of_ones_own_every_attribute_counts(name):
+    model = Own()
+    setattr(model, name, torch.ones(3))
+    first = fingerprint_model(model)
+    setattr(model, name, 2 * torch.ones(3))
+    assert fingerprint_model(model) != first
+
+
+class Own(nn.Linear):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(2, 2)

@@ -9,32 +9,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import sys
-import sysconfig
 import types
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkengine.inputs.codeobjects import installed, outside_of, underlying
 from ntkengine.inputs.streaming import brings, entry_of
 
 _PIECE = 1 << 24
-_INSTALLED = (
-    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-    f"{Path(__file__).parents[1]}{os.sep}",
-    "<frozen",
-)
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(...))
 # A module's own bookkeeping, and what names a source; parameters and buffers are hashed by themselves.
-_NOT_STATE = frozenset(
-    {*vars(nn.Module()), "generation_config", "name_or_path", "warnings_issued", "_is_hf_initialized", "_use_kernels",
-     "_weight_conversions", "kernel_config", "ntk_source", "ntk_tokenizer", "ntk_head_new"}
-)  # fmt: skip
+_NOT_STATE = frozenset({*vars(nn.Module()), "ntk_source", "ntk_tokenizer", "ntk_head_new"})
+# Likewise of classes that installed libraries define: in one's own such a name may be anything.
+_NOT_STATE_THERE = _NOT_STATE | {
+    "generation_config", "name_or_path", "warnings_issued", "_is_hf_initialized", "_use_kernels",
+    "_weight_conversions", "kernel_config",
+}  # fmt: skip
 # Settings that change no value; use_cache is switched off while a kernel is computed.
 _NOT_VALUES = frozenset(
     {"_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "use_cache", "architectures"}
@@ -136,7 +131,9 @@ class Digest:
                 self.add(value)
         for name, module in named.items():
             self._text("module", name).add(type(module))
-            kept = {k: v for k, v in vars(module).items() if k not in _NOT_STATE and not _remembers(k, v)}
+            there = installed(getattr(sys.modules.get(type(module).__module__), "__file__", None) or "")
+            left = _NOT_STATE_THERE if there else _NOT_STATE
+            kept = {k: v for k, v in vars(module).items() if k not in left and not (there and _remembers(k, v))}
             self._items("attributes", (x for k, v in sorted(kept.items()) for x in (k, v)))
             for kind in _HOOKS:
                 self._items(kind, (hook for hook in vars(module)[kind].values() if not brings(hook)))
@@ -147,13 +144,13 @@ class Digest:
         for base in kind.__mro__:
             home = sys.modules.get(base.__module__)
             file = getattr(home, "__file__", None)
-            own = not _installed(file) if file else home is None or base.__module__ == "__main__"
+            own = not installed(file) if file else home is None or base.__module__ == "__main__"
             for name, value in sorted(vars(base).items()):
-                function = _underlying(value)
+                function = underlying(value)
                 if function is None:
                     if own and not (name.startswith("__") or name == "_abc_impl"):
                         self._text("attribute", name).add(value)
-                elif own or not _installed(function.__code__.co_filename):
+                elif own or not installed(function.__code__.co_filename):
                     self._text("method", name).add(function)
 
     def _function(self, value: Any) -> None:
@@ -166,14 +163,10 @@ class Digest:
             self._items("method", (value.__func__, value.__self__))
         elif isinstance(value, types.CodeType):
             self._items("code", (getattr(value, name) for name in _CODE))
-        elif _installed(value.__code__.co_filename):
+        elif installed(value.__code__.co_filename):
             self._items(f"{value.__module__}.{value.__qualname__}", value.__closure__ or ())
         else:
-            names = sorted(_names(value.__code__))
-            outside = {n: value.__globals__[n] for n in names if n in value.__globals__}
-            for home in [m for m in outside.values() if isinstance(m, types.ModuleType)]:
-                if not _installed(getattr(home, "__file__", None) or "<frozen"):
-                    outside |= {f"{home.__name__}.{n}": vars(home)[n] for n in names if n in vars(home)}
+            outside = outside_of(value)
             given = value.__defaults__, value.__kwdefaults__, value.__closure__
             self._items("function", (value.__code__, *given, vars(value), outside))
 
@@ -197,19 +190,6 @@ class Digest:
         self._items("object", (type(value), make, args, state, list(listed or ()), list(keyed or ())))
 
 
-def _underlying(value: Any) -> Any:
-    """Return the function of a method, property or the like; None of anything else."""
-    for name in ("__func__", "fget", "func", "__wrapped__"):
-        if not isinstance(value, types.FunctionType):
-            value = getattr(value, name, value)
-    return value if isinstance(value, types.FunctionType) else None
-
-
-def _installed(file: str) -> bool:
-    """Whether code is the interpreter's, an installed library's, or this package's, for which a version stands."""
-    return file.startswith(_INSTALLED) or "site-packages" in file or "dist-packages" in file
-
-
 def _remembers(name: str, value: Any) -> bool:
     """Whether an attribute keeps what the last call left, which a setting such as `cache_size` does not."""
     return "seq_len_cached" in name or ("cache" in name and not isinstance(value, bool | int | float | str))
@@ -226,11 +206,6 @@ def _settings(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _settings(v) for k, v in sorted(value.items(), key=str) if k not in _NOT_VALUES}
     return [_settings(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _names(code: types.CodeType) -> set[str]:
-    inside = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*inside)
 
 
 def _dense(value: Tensor) -> list[Tensor]:
