@@ -84,9 +84,11 @@ def merge(
     compress: Annotated[bool, typer.Option("--compress", help="Pack it by gzip.")] = False,
 ) -> None:
     """Copy a Gram file, sharded or not, into one file, checking every tile."""
+    from ntkengine.gram.stopping import stopping
     from ntkengine.store import merge_gram
 
-    merge_gram(path, out, compress=compress)
+    with stopping():  # or a signal would leave the half-written copy
+        merge_gram(path, out, compress=compress)
     print(out)
 
 

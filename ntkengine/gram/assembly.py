@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from torch import nn
 
 from ntkengine.cluster.comm import Team
 from ntkengine.gram.blocks import TOTAL
@@ -18,6 +18,7 @@ from ntkengine.gram.result import Elsewhere, Gram
 from ntkengine.gram.run import Sums
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.tiles import unsorted
+from ntkengine.gram.versions import versions
 from ntkengine.inputs.batches import Samples
 
 
@@ -82,12 +83,11 @@ def as_float(array: Any) -> np.ndarray | None:
     return None if array is None else np.asarray(array, dtype=np.float64)
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
+def surroundings(device: torch.device, model: nn.Module) -> dict[str, Any]:
     """Return when, on what, and with which versions this runs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": name,
+        "versions": {"python": platform.python_version(), **versions(model)},
     }
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "device": name, "versions": versions}

@@ -19,6 +19,7 @@ from ntkengine.errors import CheckFailed, InputError, NonFinite, Stopped
 from ntkengine.gram.keeper import Region, SweepKeeper, TileKeeper
 from ntkengine.gram.stopping import Stop, stopping
 from ntkengine.gram.tiles import Frame
+from ntkengine.gram.versions import other_versions
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Checkpoints:
         out: the Gram file.
         job: what defines its values.
         resume: go on from what there is; False refuses it.
+        versions: of the libraries that take part: two must not do one half each.
         every_s: seconds between checkpoints; 0: one after every parameter. Where writing one takes long they are
             further apart, so that they stay below 2 % of the run.
         rank: of this process among those that share the job. All enter after rank 0 has, which alone holds the folder.
@@ -71,6 +73,7 @@ class Checkpoints:
         ranks: int = 1,
         agree: Callable[[bool], bool] = bool,
         run: str = "",
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         self.rank, self.ranks, self.agree = rank, ranks, agree
         self.folder, self.resume, self.every_s = store.Folder(out), resume, every_s
@@ -80,7 +83,7 @@ class Checkpoints:
         self._start = self._last = self._told = time.monotonic()
         self._began, self._before_s, self._cost_s = time.time(), 0.0, 0.0
         self._generation = self._attempts = 0
-        self._run = run or new_run()
+        self._run, self._versions = run or new_run(), dict(versions or {})
         self._newest: Path | None = None
         self._found: list[store.Saved] = []  # until one of its files is written over
         self._others = False  # whether it is of another number of ranks
@@ -101,7 +104,7 @@ class Checkpoints:
             if self.repairs and not self.resume:
                 self._compare({})
             for there in store.saved_states(self.folder.out):
-                self._compare(there["job"])
+                self._compare(there["job"], there["versions"])
                 self._tile = there["tile"]
             self._found = store.load_newest(self.folder.path)
             if self._found:
@@ -217,6 +220,7 @@ class Checkpoints:
         if path is None:
             self._found = []  # what is read from its files from now on may be another tile's
         full = dict(state) | {"job": self.job, "seconds": self.seconds, "rank": self.rank, "ranks": self.ranks}
+        full["versions"] = self._versions
         failed = False
         self._attempts += 1
         full |= {"generation": self._generation + 1, "attempt": f"{self._run}-{self._attempts}"}
@@ -245,7 +249,8 @@ class Checkpoints:
         """
         if self._tile not in (None, tile):
             had, has = (f"tiles of {n} samples" if n else "one tile" for n in (self._tile, tile))
-            msg = f"out: {self.folder.path} was laid out in {had}, this run in {has}: give the same memory_gib"
+            how = "give the same memory_gib" if self.ranks == 1 else "go on with one process and the same memory_gib"
+            msg = f"out: {self.folder.path} was laid out in {had}, this run in {has}: {how}"
             raise InputError(msg)
         if tile and self._found and tuple(self._found[0].state["region"]) != region:
             return []
@@ -268,7 +273,7 @@ class Checkpoints:
                 item.unlink()
         self._others = False
 
-    def _compare(self, there: Mapping[str, Any]) -> None:
+    def _compare(self, there: Mapping[str, Any], versions: Mapping[str, str] | None = None) -> None:
         where = f"out: {self.folder.path} holds an unfinished run"
         if not self.resume:
             msg = f"{where}; allow resume, or remove it"
@@ -276,4 +281,8 @@ class Checkpoints:
         difference = store.first_difference(there, self.job)
         if difference is not None:
             msg = f"{where} of another job: {difference}; finish that one first, or remove it"
+            raise InputError(msg)
+        other = other_versions(versions or {}, self._versions)
+        if other is not None:
+            msg = f"{where} of other versions: {other}; finish it with those, or remove it"
             raise InputError(msg)

@@ -130,7 +130,7 @@ def computed(
         "check_seconds": check_s,
         "pass_seconds": sums.pass_seconds,
         "contract_seconds": sum(row.seconds or 0.0 for row in plan.parameters),
-        **surroundings(task.device),
+        **surroundings(task.device, task.model),
     }
     if isinstance(sums, Spread):
         gram.meta["ranks"] = sums.told(time.perf_counter() - start, waited)

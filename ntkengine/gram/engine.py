@@ -34,6 +34,7 @@ from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task, check_rows, check_settings, refuse
 from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.transforms import Preconditioner
+from ntkengine.gram.versions import versions
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.heap import HEAP
@@ -163,7 +164,9 @@ def compute_gram(
             if readout == "margin" and y is not None:
                 refuse_bits(name, np.asarray(y).reshape(len(y), -1))
         check_seconds(checkpoint_s)
-        path = None if out is None else writable(Path(out)) if root else Path(out)
+        path = None if out is None else store.followed(Path(out))
+        if path is not None and root:
+            writable(path)
         if path is not None or team is not None:
             settings: dict[str, Any] = {"contraction": contraction, "transform": task.transform, "precision": precision}
             settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
@@ -171,8 +174,9 @@ def compute_gram(
             arrays |= {f"d of {name}": d.double().cpu().numpy() for name, d in (task.roots or {}).items()}
             arrays |= {} if extras is None or callable(extras) else extras
             wanted = identity(model, task, settings, arrays, job)
+    here = versions(model)
     if team is not None:
-        given = {"memory_gib": memory_gib, "out": str(out), "extras": callable(extras)}
+        given = {"memory_gib": memory_gib, "out": str(out), "extras": callable(extras), "versions": here}
         team.same(wanted | given, "every rank must be given the same")
 
     def made(checkpoints: Checkpoints | None) -> tuple[Gram, Sums | Spread, Samples]:
@@ -194,14 +198,14 @@ def compute_gram(
     with together(team):
         if root:
             store.tidy(path)
-    if path.exists() if team is None else team.broadcast(path.exists()):
-        with together(team):
-            there = existing(path, wanted, resume) if root else None
-        return shared(team, there)
     ids = {"example_id": example_ids, "eval_id": eval_ids}
     names = {k: list(v) for k, v in ids.items() if v is not None}
+    if path.exists() if team is None else team.broadcast(path.exists()):
+        with together(team):
+            there = existing(path, wanted, resume, here, names) if root else None
+        return shared(team, there)
     written = None
-    with checkpointing(path, wanted, team, resume=resume, every_s=checkpoint_s) as checkpoints:
+    with checkpointing(path, wanted, team, resume=resume, every_s=checkpoint_s, versions=here) as checkpoints:
         if checkpoints.repairs:
             again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
             again |= {"transform": transform, "per_module": per_module, "precision": precision, "backend": backend}

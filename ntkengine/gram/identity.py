@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from ntkengine import store
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.gram.task import Task
+from ntkengine.gram.versions import other_versions
 from ntkengine.inputs.fingerprint import (
     fingerprint_array,
     fingerprint_function,
@@ -36,6 +38,9 @@ def identity(
         settings: arguments that change values, as plain JSON types.
         arrays: further arrays kept in the file; None ones are left out.
         job: the caller's own mapping.
+
+    Raises:
+        InputError: one of the mappings is no JSON.
     """
     names = sorted(task.selected)
     given = task.readout.given
@@ -46,9 +51,24 @@ def identity(
         "params": [len(names), fingerprint_array(np.array(names))],
         "readout": [task.readout.name, "" if given is None else fingerprint_function(given)],
         **settings,
-        "settings": dict(job or {}),
+        "settings": plain_json("job", dict(job or {})),
         **{f"{name}_sha256": fingerprint_array(array) for name, array in arrays.items() if array is not None},
     }
+
+
+def plain_json(name: str, value: Any) -> Any:
+    """Return what a file gives back of a value.
+
+    Raises:
+        InputError: what JSON has no word for, NaN and infinity too.
+    """
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        msg = (
+            f"{name}: expected plain JSON (texts, finite numbers, lists, mappings), got {type(value).__name__}: {error}"
+        )
+        raise InputError(msg) from error
 
 
 def writable(path: Path) -> Path:
@@ -65,8 +85,17 @@ def writable(path: Path) -> Path:
     return path
 
 
-def existing(path: Path, wanted: Mapping[str, Any], resume: bool) -> Gram:
-    """Return the complete file of the same job.
+def existing(
+    path: Path, wanted: Mapping[str, Any], resume: bool, here: Mapping[str, str], ids: Mapping[str, list[str]]
+) -> Gram:
+    """Return the complete file of the same job; other versions of libraries than its own are warned of.
+
+    Args:
+        path: the file.
+        wanted: what defines the values.
+        resume: False refuses it.
+        here: versions.
+        ids: names of examples, which the file must have where they are given.
 
     Raises:
         InputError: another job's file, naming the first difference, or `resume=False`.
@@ -78,5 +107,16 @@ def existing(path: Path, wanted: Mapping[str, Any], resume: bool) -> Gram:
     if difference is not None:
         msg = f"out: {path} holds another job: {difference}"
         raise InputError(msg)
+    gram = store.open_gram(path)
+    for kind, names in ids.items():
+        there = gram.meta.get(kind, [])
+        if list(map(str, names)) != there:
+            row = next((i for i, pair in enumerate(zip(there, names, strict=False)) if pair[0] != str(pair[1])), 0)
+            was = repr(there[row]) if there else "without names"
+            msg = f"out: {path} names its examples otherwise: {kind}s[{row}] is {was} there, {names[row]!r} here"
+            raise InputError(msg)
+    other = other_versions(gram.meta.get("versions", {}), here)
+    if other is not None:
+        log.warning("%s is of the same job but of other versions, and taken as it is: %s", path, other)
     log.info("%s is complete: nothing to compute", path)
-    return store.open_gram(path)
+    return gram

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def checkpointing(
-    out: Path, job: Mapping[str, Any], team: Team | None, *, resume: bool, every_s: float
+    out: Path,
+    job: Mapping[str, Any],
+    team: Team | None,
+    *,
+    resume: bool,
+    every_s: float,
+    versions: Mapping[str, str] | None = None,
 ) -> Iterator[Checkpoints]:
     """Hold a job's checkpoints for the time of the block; of several ranks rank 0 comes first and holds the folder.
 
@@ -30,6 +36,7 @@ def checkpointing(
         team: the ranks; None: this process alone.
         resume: go on from what there is.
         every_s: seconds between checkpoints.
+        versions: of the libraries that take part.
 
     A signal to stop waits for the end of a block of the model, where all ranks hear of it.
 
@@ -37,12 +44,12 @@ def checkpointing(
         InputError: as `Checkpoints`; on all ranks.
     """
     if team is None:
-        with Checkpoints(out, job, resume=resume, every_s=every_s) as alone:
+        with Checkpoints(out, job, resume=resume, every_s=every_s, versions=versions) as alone:
             yield alone
         return
     ranks: dict[str, Any] = {"rank": team.rank, "ranks": team.size, "agree": lambda yes: any(team.exchange(yes))}
     ranks["run"] = team.broadcast(new_run())
-    mine, mark = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks), ""
+    mine, mark = Checkpoints(out, job, resume=resume, every_s=every_s, versions=versions, **ranks), ""
     with ExitStack() as entered:
         for first in (True, False):
             with team.together():

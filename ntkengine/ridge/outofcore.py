@@ -5,6 +5,7 @@ Shapes: n rows of K, m right-hand sides, b rows of a panel, o rows an example ow
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,8 +68,10 @@ def cholesky_on_disk(
     if rows < 1:
         need = 4 * 8 * n * block / 2**20
         raise InputError(f"budget_mib: expected at least {need:.3g} for panels of {block} rows, got {budget_mib!r}")
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        R = np.memmap(Path(folder) / "factor", dtype=np.float64, mode="w+", shape=(n, n))
+    with tempfile.TemporaryFile(dir=scratch) as file:  # without a name: gone however the process ends
+        if hasattr(os, "posix_fallocate"):  # or a full disk would be a bus error in the middle
+            os.posix_fallocate(file.fileno(), 0, 8 * n * n)
+        R = np.memmap(file, dtype=np.float64, mode="r+", shape=(n, n))
         try:
             factor = _Factor(R, rows)
             factor.fill(values, ridge)

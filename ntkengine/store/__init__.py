@@ -37,7 +37,7 @@ from ntkengine.store.checkpoints import (
     saved_states,
     slots,
 )
-from ntkengine.store.folder import Folder, parts_of, read_progress, staged
+from ntkengine.store.folder import Folder, followed, parts_of, read_progress, staged
 from ntkengine.store.merging import merge_gram
 from ntkengine.store.overlay import overlay
 from ntkengine.store.placing import place, refuse_shards, tidy
@@ -60,6 +60,7 @@ __all__ = [
     "fill_tiles",
     "find_damage",
     "first_difference",
+    "followed",
     "link_shards",
     "is_cross",
     "load",

@@ -103,7 +103,10 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
     for shard, _ in shards:
         with opened(shard, SHARD_SCHEMA) as part:
             for name in matrices(part):
-                yield from damaged_tiles(part, name, int(part[name].attrs["start"]), f" in {shard.name}")
+                start = int(part[name].attrs["start"])
+                yield from damaged_tiles(part, name, start, f" in {shard.name}")
+                if part[name].size and _corner(file[name], start).tobytes() != _corner(part[name], 0).tobytes():
+                    yield Damage(f"/{name} does not show what {shard.name} holds")
     for name in matrices(file):
         if not file[name].is_virtual:
             yield from damaged_tiles(file, name)
@@ -131,6 +134,10 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
         yield Damage("the noise is not a finite number")
     if not matches(file, checksum_of(root(file))):
         yield Damage("the root's attributes do not match their checksum")
+
+
+def _corner(dataset: h5py.Dataset, row: int) -> np.ndarray:
+    return np.asarray(dataset[..., row, 0])
 
 
 def _checksum(dataset: h5py.Dataset) -> int:

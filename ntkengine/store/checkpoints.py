@@ -169,7 +169,7 @@ def read_parts(saved: Saved, wanted: Callable[[Part], object] = lambda _: True) 
 
 
 def saved_states(out: str | Path) -> list[dict[str, Any]]:
-    """Return what the files of an unfinished Gram say of themselves, `job` and `tile`; files that cannot are left out.
+    """Return what the files of an unfinished Gram say: `job`, `tile`, `versions`; files that cannot are left out.
 
     Cost: reads one small member of each file; the sums are not checked.
     """
@@ -180,7 +180,7 @@ def saved_states(out: str | Path) -> list[dict[str, Any]]:
             zipfile.ZipFile(path) as archive,
         ):
             state = json.loads(archive.read("state.json"))
-            found.append({"job": state["job"], "tile": state["tile"]})
+            found.append({"job": state["job"], "tile": state["tile"], "versions": state.get("versions", {})})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+
+_NO_LINKS = errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV
 
 
 class Latched(io.RawIOBase):
@@ -97,15 +100,16 @@ class Latched(io.RawIOBase):
 
 
 @contextmanager
-def appearing(path: Path, partial: Path | None = None) -> Iterator[tuple[h5py.File, Latched]]:
+def appearing(path: Path, partial: Path | None = None, *, over: bool = False) -> Iterator[tuple[h5py.File, Latched]]:
     """Give an HDF5 file to write that appears under its name once complete and on the disk.
 
     Args:
         path: the name.
         partial: the name until then, on the same file system; default beside it.
+        over: take the place of a file of that name.
 
     Raises:
-        OSError: the disk refused; nothing has appeared.
+        OSError: the disk refused, or the name is taken; nothing has appeared.
     """
     partial = partial or path.with_name(f".{path.name}.{os.getpid()}.partial")
     raw = Latched(partial)
@@ -113,12 +117,36 @@ def appearing(path: Path, partial: Path | None = None) -> Iterator[tuple[h5py.Fi
         with h5py.File(raw, "w", libver=("v110", "v110")) as file:
             yield file, raw
         raw.sync()
-        partial.replace(path)
+        if over:
+            partial.replace(path)
+        else:
+            give_name(partial, path)
         sync_folder(path.parent)
     finally:
         raw.close()
         with suppress(FileNotFoundError):
             partial.unlink()
+
+
+def give_name(partial: Path, path: Path) -> None:
+    """Give a complete file its name, unless that is taken.
+
+    Raises:
+        OSError: it is; the file is still there under its old name.
+    """
+    try:
+        os.link(partial, path)  # unlike a renaming, fails where there is a file
+    except FileExistsError as error:
+        if not path.samefile(partial):  # else a process was killed before it took the old name away
+            raise OSError(error.errno, "a file of that name has appeared meanwhile", str(path)) from error
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise OSError(errno.EEXIST, "a file of that name has appeared meanwhile", str(path)) from error
+        partial.replace(path)
+        return
+    partial.unlink()
 
 
 def sync_folder(folder: Path) -> None:

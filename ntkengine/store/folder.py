@@ -43,7 +43,7 @@ class Folder:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out = followed(out)
         self.path = parts_of(out)
         self._lock: int | None = None
         self.mark = ""
@@ -168,12 +168,18 @@ class Folder:
 
 def parts_of(out: Path) -> Path:
     """Return the folder of a Gram file's parts."""
+    out = followed(out)
     return out.with_name(f".{out.name}.parts")
+
+
+def followed(out: Path) -> Path:
+    """Return the file that a symbolic link stands for, or else the name itself: a file has one folder of parts."""
+    return out.resolve() if out.is_symlink() else out
 
 
 def staged(out: Path) -> Path:
     """Return where a sharded Gram file is, with its shards beside it, until it has its name."""
-    return parts_of(out) / "sharded" / out.name
+    return parts_of(out) / "sharded" / followed(out).name
 
 
 def read_progress(out: str | Path) -> dict[str, Any] | None:

@@ -49,15 +49,22 @@ def merge_gram(path: str | Path, out: str | Path, *, compress: bool = False) -> 
 
 
 def copy_gram(
-    source: h5py.File, out: Path, patches: Patches, *, compress: bool = False, partial: Path | None = None
+    source: h5py.File,
+    out: Path,
+    patches: Patches,
+    *,
+    compress: bool = False,
+    partial: Path | None = None,
+    over: bool = False,
 ) -> None:
     """Write what is in an open file, and of its matrices other tiles where given, under a name, atomically.
 
     Raises:
-        OSError: the disk refused, or a tile that is copied does not match its checksum.
+        OSError: the disk refused, the name is taken and not to be written `over`, or a tile that is copied does not
+            match its checksum.
     """
     tiled = matrices(source)
-    with appearing(out, partial) as (file, raw):
+    with appearing(out, partial, over=over) as (file, raw):
         for name in source:
             if name not in ("gram", "cross", *GROUPS, "tiles", "json"):
                 source.copy(name, file)

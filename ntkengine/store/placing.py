@@ -10,9 +10,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ntkengine.errors import InputError
-from ntkengine.store.disk import sync_folder
+from ntkengine.store.checking import find_damage
+from ntkengine.store.checkpoints import saved_states
+from ntkengine.store.disk import give_name, sync_folder
 from ntkengine.store.folder import Folder, parts_of, staged
 from ntkengine.store.opening import opened
+from ntkengine.store.reading import first_difference, read_job
 from ntkengine.store.shards import shard_path, shards_of
 
 
@@ -23,7 +26,7 @@ def place(path: Path) -> None:
 
     Raises:
         InputError: a shard's name is taken.
-        OSError: the disk refused; the next call goes on.
+        OSError: the disk refused, or a name was taken meanwhile; the next call goes on.
     """
     whole = staged(path)
     if not whole.is_file():
@@ -31,13 +34,14 @@ def place(path: Path) -> None:
     with opened(whole) as file:
         shards = [shard for shard, _ in shards_of(file, whole)]
     for shard in shards:
-        if shard.is_file():
-            refuse_taken(path, path.with_name(shard.name))
+        placed = path.with_name(shard.name)
+        if shard.is_file() and not (placed.exists() and placed.samefile(shard)):
+            refuse_taken(path, placed)
     for shard in shards:
         if shard.is_file():
-            shard.replace(path.with_name(shard.name))
+            give_name(shard, path.with_name(shard.name))
     sync_folder(path.parent)
-    whole.replace(path)
+    give_name(whole, path)
     sync_folder(path.parent)
 
 
@@ -49,8 +53,11 @@ def refuse_shards(path: Path, ranks: int) -> None:
         ranks: how many shards there will be.
 
     Raises:
-        InputError: a name is taken.
+        InputError: a name is taken, or one that HDF5 cannot have in a virtual dataset.
     """
+    if "%" in path.name or not path.name.isprintable():
+        msg = f"out: expected a printable name without % for a file of several ranks, got {path.name!r}"
+        raise InputError(msg)
     for rank in range(ranks):
         refuse_taken(path, shard_path(path, rank, ranks))
 
@@ -69,7 +76,7 @@ def refuse_taken(path: Path, shard: Path) -> None:
 def tidy(path: Path) -> None:
     """Go on where a process was killed between two names: place what is complete, remove the parts of what is placed.
 
-    Another process that is at work is left alone.
+    Another process that is at work is left alone, and so are the parts of another job than the file's.
 
     Raises:
         InputError, OSError: as `place`.
@@ -82,4 +89,28 @@ def tidy(path: Path) -> None:
         except (InputError, OSError):
             return
         place(path)
-        folder.remove()
+        if not _same_job(path, folder.damaged):
+            return
+        if folder.damaged.is_file() and find_damage(path):  # killed between the two halves of a repair
+            _drop(path)
+        else:
+            folder.remove()
+
+
+def _drop(path: Path) -> None:
+    """Remove a Gram file and its shards."""
+    with opened(path) as file:
+        shards = [shard for shard, _ in shards_of(file, path)]
+    path.unlink()
+    for shard in shards:
+        shard.unlink(missing_ok=True)
+
+
+def _same_job(path: Path, damaged: Path) -> bool:
+    """Say whether the parts beside a file, as far as they tell what they are of, are of the same job."""
+    try:
+        whole = read_job(path)
+        jobs = [state["job"] for state in saved_states(path)] + ([read_job(damaged)] if damaged.is_file() else [])
+    except InputError:
+        return False
+    return all(first_difference(job, whole) is None for job in jobs)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ntkengine.errors import InputError
 from ntkengine.store.checking import Damage, find_damage
-from ntkengine.store.folder import Folder
+from ntkengine.store.folder import Folder, followed
 from ntkengine.store.merging import copy_gram
 from ntkengine.store.opening import opened
 from ntkengine.store.schema import GROUPS, is_cross, matrices, module_of, read_json
@@ -32,7 +32,7 @@ def repair_gram(path: str | Path) -> tuple[int, int]:
         InputError: something else than tiles is damaged, or a process is at work on this file.
         OSError: the disk refused; the file is as it was.
     """
-    path = Path(path)
+    path = followed(Path(path))
     damage = find_damage(path)
     for found in damage:
         if found.dataset is None and found.text != "the noise is not a finite number":
@@ -45,7 +45,7 @@ def repair_gram(path: str | Path) -> tuple[int, int]:
         patches = _mirrored(source, tiles)
         left = sum(tile is None for found in patches.values() for tile in found.values())
         shards = [shard for shard, _ in shards_of(source, path)]
-        copy_gram(source, folder.damaged if left else path, patches, partial=folder.partial)
+        copy_gram(source, folder.damaged if left else path, patches, partial=folder.partial, over=True)
         if left:
             path.unlink()
         for shard in shards:
