@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ntkengine.digits import above, below
 from ntkengine.errors import InputError
 from ntkengine.jobparts import DataPart, GramPart, Job, ModelPart
 from ntkengine.report import Table, write_report
@@ -113,7 +114,7 @@ def _summary(name: str, found: Forecast, seconds: float) -> list[str]:
     value, low, high = found.loo
     lines = [
         f"{name}: {found.n} examples in {seconds:.1f} s",
-        f"  forecast from the training examples: mse {value:.3f} (95% {low:.3f} to {high:.3f}), "
+        f"  forecast from the training examples: mse {value:.3f} (95% {below(low, 3)} to {above(high, 3)}), "
         f"GCV {found.gcv_value:.3f}",
     ]
     if found.eval_mse_at_ridge is not None:
@@ -122,7 +123,7 @@ def _summary(name: str, found: Forecast, seconds: float) -> list[str]:
         agrees = abs(mse - value) <= math.hypot(high - value, best - mse)
         lines.append(
             f"  linearised prediction on {found.n_eval} held-out examples: mse {mse:.3f} "
-            f"(95% {worst:.3f} to {best:.3f}), {'within' if agrees else 'beyond'} the errors of both; "
+            f"(95% {below(worst, 3)} to {above(best, 3)}), {'within' if agrees else 'beyond'} the errors of both; "
             f"before training {found.start['eval_mse']:.3f}"
         )
     if found.loo_accuracy_at_ridge is not None and found.eval_accuracy_at_ridge is not None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+from scipy.stats import t as student
 
 from ntkengine.errors import InputError
 from ntkengine.forecast import displacement_bound, forecast, linearisation_gap_bound, risk_bounds
@@ -127,7 +128,9 @@ def test_ridge_path_matches_refits(contraction: str, outputs: int) -> None:
     squares = ((g.y - left_out) ** 2).mean(axis=1)
     assert result.loo[0] == pytest.approx(squares.mean(), rel=1e-9)
     assert result.loo_mse[at] == pytest.approx(squares.mean(), rel=1e-9)
-    assert result.loo[2] - result.loo[0] == pytest.approx(1.959964 * squares.std(ddof=1) / np.sqrt(N), rel=1e-6)
+    assert result.loo[2] - result.loo[0] == pytest.approx(
+        student.ppf(0.975, N - 1) * squares.std(ddof=1) / np.sqrt(N), rel=1e-6
+    )
     right = (np.sign(left_out) == g.y)[:, 0] if outputs == 1 else left_out.argmax(1) == g.y.argmax(1)
     assert result.loo_accuracy[at] == pytest.approx(right.mean())
     assert result.loo_accuracy_at_ridge == wilson_interval(right.sum(), N)
@@ -435,8 +438,12 @@ def test_scores() -> None:
     assert wilson_interval(0, 5)[1] == 0.0
     assert wilson_interval(5, 5)[2] == pytest.approx(1.0)
     mean, low, high = mean_interval(np.array([1.0, 2.0, 3.0, 4.0]))
-    assert (mean, high - mean) == (2.5, pytest.approx(1.96 * np.std([1, 2, 3, 4], ddof=1) / 2, rel=1e-4))
+    assert (mean, high - mean) == (2.5, pytest.approx(3.18245 * np.std([1, 2, 3, 4], ddof=1) / 2, rel=1e-5))
     assert mean_interval(np.array([2.0]))[1:] == (0.0, np.inf)
+    draws = np.random.default_rng(0).normal(10.0, 1.0, (4000, 4))
+    assert np.mean([low <= 10.0 <= high for _, low, high in map(mean_interval, draws)]) == pytest.approx(
+        0.95, abs=0.015
+    )
     y = np.sign(np.random.default_rng(0).standard_normal((31, 2)))
     centred = y - y.mean(axis=0)
     assert centred_alignment(centred @ centred.T + 100.0, y) == pytest.approx(1.0)

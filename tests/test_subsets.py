@@ -210,6 +210,34 @@ def test_an_interval_of_hits_covers_the_next_draw(p, count):
     assert covered > 860
 
 
+def share_covered(repeats, examples, between, own, draws):
+    """Return how often the interval of R repeats holds the next run's mean over as many other examples."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(draws):
+        runs = 1000.0 + between * rng.standard_normal((repeats + 1, 1))
+        seen, later = rng.standard_normal((2, examples))
+        losses = runs[:-1] + seen + own * rng.standard_normal((repeats, examples))
+        _, low, high = outcome(losses, losses, None, 0.0).eval_loss
+        covered += low <= runs[-1, 0] + (later + own * rng.standard_normal(examples)).mean() <= high
+    return covered / draws
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4, 8])
+def test_an_interval_of_few_repeats_covers_the_next_run(repeats):
+    # Between runs no, some, as much, or nearly all of the variance.
+    for examples, between in ((20, 0.0), (100, 0.07), (50, 0.2), (100, 0.45), (5, 2.0), (50, 30.0)):
+        assert share_covered(repeats, examples, between, 0.3, 1500) > 0.88, (examples, between)
+
+
+def test_one_repeat_says_nothing_of_chance():
+    losses = np.random.default_rng(0).random((1, 40))
+    found = outcome(losses, losses, None, 0.5)
+    half = 1.6448536 * np.sqrt(2 * losses.var(ddof=1) / 40 + (0.06 * 0.5) ** 2)
+    assert found.eval_loss[2] - found.eval_loss[0] == pytest.approx(half, rel=1e-6)
+    assert found.chance == 0.0
+
+
 def test_kernels_of_more_than_weights_are_refused(job):
     model, inputs, held, y, y_held, *_ = job
     call = {"eval_inputs": held, "per_module": True, "eval_targets": y_held, "check": False}

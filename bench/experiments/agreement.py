@@ -123,11 +123,12 @@ def _coverage(
 
     value, share, moved = get("rehearsal"), get("accuracy"), get("movement")
     sampling, chance = get("sampling"), get("chance")
-    half = half_width(sampling, chance, MODEL_LOSS * moved)
+    repeats = told[seeds[0], names[0]]["config"]["repeats"]
+    half = half_width(sampling, chance, MODEL_LOSS * moved, repeats, VALIDATION)
     binomial = np.sqrt(share * (1 - share) / VALIDATION)  # standard error of a share
     wide = half_width(binomial, 0.0, MODEL_ACCURACY * moved)
     drawn, drawn_share = get(f"{test}_drawn"), get(f"{test}_drawn_accuracy")
-    own = half_width(0.0, chance, MODEL_LOSS * moved)
+    own = half_width(0.0, chance, MODEL_LOSS * moved, repeats)
     own_share = half_width(0.0, chance, MODEL_ACCURACY * moved)
     return {
         "coverage_same_text": float((np.abs(drawn - loss) <= own).mean()),

@@ -2,7 +2,8 @@
 
 Three errors are told apart and added as independent:
 * sampling: the eval examples are a draw; standard error of the mean over them;
-* chance: the start of the adapters and the order of batches; standard deviation over repeats;
+* chance: the start of the adapters and the order of batches; standard deviation over repeats, known the less, the
+  fewer there are;
 * model: what a first-order forecast leaves out. It grows with how far outputs move: `MODEL` times the root mean square
   movement of the eval outputs, a share measured once on real runs (bench/experiments/calibration.py), not derived.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student
 
 from ntkengine.forecast.scores import Z90
 
@@ -57,7 +59,7 @@ def outcome(
         return Outcome(train, None, None, 0.0, 0.0, 0.0)
     sampling, chance = _errors(eval_losses)
     model = MODEL_LOSS * movement
-    half = float(half_width(sampling, chance, model))
+    half = float(half_width(sampling, chance, model, *eval_losses.shape))
     loss = float(eval_losses.mean())
     return Outcome(
         train_loss=train,
@@ -76,14 +78,33 @@ def _accuracy(correct: np.ndarray, movement: float) -> tuple[float, float, float
     near = (M * share + more) / (M + 2 * more)
     spread = ((correct.mean(axis=0) - near) ** 2).sum() + more * (near**2 + (1 - near) ** 2)
     least = float(np.sqrt(spread) / (M + 2 * more))
-    width = float(half_width(max(sampling, least), chance, MODEL_ACCURACY * movement))
+    width = float(half_width(max(sampling, least), chance, MODEL_ACCURACY * movement, *correct.shape))
     return share, max(0.0, share - width), min(1.0, share + width)
 
 
-def half_width(sampling: ArrayLike, chance: ArrayLike, model: ArrayLike) -> np.ndarray:
-    """Return half a 90 % interval of three independent errors; sampling twice: the eval draw and the one to come."""
-    drawn = 2 * np.square(sampling)
-    return Z90 * np.sqrt(drawn + np.square(chance) + np.square(model))
+def half_width(
+    sampling: ArrayLike, chance: ArrayLike, model: ArrayLike, repeats: int = 1, examples: float = np.inf
+) -> np.ndarray:
+    """Return half a 90 % interval, for one more run, of three independent errors.
+
+    Sampling counts twice, for the eval draw and the one to come; chance for the run to come and, 1/R of its variance,
+    for the mean of R. With R > 1 each of the two has Student's quantile of its own degrees of freedom: one quantile for
+    their sum (Welch and Satterthwaite) falls to 82 % at R = 2, where a few repeats agree by luck.
+
+    Args:
+        sampling: standard error over eval examples.
+        chance: standard deviation between runs; 0 with one repeat.
+        model: what the first order leaves out.
+        repeats: R.
+        examples: M.
+    """
+    among, between = Z90, 0.0
+    if repeats > 1:
+        among, between = (float(student.ppf(0.95, max(count - 1, 1))) for count in (examples, repeats))
+    drawn = 2 * np.square(among * np.asarray(sampling))
+    return np.sqrt(
+        drawn + (1 + 1 / repeats) * np.square(between * np.asarray(chance)) + np.square(Z90 * np.asarray(model))
+    )
 
 
 def _errors(values: np.ndarray) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.stats import t as student
 from torch import Tensor
 
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
@@ -50,7 +51,7 @@ def hits(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean of non-negative values and a normal 95% interval from its standard error.
+    """Return the mean of non-negative values and a 95% interval from its standard error, by Student's t.
 
     Args:
         values: (N,), one per example.
@@ -59,7 +60,8 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
         (mean, low, high); low is not below 0. With one value the interval is (0, inf).
     """
     mean = float(values.mean())
-    half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    N = len(values)
+    half = float(student.ppf(0.975, N - 1) * values.std(ddof=1)) / math.sqrt(N) if N > 1 else math.inf
     return mean, max(mean - half, 0.0), mean + half
 
 
