@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from ntkengine.arguments import number
-from ntkengine.digits import above, below, measured
 from ntkengine.display import html_facts
 from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import displacement_bound
+from ntkengine.forecast.rows import forecast_rows
 from ntkengine.forecast.simulate import Simulation
-from ntkengine.report.tables import span
 from ntkengine.spectrum import ConditionNumber, Estimate
 from ntkengine.spectrum.functions import dimension_from_eigenvalues
 
@@ -204,45 +203,7 @@ class Forecast:
 
     def table(self) -> list[tuple[str, str]]:
         """Return (label, value with its error) rows for printing."""
-        start = self.start
-        rows = [
-            ("examples", f"{self.n} train, {self.n_eval} eval, {self.outputs} output{'s' * (self.outputs > 1)}"),
-            ("contraction", self.contraction),
-            ("largest eigenvalue", measured(self.eigenvalues[0], self.noise)),
-            ("smallest eigenvalue", measured(self.eigenvalues[-1], self.noise)),
-            ("condition number", str(self.condition)),
-            ("trace", str(self.trace)),
-            ("effective rank", str(self.effective_rank)),
-            ("alignment with targets", "undefined" if self.alignment is None else f"{self.alignment:.3f}"),
-            ("at the start, train", _pair(start["train_mse"], start["train_accuracy"])),
-        ]
-        if start["held_out_mse"] is not None:
-            rows.append(("at the start, held-out head", _pair(start["held_out_mse"], start["held_out_accuracy"])))
-        if start["eval_mse"] is not None:
-            rows.append(("at the start, eval", _pair(start["eval_mse"], start["eval_accuracy"])))
-        rows += [
-            ("ridge", f"{self.ridge:.3g} (LOO {self.ridge_loo:.3g}, GCV {self.ridge_gcv:.3g})"),
-            ("effective dimension", str(self.effective_dimension)),
-            ("leave-one-out mse", span(self.loo)),
-        ]
-        if self.loo_accuracy_at_ridge is not None:
-            rows.append(("leave-one-out accuracy", span(self.loo_accuracy_at_ridge)))
-        rows.append(("GCV mse", f"{self.gcv_value:.4g}"))
-        if self.eval_mse_at_ridge is not None:
-            rows.append(("eval mse at ridge", span(self.eval_mse_at_ridge)))
-        if self.eval_accuracy_at_ridge is not None:
-            rows.append(("eval accuracy at ridge", span(self.eval_accuracy_at_ridge)))
-        if self.best_time is not None and self.best_eval_loss is not None:
-            rows.append(("least eval loss on the way", f"{span(self.best_eval_loss)} at time {self.best_time:.3g}"))
-            if self.best_eval_accuracy is not None:
-                rows.append(("eval accuracy there", span(self.best_eval_accuracy)))
-        rows.append(("the same as", f"proximal {self.proximal:.3g}, or stopping at time {self.stopping_time:.3g}"))
-        if self.training is not None:
-            rows += _trained(self.training)
-        rows.append(("train mse bounds at ridge", f"{below(self.paper_lower, 3)} to {above(self.paper_upper, 3)}"))
-        shares = sorted(self.modules.items(), key=lambda item: -item[1])[:5]
-        rows += [(f"share of trace, {name}", f"{share:.1%}") for name, share in shares]
-        return rows
+        return forecast_rows(self)
 
     def __repr__(self) -> str:
         kept = [(label, value) for label, value in self.table() if label in _ESSENTIAL]
@@ -269,20 +230,6 @@ class Forecast:
         from ntkengine.report.plots import forecast_figures  # so that forecasting does not need matplotlib
 
         return forecast_figures(self)
-
-
-def _trained(training: Simulation) -> list[tuple[str, str]]:
-    """Return rows of a simulated training."""
-    r, o = training.recipe, training.outcome
-    what = f"{r.optimizer}, learning rate {r.learning_rate:g}, {len(training.batch_losses)} steps"
-    rows = [("simulated training", what), ("train loss after it", f"{o.train_loss:.4g}")]
-    rows += [("eval loss after it (90%)", span(o.eval_loss))] if o.eval_loss is not None else []
-    rows += [("eval accuracy after it (90%)", span(o.eval_accuracy))] if o.eval_accuracy is not None else []
-    return [*rows, ("movement of parameters", f"{training.displacement:.4g}")]
-
-
-def _pair(mse: float | None, accuracy: float | None) -> str:
-    return f"mse {mse:.4g}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
 
 
 def _plain(value: Any) -> Any:
