@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, cg
-from scipy.special import expit, log_expit, log_softmax, softmax
+from scipy.special import expit, log_expit, logsumexp, softmax
 
 from ntkengine.spectrum.operators import EPS
 
@@ -49,18 +49,23 @@ class CrossEntropy:
         self.size = self.Phi.shape[1] * self.width
 
     def discrepancy(self, theta: np.ndarray, matrix: np.ndarray) -> float:
-        """Return how far f0 + Kα is from f0 + Φθ, relative to 1 + |f|."""
-        f = self._f(theta)
-        whole = self.f0 + (matrix @ (self.pull(theta) / self.ridge).reshape(-1, self.width)).reshape(f.shape)
-        return float(np.abs(whole - f).max() / (1.0 + np.abs(f).max()))
+        """Return how far α is from the minimum that θ is taken for.
+
+        The largest of three: of f0 + Kα from f0 + Φθ, entry by entry relative to 1 + |f − f0|; of the probabilities at
+        both; and of ridge·α from w·(target − p) at f0 + Kα, relative in the norm.
+        """
+        f, alpha = self._f(theta), self.pull(theta)
+        moved = (matrix @ (alpha / self.ridge).reshape(-1, self.width)).reshape(f.shape)
+        whole, norm = self.f0 + moved, float(np.linalg.norm(alpha))
+        return max(
+            float((np.abs(moved - (f - self.f0)) / (1.0 + np.abs(f - self.f0))).max()),
+            float(np.abs(self._p(whole) - self._p(f)).max()),
+            float(np.linalg.norm(self.weights * self._missing(whole) - alpha)) / (norm or 1.0),
+        )
 
     def loss(self, theta: np.ndarray) -> float:
         """Return the objective."""
-        f = self._f(theta)
-        if self.one:
-            entropy = -(self.targets * log_expit(f) + (1.0 - self.targets) * log_expit(-f))
-        else:
-            entropy = -(self.targets * log_softmax(f, axis=1)).sum(axis=1, keepdims=True)
+        entropy = -log_expit(self._lead(self._f(theta)))
         return float((self.weights * entropy).sum() + 0.5 * theta @ theta)
 
     def gradient(self, theta: np.ndarray) -> np.ndarray:
@@ -69,13 +74,17 @@ class CrossEntropy:
 
     def hessian(self, theta: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Return the Hessian's product with v."""
-        p, g = self._p(self._f(theta)), self._f(v) - self.f0
-        curved = p * (1.0 - p) * g if self.one else p * (g - (p * g).sum(axis=1, keepdims=True))
+        f, g = self._f(theta), self._f(v) - self.f0
+        if self.one:
+            curved = expit(f) * expit(-f) * g
+        else:  # against the own class, whose p may be 1 but for less than rounding
+            p, g = self._p(f), g - (self.targets * g).sum(axis=1, keepdims=True)
+            curved = p * (g - (p * g).sum(axis=1, keepdims=True))
         return v + self._transpose(self.weights * curved)
 
     def pull(self, theta: np.ndarray) -> np.ndarray:
         """Return w·(target − p), (n, c)."""
-        return self.weights * (self.targets - self._p(self._f(theta)))
+        return self.weights * self._missing(self._f(theta))
 
     def polished(self, theta: np.ndarray) -> np.ndarray:
         """Return θ after full Newton steps while they help: the trust region stops where the loss no longer changes."""
@@ -95,6 +104,19 @@ class CrossEntropy:
 
     def _transpose(self, f: np.ndarray) -> np.ndarray:
         return (self.Phi.T @ f.reshape(-1, self.width)).reshape(-1)
+
+    def _lead(self, f: np.ndarray) -> np.ndarray:
+        """Return f of the own class less the log of Σ exp f of the others, (n, 1): log(p/(1 − p))."""
+        if self.one:
+            return np.where(self.targets > 0.0, f, -f)
+        others = logsumexp(np.where(self.targets > 0.0, -np.inf, f), axis=1, keepdims=True)
+        return (self.targets * f).sum(axis=1, keepdims=True) - others
+
+    def _missing(self, f: np.ndarray) -> np.ndarray:
+        """Return target − p, (n, c): that of the own class is what the others have, not the rounding of 1 − p."""
+        if self.one:
+            return np.where(self.targets > 0.0, expit(-f), -expit(f))
+        return np.where(self.targets > 0.0, expit(-self._lead(f)), -self._p(f))
 
     def _p(self, f: np.ndarray) -> np.ndarray:
         return expit(f) if self.one else softmax(f, axis=1)

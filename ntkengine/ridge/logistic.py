@@ -21,7 +21,7 @@ from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.checks import SIZES
 from ntkengine.spectrum.operators import EPS
 
-_MOVED = 1e-3  # of f, relative to 1 + |f|: no prediction shows it
+_MOVED = 1e-3  # of f, relative to 1 + |f − f0|, and of p: no prediction shows it
 
 
 class KernelLogistic(ClassifierMixin, BaseEstimator):
@@ -112,7 +112,8 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
         theta, steps = np.zeros(problem.size), 0
         scale = float(np.linalg.norm(problem.gradient(theta)))
         if scale > 0:
-            radius = np.sqrt(2.0 * problem.loss(theta))  # of the ball that holds the minimum
+            # Of a ball that holds the minimum, by the loss or, since the objective curves by 1 at least, the gradient.
+            radius = np.sqrt(2.0 * problem.loss(theta)) or scale
             found = minimize(
                 problem.loss,
                 theta,
