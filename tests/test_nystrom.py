@@ -176,3 +176,46 @@ def test_ranks_solve_as_one(size):
     exact = np.linalg.solve(matrix + 0.1 * np.eye(N), right)
     for found in on_ranks(size, work):
         np.testing.assert_allclose(found.solution, exact, atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+@pytest.mark.parametrize("block", [1, 64])
+def test_columns_of_an_indefinite_matrix_are_refused(rank, block):
+    large = np.full((5, 5), 3.0)
+    np.fill_diagonal(large, 1.0)
+    hollow = np.zeros((4, 4))
+    hollow[0, 1] = hollow[1, 0] = 5.0
+    for K in (np.array([[1.0, 2.0], [2.0, 1.0]]), large, hollow):
+        if K is hollow and block == 1:
+            continue  # two of the four columns show it
+        with pytest.raises(InputError, match="expected those of a positive semi-definite matrix"):
+            random_cholesky(lambda at: K[:, at], K.diagonal().copy(), rank, block=block)  # noqa: B023
+
+
+@pytest.mark.parametrize("lowest", [-3.0, -0.3, -0.03])
+def test_the_error_is_a_bound_or_refused(lowest):
+    refused = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        Q = np.linalg.qr(rng.standard_normal((30, 30)))[0]
+        K = (Q * np.r_[lowest, np.zeros(20), np.linspace(1, 4, 9)]) @ Q.T
+        K = 0.5 * (K + K.T)
+        if (K.diagonal() < 0).any():
+            K += np.diag(np.maximum(-K.diagonal(), 0.0))
+        try:
+            low = random_cholesky(lambda at: K[:, at], K.diagonal().copy(), 30, seed=seed)  # noqa: B023
+        except InputError:
+            refused += 1
+            continue
+        assert np.linalg.norm(K - low.factor @ low.factor.T, 2) <= low.error
+    assert refused >= 15
+
+
+def test_a_preconditioner_of_what_the_ridge_makes_positive():
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    K = (Q * np.r_[-0.1, np.zeros(40), np.linspace(1, 40, 19)]) @ Q.T
+    K = 0.5 * (K + K.T)
+    right = rng.standard_normal(60)
+    found = conjugate_gradients(K, right, 1.0, preconditioner=preconditioner(K, 1.0, 30))
+    np.testing.assert_allclose(found.solution, np.linalg.solve(K + np.eye(60), right), atol=1e-6)

@@ -127,11 +127,16 @@ def preconditioner(
     if columns is not None:
         if diagonal is None:
             raise InputError("diagonal: expected with columns, got None")
-        low = random_cholesky(columns, diagonal, rank, noise=noise, seed=seed)
+        low = random_cholesky(columns, diagonal, rank, noise=noise, seed=seed, shift=ridge)
     elif isinstance(operator, DenseOperator):
         matrix = operator.matrix
         low = random_cholesky(
-            lambda at: matrix[:, at], np.maximum(matrix.diagonal(), 0.0), rank, noise=noise, seed=seed
+            lambda at: matrix[:, at],
+            np.maximum(matrix.diagonal(), 0.0),
+            rank,
+            noise=noise,
+            seed=seed,
+            shift=ridge,
         )
     else:
         low = nystrom(operator, rank, noise=max(noise, ridge), seed=seed)  # K + ridge·I is what must be positive
