@@ -101,7 +101,11 @@ WRONG = [
     (effective_dimension, {"gram": OPERATOR, "ridge": 1.0}, SAMPLING),
     (condition_from_eigenvalues, {"eigenvalues": [1.0], "noise": 0.0}, {"eigenvalues": ("a", [1j], []), "noise": "a"}),
     (DeviceOperator, {"gram": K}, {"device": ("other", 3.5), "noise": ("a",)}),
-    (FactorOperator, {"features": K}, {"features": ("a", GRAM["masked"], GRAM["words"]), "noise": NUMBER}),
+    (
+        FactorOperator,
+        {"features": K},
+        {"features": ("a", GRAM["masked"], GRAM["words"]), "noise": NUMBER[:1] + NUMBER[2:]},
+    ),
     (ImplicitOperator, {"product": len, "rows": 3}, {"product": (3,), "rows": WHOLE, "block": WHOLE, "noise": NUMBER}),
     (PanelOperator, {"gram": K}, {"gram": ("a", GRAM["masked"]), "budget_mib": NUMBER}),
     (cholesky_solve, {"gram": K, "residual": Y, "ridge": 1.0}, {"ridge": NUMBER, "block": WHOLE}),

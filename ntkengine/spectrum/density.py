@@ -81,14 +81,15 @@ def spectral_density(
         width = number("width", width, above=0, what="a number of decades")
     exact = is_small(gram, method)
     if exact:
-        values = eigenvalues_of(gram.matrix if isinstance(gram, DenseOperator) else gram)
-        rows, error = len(values), condition_from_eigenvalues(values, noise_of(gram)).noise
+        dense = gram if isinstance(gram, DenseOperator) else DenseOperator(gram)
+        values = eigenvalues_of(dense.matrix)
+        rows, error = len(values), condition_from_eigenvalues(values, dense.noise).noise
     else:
         operator = operator_of(gram)
         found = quadrature(operator, probes, steps, seed)
         rows, error = (
             found.rows,
-            max(noise_of(gram), 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale),
+            max(noise_of(operator), 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale),
         )
         values = np.sort(np.concatenate([eigh_tridiagonal(a, b[:-1], eigvals_only=True) for a, b in found.pairs()]))
     resolved = values[values > error]

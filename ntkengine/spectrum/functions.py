@@ -170,14 +170,17 @@ def _trace(gram: Any, f: Function, how: tuple[str, int, int, int]) -> Estimate:
     """Return Σ f(λ) for an f(max(λ, 0)) that increases and that, on λ >= 0, Gauss and Gauss–Radau rules bracket."""
     method, *drawn = how
     probes, steps, seed = sampling(*drawn)
-    noise = noise_of(gram)
+    dense = None
     if is_small(gram, method):
-        values = eigenvalues_of(gram.matrix if isinstance(gram, DenseOperator) else gram)
+        dense = gram if isinstance(gram, DenseOperator) else DenseOperator(gram)
+    operator = operator_of(gram) if dense is None else dense
+    noise = noise_of(operator)
+    if dense is not None:
+        values = eigenvalues_of(dense.matrix)
         off = noise + 10.0 * np.sqrt(len(values)) * EPS * float(np.abs(values).max())
         if values.min() < -off:
             raise InputError(f"gram: expected no eigenvalue below {-off:.3g}, found one at {values.min():.3g}")
         return _summed(values, f, off)
-    operator = operator_of(gram)
     found = quadrature(operator, probes, steps, seed)
     rounding = 10.0 * np.sqrt(found.rows) * max(EPS, rounding_of(operator)) * found.scale
     off = noise + rounding

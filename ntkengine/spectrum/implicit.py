@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ntkengine.arguments import number
 from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import check_size, check_stored
-from ntkengine.spectrum.operators import EPS, GramOperator, as_matrix, noise_of
+from ntkengine.spectrum.operators import EPS, DenseOperator, GramOperator
 
 _ROWS = 4096  # of Φ turned to float64 at a time
 
@@ -23,7 +24,8 @@ class FactorOperator(GramOperator):
 
     Args:
         features: (N, P) Φ: numpy, a memory map, or anything with `shape` and row slices.
-        noise: of K in the spectral norm, >= 0.
+        noise: of K in the spectral norm, >= 0; default what rounding the entries to the type they are stored in can do,
+            eps·‖Φ‖_F·√min(‖Φ‖_F², ‖Φ‖_1·‖Φ‖_∞); 0 for float64.
 
     Raises:
         InputError: not a matrix, or entries that are not finite.
@@ -31,14 +33,27 @@ class FactorOperator(GramOperator):
     Cost: 4NPk flops a product, Φ read twice; P·k numbers.
     """
 
-    def __init__(self, features: Any, noise: float = 0.0) -> None:
-        check_stored("features", features, "P")
+    def __init__(self, features: Any, noise: float | None = None) -> None:
+        count = np.prod(check_stored("features", features, "P"))
         self.features = features
-        super().__init__(features.shape[0], noise)
+        super().__init__(features.shape[0], 0.0 if noise is None else noise)
+        squares = widest = 0.0
+        tallest = np.zeros(features.shape[1])
         for start, rows in self._rows():
             if not np.isfinite(rows).all():
                 bad = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
                 raise InputError(f"features: expected finite entries, row {bad} has NaN or infinity")
+            if noise is None:
+                with np.errstate(over="ignore"):  # such sizes the products refuse
+                    squares += float(np.einsum("ij,ij->", rows, rows))
+                    sizes = np.abs(rows)
+                    widest, tallest = max(widest, float(sizes.sum(axis=1).max())), tallest + sizes.sum(axis=0)
+        dtype = np.asarray(features[:1]).dtype
+        if noise is None and dtype.kind == "f" and dtype.itemsize < 8 and np.isfinite(squares):
+            kind = np.finfo(dtype)
+            off = 0.5 * (float(kind.eps) * squares**0.5 + float(kind.smallest_subnormal) * float(count) ** 0.5)
+            norm = min(squares, widest * float(tallest.max())) ** 0.5
+            self.noise = off * (2.0 * norm + off)
 
     def product(self, X: np.ndarray) -> np.ndarray:
         """Return Φ (Φᵀ X)."""
@@ -98,7 +113,8 @@ class DeviceOperator(GramOperator):
     Args:
         gram: (N, N) tensor, or array-like or Gram-like that is moved to `device` in float64.
         device: where to put it; default where the tensor is.
-        noise: of K in the spectral norm; default what the Gram carries, else the rounding of its stored entries.
+        noise: of K in the spectral norm; default what the Gram carries, else the rounding of its stored entries; no
+            less than differing triangles show, as `noise_of`.
 
     Attributes:
         matrix: (N, N) float64 tensor.
@@ -122,11 +138,13 @@ class DeviceOperator(GramOperator):
             if skew > 100.0 * eps * largest:
                 raise InputError(f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g}")
             own = 0.5 * eps * float(matrix.norm())
+            shown = 0.5 * float((matrix - matrix.T).norm()) if skew else 0.0
             self.matrix = matrix if skew == 0.0 else 0.5 * (matrix + matrix.T)
         else:
-            own = noise_of(gram)
-            self.matrix = torch.from_numpy(as_matrix(gram)).to(device or "cpu")
-        super().__init__(len(self.matrix), own if noise is None else noise, block=8)
+            held = DenseOperator(gram)
+            own, shown = held.noise, held.shown
+            self.matrix = torch.from_numpy(held.matrix).to(device or "cpu")
+        super().__init__(len(self.matrix), max(own if noise is None else number("noise", noise, 0), shown), block=8)
 
     def product(self, X: np.ndarray) -> np.ndarray:
         """Return K X, multiplied on the device."""

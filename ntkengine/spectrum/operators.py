@@ -14,7 +14,7 @@ Shapes: N rows, k columns.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,8 @@ def as_matrix(gram: Any) -> np.ndarray:
     """Return the Gram as a symmetric float64 matrix.
 
     An asymmetry within the rounding of the stored type (100 eps · max|K|), or within twice the Gram's own noise, is
-    averaged away; a larger one is refused, because every solver here would silently read one triangle.
+    averaged away, and shows in `noise_of`; a larger one is refused, because every solver here would silently read one
+    triangle.
 
     Args:
         gram: (N, N) array-like, or an object whose `.values` is one.
@@ -48,31 +49,48 @@ def as_matrix(gram: Any) -> np.ndarray:
 
     Cost: one pass over N² entries.
     """
+    return _symmetric(gram)[0]
+
+
+def _symmetric(gram: Any) -> tuple[np.ndarray, float]:
+    """Return the matrix of `as_matrix`, and ‖K − Kᵀ‖_F/2 of what is stored."""
     raw = _stored(gram)
     if raw.ndim != 2 or raw.shape[0] != raw.shape[1] or not raw.size:
         raise InputError(f"gram: expected a square matrix (N, N), got shape {raw.shape}")
     if raw.dtype.kind == "b":
         raise InputError(f"gram: expected real numbers, got dtype {raw.dtype}")
     matrix = np.asarray(raw, dtype=np.float64)
-    skew = largest = 0.0
-    for start in range(0, len(matrix), _TILE):
-        rows = matrix[start : start + _TILE]
-        for j in range(0, start + 1, _TILE):
-            with np.errstate(invalid="ignore"):
-                tile = rows[:, j : j + _TILE] - matrix[j : j + _TILE, start : start + _TILE].T
-            high, low = float(tile.max()), float(tile.min())
-            if not np.isfinite(high - low):  # what is not finite shows in the difference, even infinity - infinity
-                raise InputError(f"gram: expected finite entries, row {_first_bad(matrix)} has NaN or infinity")
-            skew = max(skew, high, -low)
-        largest = max(largest, float(rows.max()), -float(rows.min()))
+    skew = squares = 0.0
+    for tile, times in _differences(matrix):
+        high, low = float(tile.max()), float(tile.min())
+        if not np.isfinite(high - low):  # what is not finite shows in the difference, even infinity - infinity
+            raise InputError(f"gram: expected finite entries, row {_first_bad(matrix)} has NaN or infinity")
+        if high > 0.0 or low < 0.0:
+            skew, squares = max(skew, high, -low), squares + times * _squares(tile)
+    largest = max(float(matrix.max()), -float(matrix.min()))
     check_size("gram", largest)
     if skew == 0.0:
-        return matrix
+        return matrix, 0.0
     if skew > max(100.0 * _eps(raw) * largest, 2.0 * (declared_noise(gram) or 0.0)):
         raise InputError(
             f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g} with max|K| = {largest:.3g}"
         )
-    return 0.5 * (matrix + matrix.T)
+    return 0.5 * (matrix + matrix.T), 0.5 * float(np.sqrt(squares))
+
+
+def _differences(K: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
+    """Yield the tiles of K − Kᵀ at and below the diagonal, and how often each stands for one of all."""
+    for start in range(0, len(K), _TILE):
+        rows = np.asarray(K[start : start + _TILE], dtype=np.float64)
+        for j in range(0, start + 1, _TILE):
+            with np.errstate(invalid="ignore"):
+                yield rows[:, j : j + _TILE] - K[j : j + _TILE, start : start + _TILE].T, 1.0 if j == start else 2.0
+
+
+def _squares(tile: np.ndarray) -> float:
+    """Return Σ x², of entries whose squares may be no numbers: what matters of them is seen in max|K|."""
+    with np.errstate(over="ignore"):
+        return float(np.einsum("ij,ij->", tile, tile))
 
 
 def noise_of(gram: Any) -> float:
@@ -80,7 +98,8 @@ def noise_of(gram: Any) -> float:
 
     By Weyl every eigenvalue of the true K lies within it. A Gram that carries `.noise` speaks for itself; a bare array
     is taken to be right to the rounding of its stored entries, (eps/2)·‖K‖_F with the eps of its dtype; an operator
-    without `.noise` is taken to be exact.
+    without `.noise` is taken to be exact. Where the triangles of an array in memory differ, it is no less than they
+    show: ‖K − Kᵀ‖_F/2, the error of their mean when each is off by as much on its own.
 
     Args:
         gram: array-like, Gram-like object or LinearOperator.
@@ -91,6 +110,23 @@ def noise_of(gram: Any) -> float:
     Raises:
         InputError: the noise it carries is negative or not finite, or it is not square.
     """
+    told = _told(gram)
+    if isinstance(gram, LinearOperator):
+        return told
+    values = getattr(gram, "values", gram)
+    if declared_noise(gram) is not None and (not isinstance(values, np.ndarray) or isinstance(values, np.memmap)):
+        return told  # not read for this
+    matrix = _stored(gram)
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        return told
+    stack = matrix.reshape(-1, *matrix.shape[-2:])
+    squares = sum(times * _squares(tile) for K in stack for tile, times in _differences(K) if tile.any())
+    shown = 0.5 * float(np.sqrt(squares))
+    return max(told, shown) if np.isfinite(shown) else told
+
+
+def _told(gram: Any) -> float:
+    """Return the noise a Gram carries, or that of its stored entries' rounding."""
     declared = declared_noise(gram)
     if declared is not None:
         return declared
@@ -150,11 +186,12 @@ class DenseOperator(GramOperator):
 
     Attributes:
         matrix: (N, N) float64.
+        shown: the noise that differing triangles show.
     """
 
     def __init__(self, gram: Any) -> None:
-        self.matrix = as_matrix(gram)
-        super().__init__(len(self.matrix), noise_of(gram))
+        self.matrix, self.shown = _symmetric(gram)
+        super().__init__(len(self.matrix), max(_told(gram), self.shown))
 
     def product(self, X: np.ndarray) -> np.ndarray:
         """Return K X; a single vector reads one triangle only."""

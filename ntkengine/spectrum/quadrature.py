@@ -129,9 +129,10 @@ class Quadrature:
         rules = []
         for a, b in self.pairs():
             lowest = scipy.linalg.eigh_tridiagonal(a, b[:-1], eigvals_only=True, select="i", select_range=(0, 0))[0]
-            if lowest <= left:
+            closed = b[-1] <= EPS * self.scale * np.sqrt(self.rows)  # the Krylov space is invariant: the rule is exact
+            if lowest < left or (lowest == left and not closed):
                 raise InputError(f"gram: expected no eigenvalue below {left:.3g}, found one at {lowest:.3g} or below")
-            if b[-1] <= EPS * self.scale * np.sqrt(self.rows):  # the Krylov space is invariant: the rule is exact
+            if closed:
                 rules.append(_nodes(a, b[:-1]))
                 continue
             rules.append(_radau(a, b, left))
