@@ -47,20 +47,21 @@ def problems():
         yield 0.5 * (K + K.T), rng.standard_normal(N)
 
 
+@pytest.mark.parametrize("solver", ["eigen", "cholesky", "out-of-core"])
 @pytest.mark.parametrize("relative", [0.0, 1e-16, 2e-15, 1e-14, 1e-13, 1e-12, 1e-11, 1e-9])
-def test_what_is_not_refused_is_right(relative):
+def test_what_is_not_refused_is_right(relative, solver):
     refused = 0
     for K, y in problems():
         ridge = relative * float(np.linalg.eigvalsh(K)[-1])
         try:
-            model = KernelRidge(ridge=ridge, solver="eigen").fit(K, y)
+            model = KernelRidge(ridge=ridge, solver=solver).fit(K, y)
         except InputError:
             refused += 1
             continue
         dual, left = solved(K, y, ridge)
         assert np.linalg.norm(model.dual_coef_ - dual) <= 1e-3 * np.linalg.norm(dual)
         assert np.linalg.norm(model.loo_residuals_ - left) <= 1e-3 * np.linalg.norm(left)
-    assert refused == (12 if relative < 1e-12 else 0 if relative > 1e-11 else refused)
+    assert refused == (12 if relative < 1e-16 else 0 if relative > 1e-11 else refused)
 
 
 def test_the_low_end_of_the_default_grid_is_right():

@@ -18,6 +18,7 @@ from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.operators import EPS
 
 _RESIDUAL = 1e-4  # of the right side: above it the pivots hid how singular the matrix is
+_UNREFINED = 1e-3  # the same before refinement, which the inverse that leaves examples out does not get
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class CholeskySolution:
 def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int = 1) -> CholeskySolution:
     """Solve (K + ridge·I) dual = residual by Cholesky with one step of iterative refinement.
 
-    The inverse of the same factor leaves each example out.
+    The inverse of the same factor leaves each example out; its diagonal is right to some 1e-3, or it is refused.
 
     Args:
         gram: (n, n) symmetric, array-like or Gram-like.
@@ -68,6 +69,8 @@ def cholesky_solve(gram: object, residual: ArrayLike, ridge: float, block: int =
             f"ridge: expected a value that makes K + ridge*I positive definite, got {ridge!r}: Cholesky broke down"
         ) from None
     check_pivots(factor[0].diagonal() ** 2, float(np.trace(shifted)), float(np.linalg.norm(shifted)), ridge)
+    probes = draw_probes(len(matrix))
+    check_unrefined(probes, shifted @ scipy.linalg.cho_solve(factor, probes), ridge)
     dual = scipy.linalg.cho_solve(factor, right)
     dual += scipy.linalg.cho_solve(factor, right - shifted @ dual)
     if not np.isfinite(dual).all():
@@ -96,6 +99,27 @@ def check_residual(error: float, ridge: float) -> None:
         raise InputError(
             f"ridge: expected a value that makes K + ridge*I well enough conditioned, got {ridge!r}: Cholesky leaves a "
             f"residual of {error:.1e} of the right side's norm"
+        )
+
+
+def draw_probes(n: int) -> np.ndarray:
+    """Return (n, 4) random right sides for `check_unrefined`: one may miss the direction that matters."""
+    return np.random.default_rng(1).standard_normal((n, 4))
+
+
+def check_unrefined(probes: np.ndarray, images: np.ndarray, ridge: float) -> None:
+    """Refuse a factor whose inverse is off by what leave-one-out residuals show.
+
+    Args:
+        probes: (n, k) random.
+        images: (n, k) K + ridge·I times their solutions: off by about as much as the diagonal of the inverse.
+        ridge: for the message.
+    """
+    error = float((np.linalg.norm(probes - images, axis=0) / np.linalg.norm(probes, axis=0)).max())
+    if not error <= _UNREFINED:
+        raise InputError(
+            f"ridge: expected a value that makes K + ridge*I well enough conditioned to leave examples out, got "
+            f"{ridge!r}: Cholesky leaves a residual of {error:.1e} of a random right side's norm"
         )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from ntkengine.arguments import flag, number
 from ntkengine.errors import InputError, NonFinite
-from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual
+from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual, check_unrefined, draw_probes
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 from ntkengine.spectrum.checks import check_size, check_stored
 from ntkengine.spectrum.operators import EPS, declared_noise
@@ -75,10 +75,13 @@ def cholesky_on_disk(
         try:
             factor = _Factor(R, rows)
             factor.fill(values, ridge)
-            dual = factor.solve(right)
-            images = _times(values, np.hstack([dual, factor.x]), ridge, rows)
+            probes, m = draw_probes(n) if loo else np.empty((n, 0)), right.shape[1]
+            solved = factor.solve(np.hstack([right, probes]))
+            images = _times(values, np.hstack([solved, factor.x]), ridge, rows)
             factor.check_symmetry(images[:, -1:], values, 2.0 * (declared_noise(gram) or 0.0))
-            dual += factor.solve(right - images[:, :-1])
+            if loo:
+                check_unrefined(probes, images[:, m:-1], ridge)
+            dual = solved[:, :m] + factor.solve(right - images[:, :m])
             norm = float(np.linalg.norm(right))
             error = float(np.linalg.norm(right - _times(values, dual, ridge, rows))) / norm if norm else 0.0
             if not np.isfinite(dual).all():
