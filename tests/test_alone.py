@@ -125,6 +125,17 @@ def test_what_is_too_small_to_refuse_is_told(share, only):
     assert all(off <= p.rounding < 1e-4 for p in products)
 
 
+def test_single_precision_that_is_another_model_is_refused():
+    class Other(Plain):
+        def forward(self, x):
+            return super().forward(x) * (1.1 if x.dtype == torch.float32 else 1.0)
+
+    torch.manual_seed(0)
+    ntk.TangentProducts(Other(), {"x": torch.randn(N, D)})
+    with pytest.raises(CheckFailed, match=r"differ from float32 ones by a relative 2\.\de-01"):
+        ntk.TangentProducts(Other(), {"x": torch.randn(N, D)}, precision="high")
+
+
 def test_models_of_one_own_example_each_are_right_to_rounding():
     torch.manual_seed(2)
     for contraction in ("full", "trace"):

@@ -39,16 +39,14 @@ class Alone:
         self._samples = Samples(task.samples.groups, microbatch=1)
         self._outputs, self._seen = outputs, False
 
-    def compare(
-        self, halves: Iterable[tuple[np.ndarray, list[list[Tensor]]]], z: np.ndarray, product: np.ndarray
-    ) -> float:
+    def compare(self, halves: Iterable[tuple[np.ndarray, list[Tensor]]], z: np.ndarray, product: np.ndarray) -> float:
         """Compare K z, and Jᵀ V on the way to it, with what the examples' own gradients g_n = J_nᵀ V_n give.
 
         Σ_n g_n must be Jᵀ V: else gradients mix the examples of a batch. And g_nᵀ (Jᵀ V) must be V_nᵀ (K z)_n: else the
         backward pass has another derivative than J. A part of K that is missing shows in both for almost every z.
 
         Args:
-            halves: (V, Jᵀ V) of the cotangents (N, C, k) whose products K z sums, Jᵀ V as k lists of tensors.
+            halves: (V, Jᵀ V) of the cotangents (N, C, k) whose products K z sums, Jᵀ V as k vectors (P,).
             z: (rows, k).
             product: (rows, k) K z.
 
@@ -81,11 +79,11 @@ class Alone:
         worst = max(worst, float((np.linalg.norm(off, axis=0) / np.where(norm > 0, norm, np.inf)).max()))
         return worst * (self._worst_direction if worst > _FLOAT64 else 1.0)
 
-    def _sweep(self, V: np.ndarray, pulled: list[list[Tensor]]) -> tuple[np.ndarray, np.ndarray, list[list[Tensor]]]:
+    def _sweep(self, V: np.ndarray, pulled: list[Tensor]) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
         """Return g_nᵀ (Jᵀ V) and ‖g_n‖·‖Jᵀ V‖, (N, k) each, and Σ_n g_n; compare f the first time."""
         task, parameters = self._task, list(self._task.selected.values())
-        sums = [[torch.zeros_like(u) for u in us] for us in pulled]
-        dots, squares = np.zeros((2, *V.shape[::2]))
+        sums = [torch.zeros_like(u) for u in pulled]
+        dots, sizes = np.zeros((2, *V.shape[::2]))
         f_alone = np.empty_like(self._outputs)
         for chunk in self._samples.chunks:
             inputs, row = self._samples.inputs(chunk, task.device, task.dtype), int(chunk.rows[0])
@@ -93,15 +91,16 @@ class Alone:
                 f = task.readout(call_model(task.model, inputs), inputs)
                 f_alone[row] = f.detach()[0].double().cpu().numpy()
                 v = torch.from_numpy(V[row : row + 1]).to(f)
-                for i, (us, total) in enumerate(zip(pulled, sums, strict=True) if f.requires_grad else ()):
+                for i, (u, total) in enumerate(zip(pulled, sums, strict=True) if f.requires_grad else ()):
                     last = i + 1 == len(pulled)
-                    g = torch.autograd.grad(f, parameters, v[:, :, i], retain_graph=not last, allow_unused=True)
-                    dots[row, i], squares[row, i] = _added(g, us, total)
+                    found = torch.autograd.grad(f, parameters, v[:, :, i], retain_graph=not last, allow_unused=True)
+                    g = flat(found, parameters)
+                    total += g
+                    dots[row, i], sizes[row, i] = torch.stack([g @ u, g.norm()]).tolist()
         if not self._seen:
             self._check_outputs(f_alone)
             self._seen = True
-        whole = [float(torch.stack([u.square().sum() for u in us]).sum()) for us in pulled]
-        return dots, np.sqrt(squares * np.array(whole)), sums
+        return dots, sizes * np.array([float(u.norm()) for u in pulled]), sums
 
     def _check_outputs(self, alone: np.ndarray) -> None:
         off = np.linalg.norm(alone - self._outputs, axis=1)
@@ -110,12 +109,12 @@ class Alone:
             msg = f"model: f of example {int(np.argmax(bad))} depends on the other examples of its batch"
             raise CheckFailed(msg)
 
-    def _check_sums(self, pulled: list[list[Tensor]], sums: list[list[Tensor]]) -> float:
+    def _check_sums(self, pulled: list[Tensor], sums: list[Tensor]) -> float:
         """Return how far Jᵀ V in batches is from Σ_n g_n, relative to it; refuse another one."""
-        worst = 0.0
-        for us, totals in zip(pulled, sums, strict=True):
-            sizes = np.array([float(total.norm()) for total in totals])
-            offs = np.array([float((u - total).norm()) for u, total in zip(us, totals, strict=True)])
+        worst, counts = 0.0, [p.numel() for p in self._task.selected.values()]
+        for u, total in zip(pulled, sums, strict=True):
+            sizes = np.array([float(part.norm()) for part in total.split(counts)])
+            offs = np.array([float(part.norm()) for part in (u - total).split(counts)])
             whole = float(np.linalg.norm(sizes))
             bad = offs > self._limit * (sizes + 0.1 * whole)
             if bad.any():
@@ -134,12 +133,7 @@ class Alone:
         return self._limit * (sizes + np.median(sizes)) + 1e-13 * sizes.max()
 
 
-def _added(grads: Sequence[Tensor | None], us: list[Tensor], total: list[Tensor]) -> list[float]:
-    """Add a gradient to `total`; return its products with u and with itself."""
-    dot = square = torch.zeros((), dtype=torch.float64, device=us[0].device)
-    for g, u, held in zip(grads, us, total, strict=True):
-        if g is not None:
-            g = g.to_dense() if g.is_sparse else g
-            held += g
-            dot, square = dot + (g * u).sum(), square + g.square().sum()
-    return torch.stack([dot, square]).tolist()
+def flat(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """Return gradients as one vector (P,); None is zero."""
+    parts = (p.new_zeros(()).expand(p.numel()) if g is None else g for g, p in zip(grads, parameters, strict=True))
+    return torch.cat([(g.to_dense() if g.is_sparse else g).reshape(-1) for g in parts])

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkengine.arguments import choice, whole
 from ntkengine.errors import CheckFailed, InputError, NonFinite
-from ntkengine.gram.alone import Alone
+from ntkengine.gram.alone import Alone, flat
+from ntkengine.gram.noise import LIMIT
 from ntkengine.gram.task import Task, in_precision
 from ntkengine.inputs.batches import Chunk
 from ntkengine.inputs.readout import ReadoutFunction
@@ -58,7 +59,8 @@ class TangentProducts:
 
     Raises:
         InputError: arguments that cannot be used.
-        CheckFailed: f or the gradient of an example depends on others, or the backward pass cannot be differentiated.
+        CheckFailed: f or the gradient of an example depends on others, the backward pass cannot be differentiated, or
+            "high" is off by more than 1 %.
         NonFinite: a gradient is not finite.
 
     Cost: a product of k vectors: two forward passes, and k backward and k double-backward passes (C times that for
@@ -98,6 +100,10 @@ class TangentProducts:
                 fine = self(z)
                 resolved = self._resolved(z[:, :_CHECKED], fine)
             squares = float(np.square(coarse - fine).sum())
+            relative = squares**0.5 / (float(np.linalg.norm(fine)) or 1.0)
+            if not relative <= LIMIT["high"]:
+                msg = f"model: float64 products differ from float32 ones by a relative {relative:.1e}: use 'exact'"
+                raise CheckFailed(msg)
             # Few rows may round to nothing by chance.
             top = float((np.linalg.norm(fine, axis=0) / np.linalg.norm(z, axis=0)).max())
             least = float(np.finfo(np.float32).eps) * top
@@ -144,9 +150,13 @@ class TangentProducts:
             worst = 0.0
             for start in range(0, z.shape[1], max(1, self.block // 2)):  # two parameter-shaped vectors for each z
                 part = slice(start, start + max(1, self.block // 2))
-                halves = ((V, self._pull(task, V)) for V in self._cotangents(z[:, part]))
+                halves = ((V, self._flat(task, V)) for V in self._cotangents(z[:, part]))
                 worst = max(worst, alone.compare(halves, z[:, part], product[:, start : start + z[:, part].shape[1]]))
         return worst
+
+    def _flat(self, task: Task, V: np.ndarray) -> list[Tensor]:
+        parameters = list(task.selected.values())
+        return [flat(us, parameters) for us in self._pull(task, V)]
 
     def __call__(self, X: np.ndarray) -> np.ndarray:
         """Return K X, (rows, k) float64, of X (rows, k), k >= 1.
