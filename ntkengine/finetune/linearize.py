@@ -11,6 +11,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkengine.errors import InputError
+from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import arguments, evaluation
@@ -39,6 +40,7 @@ class Linearized(nn.Module):
         self._model = [model]  # in a list: its parameters are none of this module's
         self._readout = readout
         self._statistics = {name: b.detach().clone() for name, b in model.named_buffers()}
+        check_differentiable(model)
         self._frozen = _states(model, self.names)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -88,7 +90,8 @@ def linearize(
         readout: which outputs, likewise.
 
     Raises:
-        InputError: no such parameters, or an operation of the model has no forward-mode derivative (when called).
+        InputError: no such parameters, a quantised weight whose bits cannot be read, a layer that has no derivative, or
+            an operation that has no forward-mode derivative (when called).
     """
     return Linearized(model, select_parameters(model, params), resolve_readout(readout, "full"))
 
@@ -96,7 +99,16 @@ def linearize(
 def _states(model: nn.Module, but: Iterable[str]) -> dict[str, int]:
     """Return a digest of every other parameter's bits: fused optimisers write without a trace but the values."""
     left_out = set(but)
-    found = {name: _bits(p.detach()) for name, p in model.named_parameters() if name not in left_out}
+    found = {}
+    for name, p in model.named_parameters():
+        if name not in left_out:
+            try:
+                found[name] = _bits(p.detach())
+            except (NotImplementedError, AssertionError, RuntimeError) as error:
+                if type(p.data) is Tensor:
+                    raise
+                msg = f"linearize: expected plain tensors as weights, {name} is one of {type(p.data).__name__}"
+                raise InputError(msg) from error
     return {name: int(bits) for name, bits in found.items()}
 
 

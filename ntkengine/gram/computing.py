@@ -36,6 +36,7 @@ from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
+from ntkengine.tangents.trial import check_repeats
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,10 @@ def computed(
         check_s = time.perf_counter() - checking
         if team is not None:
             team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
-        swept = task.fast(running) if precision == "fast" else task
+        swept = task
+        if precision == "fast":
+            swept = task.fast(running)
+            check_repeats(swept.model, samples, swept.readout, swept.selected)
         on = structure.on(swept.model)
         sums = _sweep(swept, on, samples, frame, plan, layout, per_module, progress, sketches, checkpoints, team)
         noise, of_sketch = None, None
@@ -187,9 +191,15 @@ def _sweep(
     return sums
 
 
-def _double(task: Task, running: ExitStack, *, lazy: bool) -> nn.Module:
-    """Return the model in float64, ready to run: itself, or a copy."""
-    model = in_precision(task.model, "exact", lazy=lazy)
+def _double(task: Task, running: ExitStack, *, lazy: bool) -> nn.Module | None:
+    """Return the model in float64, ready to run: itself, or a copy; None where there is none, and no signs need it."""
+    try:
+        model = in_precision(task.model, "exact", lazy=lazy)
+    except InputError as error:
+        if task.transform in SIGNS:
+            raise
+        log.warning("%s: the noise of this Gram is unknown", error)
+        return None
     if model is not task.model:
         running.enter_context(evaluation(model))
     return model
@@ -240,7 +250,7 @@ def _noise(
             sketched=sketched,
             layout=layout,
         )
-    except (NonFinite, RuntimeError, TypeError, ValueError) as error:
+    except (NonFinite, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
             raise
         if sketched:  # its error is far above float32's

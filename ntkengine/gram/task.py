@@ -17,6 +17,7 @@ from ntkengine.gram.sketching import refuse_sketch
 from ntkengine.gram.tiles import CONTRACTIONS, Frame
 from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
 from ntkengine.inputs.batches import Samples, check_inputs
+from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.parameters import check_values, select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation
@@ -70,6 +71,7 @@ class Task:
             InputError: arguments that cannot be used.
         """
         check_values(model)
+        check_differentiable(model)
         groups = [as_inputs(inputs, model)] + [as_inputs(g, model) for g in (inputs2, eval_inputs) if g is not None]
         for group in groups:
             check_inputs(group)
@@ -116,12 +118,21 @@ def in_precision(model: nn.Module, precision: str, *, lazy: bool = False) -> nn.
 
     `"exact"` wants float64, `"high"` float32 (or float64, when that is what the model is in), `"fast"` bfloat16.
     A lazy copy converts each large weight only while its module runs.
+
+    Raises:
+        InputError: a weight of another library's that has no such dtype.
     """
     wanted = {"exact": torch.float64, "high": torch.float32, "fast": torch.bfloat16}[precision]
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes == {wanted} or dtypes == {torch.float64} and precision != "fast":
         return model
-    return converted(model, wanted, lazy=lazy)
+    try:
+        return converted(model, wanted, lazy=lazy)
+    except (AssertionError, NotImplementedError) as error:
+        kinds = sorted({type(p.data).__name__ for p in model.parameters()} - {"Tensor"})
+        name = str(wanted).removeprefix("torch.")
+        reason = f" ({str(error).splitlines()[0][:100]})" if str(error) else ""
+        raise InputError(f"model: its weights, {', '.join(kinds)}, cannot be made {name}{reason}") from error
 
 
 def refuse(

@@ -64,6 +64,9 @@ def stored_weight(module: nn.Module) -> Any:
 
     To read it there may change the module: a spectral norm in train mode takes a step of its power iteration.
     """
+    kind = type(module)
+    if "weight" in module._parameters or not hasattr(kind, "weight") and kind.__getattr__ is nn.Module.__getattr__:
+        return getattr(module, "weight", None)
     return None if any(is_parametrized(m, "weight") for m in module.modules()) else getattr(module, "weight", None)
 
 

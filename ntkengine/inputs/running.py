@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import Attributes, stored_weight
+from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.products import full_rate
 
@@ -70,9 +70,9 @@ def evaluation(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterat
         trained: parameters that are written to within the block, and stay so.
 
     Raises:
-        InputError: such a layer's weights are already laid out for that kernel.
+        InputError: a layer whose kernel has no derivative.
     """
-    _check_differentiable(model)
+    check_differentiable(model)
     with _as_found(model, trained), _torch_settings(model), _no_checkpointing(), torch.enable_grad():
         for module in model.modules():  # not model.eval(), which some make merge their adapters into the weights
             module.training = False
@@ -147,16 +147,6 @@ def _torch_settings(model: nn.Module) -> Iterator[None]:
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
             torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _check_differentiable(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if getattr(getattr(stored_weight(module), "quant_state", None), "packing_format_for_cpu", False):
-            msg = (
-                f"model: {name} ({type(module).__name__}) ran in eval mode, which packed its 4-bit weights for a "
-                "kernel that has no derivative; load the model again and compute its Gram first"
-            )
-            raise InputError(msg)
 
 
 def tables(model: nn.Module) -> dict[str, nn.Embedding]:

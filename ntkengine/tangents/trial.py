@@ -46,7 +46,8 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         raise
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])}: {reason}"
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])} in {dtype}: {reason}"
         raise InputError(msg) from error
     before.restore()
     start, once, twice = ({place: x for place, (_, x) in held.items()} for held in left)
