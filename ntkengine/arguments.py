@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +85,26 @@ def choice(name: str, value: Any, options: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise InputError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(value)}")
     return value
+
+
+def file_path(name: str, value: Any) -> Path:
+    """Return a path given as text or as what stands for a path; InputError for anything else."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise InputError(f"{name}: expected a path, got {type(value).__name__}")
+    return Path(value)
+
+
+def called(name: str, value: Any) -> None:
+    """Refuse what is given to be called and cannot be; None is left out."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name}: expected a function, got {type(value).__name__}")
+
+
+def listed(name: str, value: Any, what: str) -> list[Any]:
+    """Return what holds several values as a list, an array's as Python's; InputError for one text or one value."""
+    if isinstance(value, str | bytes | type) or not isinstance(value, Iterable):
+        raise InputError(f"{name}: expected a list of {what}, got {shown(value)}")
+    return list(value.tolist() if hasattr(value, "tolist") else value)
 
 
 def real_array(name: str, values: Any) -> np.ndarray:

@@ -120,7 +120,7 @@ def refused(run, folder, train, model, *more, says=""):
         (["--peft", "lorra"], "peft.peft_type: expected one of"),
         (["--dtype", "float23"], "dtype: expected one of float32"),
         (["--device", "tpu9"], "device: 'tpu9' cannot be used here"),
-        (["--num-labels", "0"], "num_labels: expected at least 1, got 0"),
+        (["--num-labels", "0"], "num_labels: expected an integer >= 1, got 0"),
         (["--num-labels", "1"], "model.num_labels: expected at least 2"),
         (["--head-ridge", "best"], "ridge: expected 'loo' or a positive number, got 'best'"),
         (["--memory-gib", "-1"], "memory_gib: expected a number > 0, got -1.0"),

@@ -32,7 +32,7 @@ ALLOWED = {
         "cluster",
         "store",
     },
-    "store": {"errors", "gram", "textfile"},
+    "store": {"errors", "arguments", "gram", "textfile"},
     "spectrum": {"errors", "arguments", "digits"},
     "ridge": {"errors", "arguments", "targets", "spectrum"},
     "forecast": {"errors", "arguments", "display", "digits", "targets", "losses", "recipe", "descent", "spectrum"}

@@ -82,7 +82,7 @@ def test_dtype(saved):
         ({"peft": LORA | {"use_rslora": "yes"}}, "^peft.use_rslora: expected true or false, got 'yes'$"),
         ({"peft": LORA | {"target_modules": 5}}, "^peft.target_modules: expected a list of names, got 5$"),
         ({"peft": LORA | {"bias": "some"}}, "^peft: [^;]*$"),
-        ({"num_labels": 0}, "num_labels: expected at least 1, got 0"),
+        ({"num_labels": 0}, "num_labels: expected an integer >= 1, got 0"),
         ({"num_labels": 5}, "classifier.* has another shape than num_labels=5"),
     ],
 )

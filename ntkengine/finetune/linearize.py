@@ -50,10 +50,12 @@ class Linearized(nn.Module):
             inputs: tensors with a leading sample axis, as for `compute_gram`.
 
         Raises:
-            InputError: a parameter that was not selected has changed since.
+            InputError: no tensors by name, or a parameter that was not selected has changed since.
 
         Cost: about two forward passes and one reading of the weights; backwards about two more passes.
         """
+        if not isinstance(inputs, Mapping) or not inputs:
+            raise InputError(f"inputs: expected a mapping of tensors, got {type(inputs).__name__}")
         model, origin = self._model[0], self.origin
         now = _states(model, self.names)
         for name in sorted(self._frozen.keys() | now.keys()):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.arguments import whole
+from ntkengine.arguments import called, whole
 from ntkengine.errors import InputError
 from ntkengine.finetune.history import FineTuning, Measured
 from ntkengine.finetune.measuring import Examples, measure
@@ -71,6 +71,7 @@ def fine_tune(
         about three times that; two copies of the parameters trained, and the optimiser's.
     Source: the proximal and selective terms, Rahimi Afzal et al. 2025 (arXiv 2602.08239).
     """
+    called("progress", progress)
     given = asdict(recipe) if isinstance(recipe, Recipe) else {} if recipe is None else recipe
     chosen = Recipe.of({**given, **fields} if isinstance(given, Mapping) else given)
     selected = select_parameters(model, params)

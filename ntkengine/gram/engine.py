@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ntkengine import store
+from ntkengine.arguments import called, file_path
 from ntkengine.cluster.comm import team_of, together
 from ntkengine.errors import InputError
 from ntkengine.gram.assembly import as_float, shared
@@ -148,6 +149,7 @@ def compute_gram(
     with together(team):
         refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
         check_settings(memory_gib, seed, per_module=per_module, check=check, resume=resume)
+        called("progress", progress)
         # Here, as a generator of batches could not be read a second time.
         inputs = as_inputs(inputs, model)
         inputs2 = None if inputs2 is None else as_inputs(inputs2, model)
@@ -164,7 +166,7 @@ def compute_gram(
             if readout == "margin" and y is not None:
                 refuse_bits(name, np.asarray(y).reshape(len(y), -1))
         check_seconds(checkpoint_s)
-        path = None if out is None else store.followed(Path(out))
+        path = None if out is None else store.followed(file_path("out", out))
         if path is not None and root:
             writable(path)
         if path is not None or team is not None:

@@ -183,6 +183,9 @@ def check_rows(name: str, rows: Any, n: int | None) -> None:
     if n is None:
         msg = f"{name}: given without eval_inputs"
         raise InputError(msg)
+    if not hasattr(rows, "__len__") or isinstance(rows, type):
+        msg = f"{name}: expected {n} rows, one for each example, got {type(rows).__name__}"
+        raise InputError(msg)
     if len(rows) != n:
         msg = f"{name}: expected {n} rows, one for each example, got {len(rows)}"
         raise InputError(msg)

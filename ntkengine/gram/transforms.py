@@ -38,6 +38,8 @@ class Preconditioner:
     """
 
     def __init__(self, scale: Mapping[str, Tensor]) -> None:
+        if not isinstance(scale, Mapping):
+            raise InputError(f"Preconditioner: expected tensors by parameter name, got {type(scale).__name__}")
         for name, d in scale.items():
             if not isinstance(d, Tensor) or not d.is_floating_point():
                 msg = f"Preconditioner: {name}: expected a floating-point tensor, got {type(d).__name__}"
@@ -117,7 +119,7 @@ def signed(g: Tensor, floor: Tensor | None = None) -> Tensor:
 
 
 def _groups(state: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], Mapping[int, Mapping[str, Any]]]:
-    groups, moments = state.get("param_groups"), state.get("state")
+    groups, moments = (state.get(key) if isinstance(state, Mapping) else None for key in ("param_groups", "state"))
     if not isinstance(groups, list) or not isinstance(moments, Mapping) or not moments:
         msg = "optimizer state: expected the state_dict() of an Adam or AdamW that has stepped"
         raise InputError(msg)

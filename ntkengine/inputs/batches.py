@@ -60,9 +60,9 @@ class Samples:
         trim: bool = True,
         origins: Sequence[tuple[int, np.ndarray]] | None = None,
     ) -> None:
+        self.sizes = [check_inputs(g) for g in groups]
         self.groups = [dict(g) for g in groups]
         self.origins = origins
-        self.sizes = [check_inputs(g) for g in self.groups]
         self.trim = [trim and _can_trim(g) for g in self.groups]
         self.lengths = [_lengths(g, n) for g, n in zip(self.groups, self.sizes, strict=True)]
         self.chunks: list[Chunk] = []

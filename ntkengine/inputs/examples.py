@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.arguments import whole
+from ntkengine.arguments import listed, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.labels import class_indices, label_text
@@ -85,6 +85,12 @@ def read_examples(
         if value is not None:
             whole(option, value, least)
     columns = [c for c in (text, label, text_pair) if c is not None]
+    for option, column in (("text", text), ("label", label), ("text_pair", text_pair)):
+        if not isinstance(column, str) and (column is not None or option == "text"):
+            raise InputError(f"{option}: expected the name of a column, got {type(column).__name__}")
+    for option, names in (("label_names", label_names), ("header", header)):
+        if names is not None:
+            listed(option, names, "names")
     name, rows = rows_of(source, header) if isinstance(source, str | Path) else rows_in(source, columns)
     found: list[tuple[Text, Any, str]] = []
     for row in rows:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkengine.arguments import real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
@@ -102,7 +103,7 @@ def fit_head(
     Cost: one forward pass of all examples, and one SVD of N × d features for each fold and for the penalty.
     """
     require_module(model)
-    targets = np.asarray(targets, dtype=np.float64)
+    targets = real_array("targets", targets).astype(np.float64)
     samples = Samples([inputs])
     n = samples.total
     if targets.ndim != 2 or len(targets) != n or not np.isfinite(targets).all():
@@ -187,9 +188,7 @@ def check_fit(ridge: float | str, folds: int) -> None:
     if ridge != "loo" and not (isinstance(ridge, int | float) and 0 < ridge < np.inf):
         msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
         raise InputError(msg)
-    if folds < 2:
-        msg = f"folds: expected at least 2 folds, got {folds}"
-        raise InputError(msg)
+    whole("folds", folds, 2)
 
 
 def _ridge(X: np.ndarray, Y: np.ndarray, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkengine.arguments import listed, whole
 from ntkengine.errors import InputError
 
 _IGNORED = -100  # Hugging Face's label of a position that is not scored
@@ -33,7 +34,8 @@ class LabelWords:
     margin: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tuple(int(t) for t in self.tokens))
+        tokens = listed("LabelWords.tokens", self.tokens, "token ids")
+        object.__setattr__(self, "tokens", tuple(whole("LabelWords.tokens", t) for t in tokens))
         if len(self.tokens) < 1 or len(set(self.tokens)) < len(self.tokens) or min(self.tokens) < 0:
             msg = f"LabelWords.tokens: expected different token ids ≥ 0, got {list(self.tokens)}"
             raise InputError(msg)
@@ -56,8 +58,10 @@ class LabelWords:
         Raises:
             InputError: a word that is not one token.
         """
-        tokens = []
-        for word in words:
+        given, tokens = listed("LabelWords.of", words, "words"), []
+        if not hasattr(tokenizer, "encode"):
+            raise InputError(f"tokenizer: expected one of a transformers model, got {type(tokenizer).__name__}")
+        for word in given:
             ids = tokenizer.encode(word, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 got = [tokenizer.decode([i]) for i in ids]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ntkengine.arguments import whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.adapters import adapted, peft_config
 from ntkengine.inputs.hub import check_source, hub_answers
@@ -97,15 +98,13 @@ def check_model(num_labels: int, dtype: str, device: str) -> torch.device:
     Raises:
         InputError: saying what was expected.
     """
-    if num_labels < 1:
-        msg = f"num_labels: expected at least 1, got {num_labels}"
-        raise InputError(msg)
+    whole("num_labels", num_labels, 1)
     _one_of("dtype", dtype, _DTYPES)
     return _device(device)
 
 
 def _one_of(name: str, value: Any, allowed: Mapping[str, Any]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         msg = f"{name}: expected one of {', '.join(allowed)}, got {value!r}"
         raise InputError(msg)
 
@@ -115,7 +114,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         msg = f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})"
         raise InputError(msg) from error
 

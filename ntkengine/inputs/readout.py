@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ntkengine.arguments import whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.language import SequenceLoss
 
@@ -58,7 +59,7 @@ def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) 
     elif callable(readout):
         own = f"{readout.__module__}.{getattr(readout, '__qualname__', type(readout).__qualname__)}"
         chosen = Readout(repr(readout) if is_dataclass(readout) else own, readout, readout)
-    elif readout in NAMED_READOUTS:
+    elif isinstance(readout, str) and readout in NAMED_READOUTS:
         chosen = Readout(readout, NAMED_READOUTS[readout])
     else:
         msg = f"readout: expected one of {sorted(NAMED_READOUTS)} or a callable, got {readout!r}"
@@ -82,6 +83,7 @@ def encode_targets(labels: Any, readout: str, num_classes: int) -> np.ndarray:
     Raises:
         InputError: labels out of range, or a readout that has no class targets.
     """
+    whole("num_classes", num_classes, 1)
     y = np.asarray(labels)
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         msg = f"labels: expected (N,) integers, got shape {y.shape} of {y.dtype}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ntkengine.arguments import whole
 from ntkengine.errors import InputError
 
 # RoBERTa's positions start after the padding index.
@@ -44,9 +45,8 @@ def longest_text(tokenizer: Any, model: nn.Module | None, max_length: int | None
         InputError: a limit below 1.
     """
     limits = [max_length] if max_length is not None else []
-    if max_length is not None and max_length < 1:
-        msg = f"max_length: expected at least 1, got {max_length}"
-        raise InputError(msg)
+    if max_length is not None:
+        whole("max_length", max_length, 1)
     if tokenizer.model_max_length and tokenizer.model_max_length < 10**9:  # "unlimited" is a huge number there
         limits.append(int(tokenizer.model_max_length))
     config = getattr(model, "config", None)
@@ -62,8 +62,10 @@ def padding_right(tokenizer: Any) -> Iterator[None]:
     """Within the block a tokenizer pads on the right, with its end-of-text token if it has no other; then as it was.
 
     Raises:
-        InputError: it has neither.
+        InputError: it has neither, or is no tokenizer.
     """
+    if not hasattr(tokenizer, "pad_token"):
+        raise InputError(f"tokenizer: expected one of a transformers model, got {type(tokenizer).__name__}")
     pad = tokenizer.pad_token
     if pad is None and tokenizer.eos_token is None:
         msg = "tokenize: expected a tokenizer with a pad or an end-of-text token, this one has neither"

@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from ntkengine.arguments import file_path
 from ntkengine.errors import InputError
 from ntkengine.store.opening import opened
 from ntkengine.store.schema import SHARD_SCHEMA, matches, matrices, module_of, root
@@ -47,7 +48,7 @@ def find_damage(path: str | Path) -> list[Damage]:
     Raises:
         InputError: as `verify_gram`.
     """
-    path = Path(path)
+    path = file_path("path", path)
     with opened(path) as file:
         try:
             return list(_all_damage(file, path))

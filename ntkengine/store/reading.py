@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 
+from ntkengine.arguments import file_path
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.store.checked import CheckedArray, CheckedTiles
@@ -50,7 +51,7 @@ def open_gram(path: str | Path) -> Gram:
         InputError: no such file, not an HDF5 file, not one of this schema, tiles that are not done, or a shard that is
             missing or not the one that was written.
     """
-    path = Path(path)
+    path = file_path("path", path)
     file = opened(path)
     with understood(file, path):
         check_shards(file, path)
