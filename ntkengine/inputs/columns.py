@@ -49,7 +49,10 @@ def _taken(model: nn.Module) -> tuple[set[str], bool]:
     """Return the names in the signature of `forward`, and whether it takes others too; through PEFT and compilation."""
     named: set[str] = set()
     while True:
-        parameters = inspect.signature(model.forward).parameters.values()
+        try:
+            parameters = inspect.signature(model.forward).parameters.values()
+        except (TypeError, ValueError):  # a compiled function's
+            return named, True
         named |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         base: Any = getattr(model, "get_base_model", None)
         inner = base() if base is not None else getattr(model, "_orig_mod", model)
