@@ -108,3 +108,26 @@ def test_conjugate_gradients_outside_float64(scale, right, what):
     with pytest.raises(InputError, match=what):
         conjugate_gradients(K, np.column_stack([np.ones(3), np.full(3, right)]), 0.0)
     assert conjugate_gradients(K, np.zeros(3), 0.0).solution.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("solver", ["eigen", "cholesky", "out-of-core"])
+def test_duplicates_under_a_tiny_ridge_are_left_out_rightly_or_refused(solver):
+    refused = 0
+    for seed in range(160):
+        rng = np.random.default_rng(seed)
+        n = 2 + seed % 3
+        B = rng.standard_normal((n, 5))
+        B[-1] = B[0]
+        K, y = B @ B.T, rng.standard_normal(n)
+        K[-1], K[:, -1], K[-1, -1] = K[0], K[:, 0], K[0, 0]
+        K = 0.5 * (K + K.T)
+        for ridge in (K[0, 0] * 10.0 ** rng.uniform(-15, -13), 1e-9 * K[0, 0]):
+            try:
+                model = KernelRidge(ridge=ridge, solver=solver).fit(K, y)
+            except InputError:
+                refused += 1
+                continue
+            dual, left = solved(K, y, ridge)
+            assert np.linalg.norm(model.dual_coef_ - dual) <= 1e-3 * np.linalg.norm(dual)
+            assert np.linalg.norm(model.loo_residuals_ - left) <= 1e-3 * np.linalg.norm(left)
+    assert 5 < refused <= 160
