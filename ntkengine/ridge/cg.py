@@ -59,7 +59,7 @@ def conjugate_gradients(
         The solution with the residual it has.
 
     Raises:
-        InputError: bad argument, or K + ridge·I is not positive definite.
+        InputError: bad argument, K + ridge·I is not positive definite, or a solution that float64 cannot hold.
         NotConverged: stopped short, by `max_iterations` or because rounding lets the residual fall no further;
             `.partial` is the `Iterated` so far, `.residual` its largest residual.
 
