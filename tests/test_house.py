@@ -40,8 +40,9 @@ ALLOWED = {
     "targets": {"errors"},
     "losses": {"errors", "arguments", "targets"},
     "recipe": {"errors"},
-    "descent": {"recipe"},
-    "finetune": {"errors", "arguments", "inputs", "losses", "recipe", "descent", "gram", "spectrum", "forecast"},
+    "descent": {"errors", "recipe"},
+    "finetune": {"errors", "arguments", "inputs", "tangents", "losses", "recipe", "descent", "gram", "spectrum"}
+    | {"forecast"},
     "report": {"errors", "digits", "textfile"},
     "textfile": {"errors"},
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +179,110 @@ def test_a_change_that_keeps_the_bits_but_not_their_places_or_signs_is_noticed(c
         model[0].weight.copy_(change(model[0].weight))
     with pytest.raises(ntk.InputError, match=r"0.weight of the model has changed"):
         expansion(x)
+
+
+class Tripled(torch.autograd.Function):
+    """The identity, with three times its derivative in reverse mode."""
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(_ctx, grad):
+        return 3 * grad
+
+    @staticmethod
+    def jvp(_ctx, tangent):
+        return tangent.clone()
+
+
+class Rounded(nn.Module):
+    """A layer whose weight is rounded in one of the ways in which that is made straight-through."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        w = self.first.weight
+        if self.how == "no_grad":
+            with torch.no_grad():
+                step = (w * 8).round() / 8 - w
+            w = w + step
+        elif self.how == "detach":
+            w = w + ((w * 8).round() / 8 - w).detach()
+        h = torch.tanh(x @ w.T + self.first.bias)
+        if self.how == "hook" and h.requires_grad:
+            h.register_hook(lambda g: 3 * g)
+        return self.last(Tripled.apply(h) if self.how == "function" else h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["no_grad", "hook", "function", "dropout"])
+def test_another_derivative_in_forward_mode_is_refused(how, dtype):
+    torch.manual_seed(0)
+    model, x = Rounded(how).to(dtype), {"x": torch.randn(5, 4, dtype=dtype)}
+    if how == "dropout":
+        model = nn.Sequential(Noisy(), model)
+    message = "gives another output on the same input" if how == "dropout" else "another derivative in forward mode"
+    with pytest.raises(ntk.CheckFailed, match=message):
+        ntk.linearize(model)(x)
+    if how != "dropout":
+        with pytest.raises(ntk.CheckFailed, match="another derivative in forward mode"):
+            ntk.fine_tune(model, x, torch.ones(5, 2), learning_rate=1e-3, linear=True)
+
+
+class Noisy(nn.Module):
+    """Dropout that eval mode does not switch off."""
+
+    def forward(self, x):
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+def test_rounding_that_both_modes_see_alike_is_not_refused():
+    torch.manual_seed(0)
+    model, x = Rounded("detach").double(), {"x": torch.randn(5, 4).double()}
+    linear = ntk.linearize(model)
+    delta = displaced(linear, 0.3)
+    J = gradients(model, x, linear.names)
+    assert max(relative_error(linear(x).detach(), model(x["x"]).detach().numpy() + J @ delta)) < 1e-12
+
+
+def adapters():
+    model, inputs, _ = case("bert-lora")
+    model.add_adapter("other", copy.copy(model.peft_config["default"]))
+    return model.double(), inputs
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.set_adapter("other"),
+    lambda m: m.base_model.disable_adapter_layers(),
+    lambda m: m.base_model.model.bert.encoder.layer[0].attention.self.query.scaling.update(default=9.0),
+    lambda m: setattr(m.base_model.model.bert.encoder.layer[0].attention.self, "scaling", 2.0),
+    lambda m: m.merge_adapter(),
+])  # fmt: skip
+def test_changed_setting_is_refused(change):
+    model, inputs = adapters()
+    linear = ntk.linearize(model)
+    before = linear(inputs).detach()
+    assert torch.equal(linear(inputs).detach(), before)
+    change(model)
+    with pytest.raises(ntk.InputError, match="of the model has changed since"):
+        linear(inputs)
+
+
+def test_settings_that_are_put_back_and_training_mode_change_nothing():
+    model, inputs = adapters()
+    linear = ntk.linearize(model)
+    before = linear(inputs).detach()
+    with model.disable_adapter(), pytest.raises(ntk.InputError, match="has changed since"):
+        linear(inputs)
+    model.set_adapter("other")
+    model.set_adapter("default")
+    model.train()
+    assert torch.equal(linear(inputs).detach(), before)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkengine.errors import InputError
+from ntkengine.descent import norm
+from ntkengine.errors import CheckFailed, InputError
+from ntkengine.inputs.attributes import settings
 from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
-from ntkengine.inputs.running import arguments, evaluation
+from ntkengine.inputs.running import arguments, coarsest, evaluation
+from ntkengine.inputs.streaming import entry_of
+from ntkengine.tangents.rehearsal import agreement, rounding
 
+_LEAST = 1e-2  # of the largest gradient: what a comparison takes a smaller one's size for
 _PIECE = 1 << 16  # words digested at a time, in cache
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # mixes places
 
@@ -37,11 +43,15 @@ class Linearized(nn.Module):
         self.names = list(selected)
         self.displacement = nn.ParameterList([torch.zeros_like(p) for p in selected.values()])
         self.origin = {name: p.detach().clone() for name, p in selected.items()}
+        for name, p in selected.items():
+            if entry_of(p) is not None:
+                raise InputError(f"linearize: {name} stays in its file; load it without stream, or leave it out")
         self._model = [model]  # in a list: its parameters are none of this module's
         self._readout = readout
         self._statistics = {name: b.detach().clone() for name, b in model.named_buffers()}
         check_differentiable(model)
-        self._frozen = _states(model, self.names)
+        self._frozen, self._settings = _states(model, self.names), settings(model)
+        self._compared = False
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return f̄, (N, C), of a batch.
@@ -50,35 +60,92 @@ class Linearized(nn.Module):
             inputs: tensors with a leading sample axis, as for `compute_gram`.
 
         Raises:
-            InputError: no tensors by name, or a parameter that was not selected has changed since.
+            InputError: no tensors by name, or a parameter that was not selected, or a setting of a module, has changed
+                since.
+            CheckFailed: as `compare`, at the first call.
 
         Cost: about two forward passes and one reading of the weights; backwards about two more passes.
         """
         if not isinstance(inputs, Mapping) or not inputs:
             raise InputError(f"inputs: expected a mapping of tensors, got {type(inputs).__name__}")
         model, origin = self._model[0], self.origin
-        now = _states(model, self.names)
-        for name in sorted(self._frozen.keys() | now.keys()):
-            if now.get(name) != self._frozen.get(name):
-                raise InputError(f"linearize: {name} of the model has changed since, and is no parameter of this one")
-        args, kwargs = arguments(model, inputs)
-        buffers = {name: b.clone() for name, b in self._statistics.items()}  # some models write to theirs
+        for before, now, what in (
+            (self._frozen, _states(model, self.names), ", and is no parameter of this one"),
+            (self._settings, settings(model), ""),
+        ):
+            if now != before:
+                name = min(n for n in before.keys() | now.keys() if now.get(n, now) != before.get(n, before))
+                raise InputError(f"linearize: {name.lstrip('.')} of the model has changed since{what}")
+        if not self._compared:
+            self.compare(inputs)
         delta = {name: d.to(origin[name]) for name, d in zip(self.names, self.displacement, strict=True)}
-
-        def f(parameters: dict[str, Tensor]) -> Tensor:
-            return self._readout(functional_call(model, {**buffers, **parameters}, args, kwargs), inputs)
-
         grad = torch.is_grad_enabled()
         with evaluation(model), torch.set_grad_enabled(grad), sdpa_kernel(SDPBackend.MATH):
-            try:
-                value, tangent = jvp(f, (origin,), (delta,))[:2]
-            except (NotImplementedError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                reason = " ".join(str(error).partition(". ")[0].split())[:200]
-                msg = f"linearize: {type(model).__name__} has no forward-mode derivative ({reason})"
-                raise InputError(msg) from error
+            value, tangent = self._expanded(inputs, delta)
         return value + tangent
+
+    def compare(self, inputs: Mapping[str, Tensor]) -> None:
+        """Compare ⟨w, J δ⟩ in forward mode with ⟨Jᵀ w, δ⟩ of plain autograd, on the first and last example of a batch.
+
+        w is random, and δ too, of a length at which each parameter has about the same share.
+
+        Raises:
+            InputError: no derivative in one of the modes.
+            CheckFailed: they differ, as where a part under `torch.no_grad`, a hook or a custom function has another
+                derivative in the one mode than in the other.
+        """
+        model, n = self._model[0], len(next(iter(inputs.values())))
+        if torch.is_inference_mode_enabled():
+            raise InputError("linearize: derivatives cannot be taken inside torch.inference_mode()")
+        few = {k: v[sorted({0, n - 1})] for k, v in inputs.items()}
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad(), evaluation(model), sdpa_kernel(SDPBackend.MATH):
+            leaves = {name: p.detach().requires_grad_(True) for name, p in self.origin.items()}
+            f = self._f(few)(leaves)
+            dtype, w = coarsest(model, f), torch.randn(f.shape, generator=generator).to(f)
+            found: Sequence[Tensor | None] = [None] * len(leaves)
+            if f.requires_grad:
+                found = torch.autograd.grad(f, list(leaves.values()), w, allow_unused=True)
+            grads = [torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves.values(), strict=True)]
+            sizes = [norm([g]) for g in grads]
+            least = max(sizes) * max(_LEAST, rounding(dtype)) or 1.0
+            delta, shares = {}, []
+            for (name, p), g, size in zip(self.origin.items(), grads, sizes, strict=True):
+                delta[name] = (torch.randn(p.shape, generator=generator) / max(size, least)).to(p)
+                shares.append(float((g.double() * delta[name].double()).sum()))
+            value, tangent = self._expanded(few, delta)
+        if float((value - f.detach()).norm()) > (agreement(dtype) + rounding(dtype)) * float(f.detach().norm()):
+            msg = (
+                f"linearize: {type(model).__name__} gives another output on the same input: it is drawn, or kept state"
+            )
+            raise CheckFailed(msg)
+        back, forth = sum(shares), float((w.double() * tangent.double()).sum())
+        scale = sum(share * share for share in shares) ** 0.5
+        if math.isfinite(scale) and not abs(forth - back) <= agreement(dtype) * max(scale, 1.0):
+            msg = (
+                f"linearize: {type(model).__name__} has another derivative in forward mode than in reverse: a random "
+                f"one is {forth:.6g} in the one, {back:.6g} in the other, as behind torch.no_grad, hooks or custom "
+                "functions; its tangent kernel has no linearised model here"
+            )
+            raise CheckFailed(msg)
+        self._compared = True
+
+    def _expanded(self, inputs: Mapping[str, Tensor], delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return f at the origin and J δ, both (n, C)."""
+        try:
+            return jvp(self._f(inputs), (self.origin,), (delta,))[:2]
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).partition(". ")[0].split())[:200]
+            msg = f"linearize: {type(self._model[0]).__name__} has no forward-mode derivative ({reason})"
+            raise InputError(msg) from error
+
+    def _f(self, inputs: Mapping[str, Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
+        model = self._model[0]
+        args, kwargs = arguments(model, inputs)
+        buffers = {name: b.clone() for name, b in self._statistics.items()}  # some models write to theirs
+        return lambda given: self._readout(functional_call(model, {**buffers, **given}, args, kwargs), inputs)
 
 
 def linearize(
@@ -101,17 +168,22 @@ def linearize(
 def _states(model: nn.Module, but: Iterable[str]) -> dict[str, int]:
     """Return a digest of every other parameter's bits: fused optimisers write without a trace but the values."""
     left_out = set(but)
-    found = {}
+    found: dict[str, Tensor] = {}
+    inside: dict[str, int] = {}
     for name, p in model.named_parameters():
-        if name not in left_out:
-            try:
-                found[name] = _bits(p.detach())
-            except (NotImplementedError, AssertionError, RuntimeError) as error:
-                if type(p.data) is Tensor:
-                    raise
-                msg = f"linearize: expected plain tensors as weights, {name} is one of {type(p.data).__name__}"
-                raise InputError(msg) from error
-    return {name: int(bits) for name, bits in found.items()}
+        if name in left_out:
+            continue
+        if (entry := entry_of(p)) is not None:
+            inside[name] = id(entry)
+            continue
+        try:
+            found[name] = _bits(p.detach())
+        except (NotImplementedError, AssertionError, RuntimeError) as error:
+            if type(p.data) is Tensor:
+                raise
+            msg = f"linearize: expected plain tensors as weights, {name} is one of {type(p.data).__name__}"
+            raise InputError(msg) from error
+    return {name: int(bits) for name, bits in found.items()} | inside
 
 
 def _bits(p: Tensor) -> Tensor:

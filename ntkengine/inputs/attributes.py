@@ -13,7 +13,10 @@ _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _HOOKS = tuple(key for key, value in vars(nn.Module()).items() if "_hooks" in key and isinstance(value, dict))
 _PLAIN = bool | int | float | str | torch.dtype
 _CONTAINERS = dict, list, set
+_LONGEST = 256  # entries of a container that is looked into
+_LOOSE = frozenset({"warnings_issued", "gradient_checkpointing"})  # transformers' own, which f does not read
 
+_OTHER = object()
 Place = tuple[int, str, str]  # id of a module, attribute, key or position in it
 
 
@@ -73,6 +76,38 @@ def stored_weight(module: nn.Module) -> Any:
 def plain_values(model: nn.Module) -> list[dict[str, Any]]:
     """Return every module's attributes that are plain values, for comparison."""
     return [{k: v for k, v in vars(m).items() if v is None or isinstance(v, _PLAIN)} for m in model.modules()]
+
+
+def settings(model: nn.Module) -> dict[str, Any]:
+    """Return every module's attributes that are plain values or containers of them, by full name, for comparison.
+
+    Not what says how a model is trained, nor what this package notes on it.
+    """
+    found: dict[str, Any] = {}
+    for owner, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _BOOKKEEPING and key != "training" and key not in _LOOSE and not key.startswith("ntk_"):
+                kept = _frozen(value)
+                if kept is not _OTHER:
+                    found[f"{owner}.{key}"] = kept
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    """Return a plain value, or a container's plain parts; `_OTHER` for anything else."""
+    if value is None or isinstance(value, _PLAIN):
+        return value
+    if type(value) not in (dict, list, tuple, set) or len(value) > _LONGEST:
+        return _OTHER
+    if type(value) in (list, tuple) and len(value) == 1:  # PEFT takes one name and a list of one for the same
+        return _frozen(value[0])
+    if type(value) is set:
+        return frozenset(x for x in value if isinstance(x, _PLAIN))
+    return tuple(
+        (k, x)
+        for k, v in (value.items() if type(value) is dict else enumerate(value))
+        if (x := _frozen(v)) is not _OTHER
+    )
 
 
 def held_tensors(model: nn.Module) -> dict[Place, tuple[str, Tensor]]:

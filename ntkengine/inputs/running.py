@@ -36,6 +36,12 @@ def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     return model(*args, **kwargs)
 
 
+def coarsest(model: nn.Module, f: Tensor) -> torch.dtype:
+    """Return the dtype that a model's outputs f are rounded in, where they pass through any of its weights' dtypes."""
+    dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for p in model.parameters()}
+    return max(dtypes | {f.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
+
+
 @contextmanager
 def _no_checkpointing() -> Iterator[None]:
     """Within the block a segment under torch's reentrant checkpointing runs as if it were not.
@@ -58,12 +64,32 @@ def _no_checkpointing() -> Iterator[None]:
 
 
 @contextmanager
+def _no_input_leaves(model: nn.Module) -> Iterator[None]:
+    """Within the block no hook of transformers' `enable_input_require_grads`."""
+    found: list[tuple[Any, int, Any]] = [
+        (m._forward_hooks, key, hook)
+        for m in model.modules()
+        for key, hook in m._forward_hooks.items()
+        if getattr(hook, "__name__", "") == "make_inputs_require_grads"
+    ]
+    try:
+        for hooks, key, _ in found:
+            del hooks[key]
+        yield
+    finally:
+        for hooks, key, hook in found:
+            hooks[key] = hook
+            hooks.move_to_end(key, last=False)
+
+
+@contextmanager
 def evaluation(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Run a model as the kernel needs it, and leave it, the random numbers and torch's settings as they were.
 
-    Eval mode, weights frozen, no KV cache, no TF32, no autocast; mixture-of-experts layers by their plain loop, the
-    only one that takes every dtype and rounds in it; 4-bit layers of bitsandbytes without their CPU kernel for
-    inference, which has no derivative.
+    Eval mode, weights frozen, no KV cache, no TF32, no autocast, nor what accelerate wraps around a forward for it;
+    mixture-of-experts layers by their plain loop, the only one that takes every dtype and rounds in it; 4-bit layers of
+    bitsandbytes without their CPU kernel for inference, which has no derivative; embeddings without transformers' hook
+    that makes their output a leaf for checkpointing, which has none in forward mode.
 
     Args:
         model: any module.
@@ -73,9 +99,14 @@ def evaluation(model: nn.Module, trained: Iterable[nn.Parameter] = ()) -> Iterat
         InputError: a layer whose kernel has no derivative.
     """
     check_differentiable(model)
-    with _as_found(model, trained), _torch_settings(model), _no_checkpointing(), torch.enable_grad():
+    plain = _torch_settings(model), _no_checkpointing(), _no_input_leaves(model), torch.enable_grad()
+    with _as_found(model, trained), ExitStack() as stack:
+        for setting in plain:
+            stack.enter_context(setting)
         for module in model.modules():  # not model.eval(), which some make merge their adapters into the weights
             module.training = False
+            if {"forward", "_original_forward"} <= vars(module).keys():  # an autocast of its own, within any other
+                module.forward = module._original_forward  # type: ignore[assignment]
         for p in model.parameters():
             p.requires_grad_(False)
         for owner, key, value in _unwanted(model):
