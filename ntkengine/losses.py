@@ -41,11 +41,12 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
         raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got shape {given}")
     if not bool(torch.isfinite(y.double()).all()):
         raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got NaN or infinity")
+    y = y if classes else y.double()
     if loss == "squared":
         refuse_bits(name, y)
-        return y.double()
+        return y
     if not classes and outputs > 1:
-        top = y.double().topk(2, dim=1).values
+        top = y.topk(2, dim=1).values
         several = (top[:, 0] == top[:, 1]).nonzero()
         if len(several):
             raise InputError(f"{name}: expected one largest score a row, its class, row {int(several[0])} has several")

@@ -35,7 +35,7 @@ class Recipe:
         schedule: "constant", or "linear": falling to 0 over the run.
         momentum: of SGD.
         betas: of Adam.
-        eps: of Adam.
+        eps: of Adam, > 0: where a gradient is 0, a step is 0/eps.
         proximal: λ >= 0.
         selective: take the proximal gradient only at steps where ⟨∇R(θ_t), θ_t − θ_0⟩ >= 0, R the batch's loss.
         seed: of the order of the examples.
@@ -75,7 +75,7 @@ class Recipe:
         within = {
             "learning_rate": 0 < self.learning_rate <= 1e30,  # float32 holds it
             "proximal": 0 <= self.proximal <= 1e30,
-            "eps": 0 <= self.eps <= 1e30,
+            "eps": 1e-37 <= self.eps <= 1e30,
             "momentum": 0 <= self.momentum < 1,
             "betas": all(0 <= b < 1 for b in self.betas),
         }

@@ -14,6 +14,7 @@ import ntkengine as ntk
 from ntkengine.finetune.bounds import linearity_bounds
 from ntkengine.finetune.curvature import gradient_lipschitz
 from tests.brute import tiny_inputs, tiny_model, with_lora
+from tests.test_finetune import Mean, Mixing, padded
 from tests.test_linearize import TARGETS
 
 
@@ -135,6 +136,18 @@ def test_bounds_hold_for_gradient_descent(proximal):
     assert 0 < last.displacement < found.displacement
     assert 0 < last.gap < found.gap
     assert found.to_dict()["gap"] == found.gap
+
+
+def test_padding_that_f_reads_is_not_cut():
+    torch.manual_seed(0)
+    model, inputs = Mean().double(), {k: v[[1, 3, 2, 0]] for k, v in padded().items()}
+    for p in model.parameters():
+        p.data *= 0.3
+    found = gradient_lipschitz(model, inputs, tol=1e-9, iterations=200)
+    whole = gradient_lipschitz(model, {"input_ids": inputs["input_ids"]}, tol=1e-9, iterations=200)
+    assert found.value == pytest.approx(whole.value, rel=1e-9)
+    with pytest.raises(ntk.CheckFailed, match="f of example 0 depends on the other examples"):
+        gradient_lipschitz(Mixing(), {"x": torch.randn(4, 4)})
 
 
 def test_bad_input():

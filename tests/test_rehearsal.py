@@ -206,8 +206,10 @@ def test_what_cannot_be_rehearsed_is_refused():
         rehearse(factors, y, Recipe(1e-3), eval_targets=np.zeros(4))
     with pytest.raises(NonFinite, match="not finite at step"):
         rehearse(factors, y, Recipe(1e30, epochs=9, optimizer="sgd"))
-    with pytest.raises(NonFinite, match="not finite after the last step"):  # A's gradient is 0 at the start: 0/0
-        rehearse(factors, y, Recipe(1e-3, eps=0.0, batch_size=0))
+    with pytest.raises(NonFinite, match="not finite after the last step"):
+        rehearse(factors, y, Recipe(1e30, epochs=2, batch_size=0, optimizer="sgd"))
+    with pytest.raises(InputError, match="eps: out of range, got 0.0"):  # A's gradient is 0 at the start: 0/0
+        Recipe(1e-3, eps=0.0)
     with pytest.raises(InputError, match="memory_gib: expected room"):
         tangent_factors(model, inputs, held, params="all", memory_gib=1e-6)
     with pytest.raises(InputError, match="params: expected weights of linear maps"):

@@ -20,8 +20,9 @@ from ntkengine.finetune.linearize import Linearized
 from ntkengine.finetune.measuring import Examples
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
-from ntkengine.inputs.running import call_model, evaluation
+from ntkengine.inputs.running import call_model, coarsest, evaluation
 from ntkengine.losses import divergence
+from ntkengine.tangents.trial import settled
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class LinearityCallback(TrainerCallback):
         inputs: probe examples, tensors with a leading sample axis; some dozens do.
         params: what the expansion is in, as for `compute_gram`; everything the Trainer trains must be in it.
         readout: f, likewise.
-        every: steps between measurements; the first step and the last are measured too.
+        every: steps between measurements; the first step and the last are measured too. The last is not where another
+            callback ends training after it and the best checkpoint is loaded without being saved at that step.
         threshold: relative gap above which training has left the linear regime.
 
     Attributes:
@@ -69,7 +71,8 @@ class LinearityCallback(TrainerCallback):
 
     Raises:
         InputError: arguments that cannot be used; at the start of training a model in pieces (FSDP, DeepSpeed, tensor
-            parallel); later a parameter that changed outside the expansion.
+            parallel); later a parameter or a setting that changed outside the expansion.
+        CheckFailed: at the start of training, as `linearize` and `fine_tune`.
 
     Cost: a measurement is about three forward passes of the probe examples; a copy of the parameters.
     """
@@ -102,25 +105,35 @@ class LinearityCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._model, self._selected = model, select_parameters(model, self.params)
-        self._probes = Examples(self.inputs, next(iter(self._selected.values())))
+        with evaluation(model):
+            samples = settled(model, self.inputs, self.readout, self._selected)
+        self._probes = Examples(samples, next(iter(self._selected.values())))
         self._linear = Linearized(model, self._selected, self.readout)
-        with torch.no_grad():
-            self._start = self._outputs()
+        first = self._probes.batch(samples.chunks[0].rows)
+        self._linear.compare(first)
+        with torch.no_grad(), evaluation(model):
+            dtype = coarsest(model, self.readout(call_model(model, first), first))
+        self._start = self._outputs()
         # Gaps that the model's own rounding explains say nothing about linearity.
-        eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
-        self._rounding = eps * float(self._start.norm())
+        self._rounding = torch.finfo(dtype).eps * float(self._start.norm())
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_given: Any) -> None:
-        """Measure after the first step and every so many."""
-        if state.is_world_process_zero and (state.global_step % self.every == 0 or not self.history):
-            self._measure(state)
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_given: Any) -> None:
+        """Measure after the first step, every so many, and where training is to stop."""
+        due = state.global_step % self.every == 0 or not self.history
+        if due or control.should_training_stop or state.global_step == state.max_steps:
+            self._measure_once(state)
 
-    def on_train_end(self, _args: Any, state: Any, _control: Any, **_given: Any) -> None:
-        """Measure what the run ended with, and let go of the model."""
+    def on_save(self, _args: Any, state: Any, control: Any, **_given: Any) -> None:
+        """Measure where an evaluation has stopped training, before the best checkpoint is loaded."""
+        if control.should_training_stop:
+            self._measure_once(state)
+
+    def on_train_end(self, args: Any, state: Any, _control: Any, **_given: Any) -> None:
+        """Let go of the model, after measuring what the run ended with, if that is what it is."""
         if not state.is_world_process_zero:
             return
-        if not self.history or self.history[-1].step != state.global_step:
-            self._measure(state)
+        if not (args.load_best_model_at_end and state.best_model_checkpoint):
+            self._measure_once(state)
         del self._model, self._selected, self._linear, self._probes, self._start
 
     def table(self) -> list[tuple[str, ...]]:
@@ -135,6 +148,10 @@ class LinearityCallback(TrainerCallback):
     def _outputs(self) -> Tensor:
         with evaluation(self._model):
             return self._probes.outputs(lambda batch: self.readout(call_model(self._model, batch), batch))
+
+    def _measure_once(self, state: Any) -> None:
+        if state.is_world_process_zero and (not self.history or self.history[-1].step != state.global_step):
+            self._measure(state)
 
     @torch.no_grad()
     def _measure(self, state: Any) -> None:

@@ -19,6 +19,7 @@ from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
+from ntkengine.tangents.trial import settled
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,24 @@ def gradient_lipschitz(
 
     Raises:
         InputError: arguments that cannot be used, or an operation that cannot be differentiated three times.
+        CheckFailed: the model draws random numbers or keeps a state, or f of an example depends on its batch.
         NonFinite: a second derivative is not finite.
 
     Cost: an iteration is two forward passes and five backward passes of all examples, attention in plain products.
     """
     if iterations < 1 or starts < 1:
         raise InputError(f"iterations, starts: expected at least 1, got {iterations!r} and {starts!r}")
-    selected = list(select_parameters(model, params).values())
-    chosen, samples = resolve_readout(readout, "full"), Samples([inputs])
+    named = select_parameters(model, params)
+    selected = list(named.values())
+    chosen = resolve_readout(readout, "full")
     device, dtype = selected[0].device, selected[0].dtype
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"gradient_lipschitz: expected float32 or float64 parameters, got {dtype}")
-    sweep = _Sweep(model, selected, chosen, samples, device, dtype)
     generator = torch.Generator().manual_seed(seed)
     paths: list[list[float]] = []
+    with evaluation(model):
+        samples = settled(model, inputs, chosen, named)
+    sweep = _Sweep(model, selected, chosen, samples, device, dtype)
     with evaluation(model), sdpa_kernel(SDPBackend.MATH), wanting_gradients(selected):
         for _ in range(starts):
             w = _unit([torch.randn(s, generator=generator).to(device, dtype) for s in sweep.shapes()])[0]

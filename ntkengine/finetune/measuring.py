@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from ntkengine.descent import norm
 from ntkengine.errors import NonFinite
 from ntkengine.finetune.history import Measured
-from ntkengine.finetune.stepping import Stepper
+from ntkengine.finetune.stepping import Stepper, hint
 from ntkengine.forecast.scores import tells_classes
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.losses import correct, divergence, losses
@@ -23,17 +24,21 @@ class Examples:
     """Examples on a device, in microbatches by length.
 
     Args:
-        inputs: tensors with a leading sample axis.
+        samples: of one group, as `settled` returns them.
         like: a parameter whose device and dtype they take.
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor], like: Tensor) -> None:
-        self._samples, self._device, self._dtype = Samples([inputs]), like.device, like.dtype
+    def __init__(self, samples: Samples, like: Tensor) -> None:
+        self._samples, self._device, self._dtype = samples, like.device, like.dtype
         self.n = self._samples.total
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the inputs of some examples."""
         return self._samples.inputs(Chunk(0, rows, 0), self._device, self._dtype)
+
+    def reach(self, f: Outputs) -> bool:
+        """Whether f of any example has a gradient."""
+        return any(f(self.batch(chunk.rows)).requires_grad for chunk in self._samples.chunks)
 
     @torch.no_grad()
     def outputs(self, f: Outputs) -> Tensor:
@@ -65,7 +70,7 @@ def measure(
         time: likewise.
 
     Raises:
-        NonFinite: an output is not finite.
+        NonFinite: an output or a parameter is not finite.
     """
     loss, outputs = stepper.recipe.loss, {}
     classes = tells_classes(*(y for _, y in groups.values()))
@@ -73,7 +78,7 @@ def measure(
     for name, (examples, y) in groups.items():
         f = outputs[name] = examples.outputs(stepper.f)
         if not bool(torch.isfinite(f).all()):
-            raise NonFinite(f"fine_tune: outputs are not finite after {step} steps; a lower learning rate may help")
+            raise NonFinite(f"fine_tune: outputs are not finite after {step} steps{hint(step)}")
         found[f"{name}_loss"], found[f"{name}_accuracy"] = _scored(f, y, loss, classes)
         if stepper.linear is None:
             continue
@@ -87,6 +92,8 @@ def measure(
     if stepper.linear is not None:
         found["linear_displacement"] = norm([d.detach() for d in stepper.linear.parameters()])
     moved = norm(stepper.displacement())
+    if not math.isfinite(moved):  # an entry that no output reads may be
+        raise NonFinite(f"fine_tune: parameters are not finite after {step} steps{hint(step)}")
     return Measured(step=step, epoch=epoch, time=time, displacement=moved, **found), outputs  # type: ignore[arg-type]
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.arguments import called, whole
-from ntkengine.errors import InputError
+from ntkengine.descent import check_elements
+from ntkengine.errors import InputError, NonFinite
 from ntkengine.finetune.history import FineTuning, Measured
 from ntkengine.finetune.measuring import Examples, measure
 from ntkengine.finetune.stepping import Stepper
@@ -20,6 +21,7 @@ from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation, wanting_gradients
+from ntkengine.inputs.streaming import entry_of
 from ntkengine.losses import as_targets
 from ntkengine.recipe import Recipe
 
@@ -65,19 +67,19 @@ def fine_tune(
 
     Raises:
         InputError: arguments that cannot be used.
-        NonFinite: a loss or a gradient is not finite; the model keeps the parameters before that step.
+        CheckFailed: the model draws random numbers or keeps a state, or f of an example depends on its batch.
+        NonFinite: a loss, a gradient, an output or a parameter is not finite; the model has θ_0 again.
 
-    Cost: a forward and a backward pass of every batch; a forward pass of all examples a measurement; with `linear`
-        about three times that; two copies of the parameters trained, and the optimiser's.
+    Cost: about ten forward passes of one example; a forward and a backward pass of every batch; a forward pass of all
+        examples a measurement; with `linear` about three times that; two copies of the parameters trained, and the
+        optimiser's.
     Source: the proximal and selective terms, Rahimi Afzal et al. 2025 (arXiv 2602.08239).
     """
     called("progress", progress)
     given = asdict(recipe) if isinstance(recipe, Recipe) else {} if recipe is None else recipe
     chosen = Recipe.of({**given, **fields} if isinstance(given, Mapping) else given)
     selected = select_parameters(model, params)
-    for name, p in selected.items():
-        if p.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"params: expected float32 or float64 parameters to train, {name} is {p.dtype}")
+    check_trainable(selected)
     if (eval_inputs is None) != (eval_targets is None):
         raise InputError("eval_targets: expected together with eval_inputs, got one without the other")
     if measure_every is not None:
@@ -89,14 +91,32 @@ def fine_tune(
         groups = {"train": _group(stepper, "targets", inputs, targets)}
         if eval_inputs is not None:
             groups["eval"] = _group(stepper, "eval_targets", eval_inputs, eval_targets)
-        run = _trained(stepper, groups, measure_every, progress)
+        try:
+            run = _trained(stepper, groups, measure_every, progress)
+        except NonFinite:
+            stepper.restore()
+            raise
     if getattr(model, "ntk_head_new", False):
         model.ntk_head_new = False  # type: ignore[assignment]
     return run
 
 
+def check_trainable(selected: Mapping[str, nn.Parameter]) -> None:
+    """Refuse parameters that cannot be trained.
+
+    Raises:
+        InputError: naming the first, which is in half precision, in a file, or several elements in one.
+    """
+    for name, p in selected.items():
+        if entry_of(p) is not None:
+            raise InputError(f"params: {name} stays in its file, and cannot be trained; load it without stream")
+        if p.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"params: expected float32 or float64 parameters to train, {name} is {p.dtype}")
+        check_elements(name, p)
+
+
 def _group(stepper: Stepper, name: str, inputs: Mapping[str, Tensor], targets: Any) -> tuple[Examples, Tensor]:
-    examples = Examples(inputs, stepper.parameters[0])
+    examples = Examples(stepper.settled(inputs), stepper.parameters[0])
     with torch.no_grad():
         outputs = stepper.f(examples.batch(np.arange(1))).shape[1]
     y = as_targets(name, targets, stepper.recipe.loss, examples.n, outputs)
@@ -127,6 +147,8 @@ def _trained(
 
     start = outputs = look(0)
     with wanting_gradients(stepper.parameters):
+        if not train.reach(stepper.f):
+            raise InputError("params: f depends on none of the selected ones: is an adapter merged, or f detached?")
         for step, rows in enumerate(recipe.batches(train.n)):
             rate = recipe.rate(step, train.n)
             batches.append(stepper.step(train.batch(rows), y[torch.from_numpy(rows)], rate))

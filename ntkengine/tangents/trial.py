@@ -6,20 +6,63 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, InputError
 from ntkengine.inputs.attributes import Attributes, held_tensors, plain_values
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, wanting_gradients
+from ntkengine.inputs.running import call_model, coarsest, wanting_gradients
 from ntkengine.inputs.unrounded import watching
-from ntkengine.tangents.rehearsal import close
+from ntkengine.tangents.rehearsal import agreement, close, rounding
 
 log = logging.getLogger(__name__)
 
 # Relative change of f that rounding explains when the width changes; more, and padding is looked at.
 _CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
+
+
+def settled(
+    model: nn.Module, inputs: Mapping[str, Tensor], readout: Readout, selected: Mapping[str, nn.Parameter]
+) -> Samples:
+    """Return the examples in microbatches that give each the f it has as given, alone; padding is cut where it may be.
+
+    Args:
+        model: within `evaluation`.
+        inputs: tensors with a leading sample axis.
+        readout: f.
+        selected: parameters, whose first says the device and dtype.
+
+    Raises:
+        InputError, CheckFailed: as `check_repeats`, or f of an example depends on the others of its batch.
+
+    Cost: about ten forward passes of one example.
+    """
+    given, parameter = Samples([inputs]), next(iter(selected.values()))
+    check_repeats(model, given, readout, selected)
+    samples = given if trim_holds(model, given, readout, parameter) else Samples([inputs], trim=False)
+    order = samples.order[0]
+    rows = torch.from_numpy(order[sorted({0, len(order) // 2, len(order) - 1})])
+    few = {k: v[rows.to(v.device)] for k, v in inputs.items()}
+    found = []
+    for size in (1, len(rows)):  # the shortest comes first in both
+        part, f = Samples([few], microbatch=size, trim=samples.trim[0]), []
+        with torch.no_grad():
+            for chunk in part.chunks:
+                batch = part.inputs(chunk, parameter.device, parameter.dtype)
+                f.append(readout(call_model(model, batch), batch))
+        found.append(torch.cat(f).double())
+    alone, together = found
+    dtype = coarsest(model, f[0])
+    allowed = agreement(dtype) * alone.norm(dim=1) + rounding(dtype) * alone.abs().max()
+    for row, off, most in zip(rows.tolist(), (together - alone).norm(dim=1), allowed, strict=True):
+        if off > most:  # never where f is not finite
+            msg = (
+                f"model: f of example {row} depends on the other examples of its batch, by {float(off):.1e}: it is no "
+                "function of the example"
+            )
+            raise CheckFailed(msg)
+    return samples
 
 
 def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected: Mapping[str, nn.Parameter]) -> bool:
@@ -30,7 +73,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         CheckFailed: the second output is another: the model draws random numbers, or keeps a state.
     """
     if torch.is_inference_mode_enabled():
-        msg = "compute_gram: gradients cannot be taken inside torch.inference_mode()"
+        msg = "model: gradients cannot be taken inside torch.inference_mode()"
         raise InputError(msg)
     one = Samples(samples.groups, microbatch=1, trim=False)
     chunk = one.chunks[0]
