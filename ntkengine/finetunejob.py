@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntkengine.errors import InputError
+from ntkengine.errors import CheckFailed, InputError
 from ntkengine.recipe import Recipe
 from ntkengine.textfile import check_apart, check_folder, json_text, write_text
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ntkengine.finetune import FineTuning
     from ntkengine.jobparts import Job
+    from ntkengine.prepared import Prepared
 
 Progress = Callable[[float, float, str], None]
+
+# Relative to the largest output, what one may differ by in a model saved and loaded: other batches round otherwise.
+_NEAR = {"torch.float64": 1e-5, "torch.float32": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,17 @@ def run_finetune(
 
     Raises:
         InputError: the job cannot be trained, or `save` is there already.
+        CheckFailed: as `fine_tune`, or the saved model is not the one that was trained; no folder is written.
         NonFinite: training diverged; nothing is written.
+
+    Cost: that of loading the model, of training, and with `save` of loading it again.
     """
     from ntkengine.finetune import fine_tune
+    from ntkengine.finetune.train import check_trainable
+    from ntkengine.inputs.parameters import select_parameters
     from ntkengine.jobchecks import check_early
     from ntkengine.prepared import Prepared, quiet
+    from ntkengine.saving import check_savable, needs_base, save_model
 
     part = job.finetune
     if part is None:
@@ -77,8 +83,12 @@ def run_finetune(
     targets = prepared.targets(prepared.train)
     if targets is None:
         raise InputError("finetune: expected labelled examples and readout 'logits' or 'margin'")
-    new = bool(getattr(prepared.model, "ntk_head_new", False))
-    new |= prepared.fit_head(tell) is not None
+    check_trainable(select_parameters(prepared.model, job.gram.params))
+    new = bool(getattr(prepared.model, "ntk_head_new", False)) or prepared.fits
+    below = save is not None and (new or needs_base(prepared.model, job.gram.params))
+    if save is not None:
+        check_savable(prepared.model, below)
+    prepared.fit_head(tell)
     run = fine_tune(
         prepared.model,
         prepared.inputs,
@@ -95,7 +105,9 @@ def run_finetune(
     if history is not None:
         _write_history(run, history)
     if save is not None:
-        _save(prepared.model, save, new or _beside_adapter(prepared.model, job.gram.params))
+        model = prepared.model
+        del prepared.model  # two at a time may not fit
+        save_model(model, save, below, lambda folder: _check_saved(job, folder, prepared, run))
     return run
 
 
@@ -105,37 +117,41 @@ def _write_history(run: FineTuning, path: Path) -> None:
     write_text(path, "".join(json_text(line) + "\n" for line in (first, *found["history"])))
 
 
-def _beside_adapter(model: nn.Module, params: Any) -> bool:
-    """Whether parameters were trained that are not in an adapter's file."""
-    if not hasattr(model, "peft_config"):
-        return False
-    from peft import get_peft_model_state_dict
+def _check_saved(job: Job, folder: Path, prepared: Prepared, run: FineTuning) -> None:
+    """Load what was saved, and compare its outputs of some examples with those that training ended with.
 
-    from ntkengine.inputs.parameters import select_parameters
-
-    inside = {t.data_ptr() for t in get_peft_model_state_dict(model, save_embedding_layers=False).values()}
-    return any(p.data_ptr() not in inside for p in select_parameters(model, params).values())
-
-
-def _save(model: nn.Module, folder: Path, below: bool) -> None:
-    """Save the model, whole or not at all; of an adapter also the model below it, if that is not what it was loaded as.
-
-    An adapter's file has no head, nor what else was trained beside the adapter.
+    Raises:
+        CheckFailed: it is another model.
     """
-    partial = folder.absolute().with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tuned: Any = model
+    import torch
+
+    from ntkengine.inputs.batches import Samples
+    from ntkengine.inputs.models import load_model
+    from ntkengine.inputs.readout import resolve_readout
+    from ntkengine.inputs.running import call_model, coarsest, evaluation
+
+    readout, n = resolve_readout(job.gram.readout, "full"), len(run.outputs)
+    rows = sorted({i * (n - 1) // 7 for i in range(8)})
+    few = Samples([{k: v[rows] for k, v in prepared.inputs.items()}], microbatch=1, trim=False)
+    part = job.model
+    known: dict[str, Any] = {
+        "trust_remote_code": part.trust_remote_code,
+        "allow_pickle": part.allow_pickle,
+        "stream": part.stream,
+    }
     try:
-        tuned.save_pretrained(partial)
-        if tuned.ntk_tokenizer is not None:
-            tuned.ntk_tokenizer.save_pretrained(partial)
-        if hasattr(tuned, "peft_config") and below:
-            base = tuned.unload() if hasattr(tuned.base_model, "unload") else tuned.get_base_model()
-            base.save_pretrained(partial / "base")
-            config = partial / "adapter_config.json"
-            found = json.loads(config.read_text(encoding="utf-8"))
-            found["base_model_name_or_path"] = str(folder.absolute() / "base")
-            config.write_text(json.dumps(found, indent=2), encoding="utf-8")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        model = load_model(folder, prepared.num_labels, None, part.dtype, part.device, **known)
+    except InputError as error:
+        raise CheckFailed(f"save: what was saved cannot be loaded again ({error}): nothing is written") from error
+    like = next(iter(model.parameters()))
+    with evaluation(model), torch.no_grad():
+        for chunk in few.chunks:
+            row, inputs = rows[int(chunk.rows[0])], few.inputs(chunk, like.device, like.dtype)
+            f = readout(call_model(model, inputs), inputs)
+            truth = torch.from_numpy(run.outputs[row]).to(f.device)
+            off = float((f[0].double() - truth).norm())
+            if not off <= _NEAR.get(str(coarsest(model, f)), 5e-2) * float(abs(run.outputs).max()):
+                raise CheckFailed(
+                    f"save: what was saved, loaded again, gives another output of example {row} than training ended "
+                    f"with, by {off:.1e}: nothing is written"
+                )

@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import ntkengine as ntk
-from ntkengine import cli
+from ntkengine import cli, saving
 from ntkengine.errors import InputError
 from ntkengine.finetunejob import run_finetune
+from ntkengine.inputs import heads, streaming
 from ntkengine.jobfile import make_job, read_job
 from tests.tiny import save_tiny, tiny_sentences
 
@@ -129,6 +131,122 @@ def test_what_was_trained_or_drawn_beside_an_adapter_is_saved_too(folder, run, f
     code, out, err = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json", *flags)
     assert code == 0, err
     check_saved_adapter(folder, out, folder / "tuned/base")
+
+
+@pytest.mark.parametrize("flags", [[], ["--params", "all"], ["--head"]])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "eva", "orthogonal"])
+def test_an_adapter_whose_start_changes_the_weights_below_is_saved_with_these(folder, run, start, flags):
+    job = JOB.format(fit="true" if flags else "false", readout="logits")
+    (folder / "job.toml").write_text(job.replace("r = 2", f'r = 2\ninit_lora_weights = "{start}"'))
+    if flags == ["--head"]:
+        save_tiny(folder / "model", kind="bert", head=False)
+    flags = ["--learning-rate", "3e-2", *(flag for flag in flags if flag != "--head")]
+    code, out, err = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json", *flags)
+    assert code == 0, err
+    check_saved_adapter(folder, out, folder / "tuned/base")
+
+
+@pytest.mark.parametrize("kind", ["LORA", "PROMPT_TUNING"])
+@pytest.mark.parametrize("head", [True, False])
+def test_saved_folder_opens_as_what_was_trained(folder, run, head, kind):
+    job = JOB.format(fit=str(not head).lower(), readout="logits").replace("linear = true", "")
+    if kind != "LORA":
+        fields = 'task_type = "SEQ_CLS"\nnum_virtual_tokens = 3'
+        job = job.replace('r = 2\ntarget_modules = ["query", "value"]', fields).replace("LORA", kind)
+    (folder / "job.toml").write_text(job)
+    save_tiny(folder / "model", kind="bert", head=head)
+    code, out, err = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json")
+    assert code == 0, err
+    first = ntk.load_model(folder / "model", peft=read_job(folder / "job.toml").model.peft)
+    (folder / "tuned").rename(folder / "moved")
+    model = ntk.load_model(folder / "moved")
+    trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (first, model)]
+    assert trainable[0] == trainable[1]
+    assert not model.training
+    assert not model.ntk_head_new
+    assert model.ntk_source == str(folder / "moved")
+    inputs = ntk.tokenize(ntk.read_examples(folder / "train.tsv", text="sentence"), model)
+    with torch.no_grad():
+        assert np.allclose(model(**inputs).logits.double(), json.loads(out)["outputs"], atol=1e-5)
+    with pytest.raises(InputError, match="moved holds an adapter already"):
+        ntk.load_model(folder / "moved", peft={"peft_type": "LORA"})
+    job = (folder / "job.toml").read_text().replace('"model"', '"moved"')  # and is a job's model
+    (folder / "more.toml").write_text(job[: job.index("[model.peft]")] + job[job.index("[data]") :])
+    code, out, err = run("finetune", folder / "more.toml", "--save", folder / "twice", "--json", "--no-linear")
+    assert code == 0, err
+    with torch.no_grad():
+        again = ntk.load_model(folder / "twice")(**inputs).logits.double()
+    assert np.allclose(again, json.loads(out)["outputs"], atol=1e-5)
+
+
+def test_adapters_that_cannot_be_opened_are_refused(folder, run):
+    assert run("finetune", folder / "job.toml", "--save", folder / "tuned", "--no-linear")[0] == 0
+    tuned = folder / "tuned"
+    weights, config = (tuned / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    whole, said = load_file(weights), json.loads(config.read_text())
+    assert ntk.load_model(tuned) is not None
+    some = dict(list(whole.items())[1:])
+    for change, message in (
+        (lambda: save_file(some, weights), f"lacks {next(iter(whole))}"),
+        (lambda: save_file({k: v[:1] for k, v in whole.items()}, weights), "cannot be put on the model below"),
+        (lambda: save_file({k: v * float("nan") for k, v in whole.items()}, weights), "weights are not finite"),
+        (weights.unlink, "an adapter without its weights; expected adapter_model.safetensors"),
+    ):
+        change()
+        with pytest.raises(InputError, match=message) as caught:
+            ntk.load_model(tuned)
+        assert "\n" not in str(caught.value)
+    save_file(whole, weights)
+    for name, message in ((None, "expected base_model_name_or_path"), (str(folder / "gone"), "gone: no such model")):
+        config.write_text(json.dumps(said | {"base_model_name_or_path": name}))
+        with pytest.raises(InputError, match=message):
+            ntk.load_model(tuned)
+    config.write_text("[")
+    with pytest.raises(InputError, match="expected base_model_name_or_path"):
+        ntk.load_model(tuned)
+
+
+def test_a_folder_that_is_another_model_is_not_handed_out(folder, run, monkeypatch):
+    text = JOB.format(fit="false", readout="logits").replace("r = 2", 'r = 2\ninit_lora_weights = "pissa"')
+    (folder / "job.toml").write_text(text)
+    monkeypatch.setattr(saving, "_PLAIN", (True, False, "pissa"))  # the start is run again, on weights it has changed
+    flags = ["--save", folder / "tuned", "--params", "all", "--learning-rate", "1e-2"]
+    code, _, err = run("finetune", folder / "job.toml", *flags)
+    assert (code, "gives another output of example" in err) == (1, True), err
+    assert not [p for p in folder.iterdir() if "tuned" in p.name]
+
+
+def test_weights_that_are_not_finite_are_not_written(folder):
+    model = ntk.load_model(folder / "model")
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[90] = float("inf")
+    with pytest.raises(ntk.CheckFailed, match="tuned: is not written: .*word_embeddings.weight would not be finite"):
+        saving.save_model(model, folder / "tuned", False, lambda _: None)
+    assert not [p for p in folder.iterdir() if "tuned" in p.name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "head", "message"),
+    [
+        (["--params", "all"], True, "stays in its file, and cannot be trained; load it without stream"),
+        (["--save", "tuned"], False, "stays in its file, and would not be saved; load it without stream"),
+        (["--save", "tuned", "--no-linear"], True, None),
+    ],
+)
+def test_what_is_left_in_files_is_neither_trained_nor_saved(folder, run, monkeypatch, flags, head, message):
+    monkeypatch.setattr(streaming, "STREAMED", 256)
+    monkeypatch.chdir(folder)
+    save_tiny(folder / "model", kind="bert", head=head)
+    monkeypatch.setattr(heads, "fit_head", None)  # nothing long is begun
+    text = JOB.format(fit="true" if message else "false", readout="logits")
+    (folder / "job.toml").write_text(text.replace('path = "model"', 'path = "model"\nstream = true'))
+    code, out, err = run("finetune", "job.toml", "--json", *flags)
+    if message:
+        assert (code, message in err) == (2, True), err
+        assert not (folder / "tuned").exists()
+    else:
+        assert code == 0, err
+        check_saved_adapter(folder, out, "model")
 
 
 def test_saved_model_is_whole(folder, run):

@@ -93,6 +93,22 @@ def test_what_cannot_be_streamed_is_refused(folder, tmp_path):
             ntk.load_model(other, num_labels=3, stream=True)
 
 
+def test_what_is_left_in_a_file_is_not_trained_nor_displaced(folder):
+    model = ntk.load_model(folder, num_labels=3, stream=True)
+    inputs, big = tiny_inputs(model, zoo.LENGTHS, 12), next(n for n, p in model.named_parameters() if p.ndim > 1)
+    y = np.eye(3)[np.arange(len(zoo.LENGTHS)) % 3]
+    for optimizer in ("adam", "sgd"):
+        with pytest.raises(InputError, match="stays in its file, and cannot be trained"):
+            ntk.fine_tune(model, inputs, y, learning_rate=1e-3, params=big, optimizer=optimizer)
+    with pytest.raises(InputError, match=f"linearize: {big} stays in its file"):
+        ntk.linearize(model, big)
+    loaded = ntk.load_model(folder, num_labels=3)
+    rest = [n for n, p in model.named_parameters() if streaming.entry_of(p) is None]
+    runs = [ntk.fine_tune(m, inputs, y, learning_rate=1e-3, params=rest) for m in (loaded, model)]
+    assert runs[0].history[-1].displacement > 0
+    assert np.allclose(runs[0].outputs, runs[1].outputs, atol=1e-5)
+
+
 class Peeks(torch.nn.Module):
     """Reads a weight without calling its module."""
 

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -44,6 +45,39 @@ def adapted(model: nn.Module, config: Any) -> nn.Module:
             msg = f"{msg.rstrip('.')}; modules of this model are called {', '.join(linear[:20])}"
         raise InputError(msg) from error
     return result
+
+
+def with_saved(model: nn.Module, folder: Path, base: str) -> nn.Module:
+    """Return a model with the adapter of a folder on it, its parameters trainable.
+
+    Args:
+        model: the model below.
+        folder: with adapter_config.json and adapter_model.safetensors.
+        base: where the model below is, whatever the adapter says.
+
+    Raises:
+        InputError: it does not fit the model, or the file lacks a weight.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        prompts = PeftConfig.from_pretrained(str(folder)).is_prompt_learning  # which the library loads frozen only
+        result = PeftModel.from_pretrained(model, str(folder), is_trainable=not prompts)
+        for name, p in result.named_parameters() if prompts else ():
+            p.requires_grad_(name.startswith("prompt_encoder.") or "modules_to_save." in name)
+        result.peft_config["default"].base_model_name_or_path = base
+        wanted = get_peft_model_state_dict(result, save_embedding_layers=False)
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            missing = sorted(wanted.keys() - set(file.keys()))
+    except Exception as error:  # each of many kinds means that it cannot be used
+        msg = f"{folder}: its adapter cannot be put on the model below ({' '.join(str(error).split())[:200]})"
+        raise InputError(msg) from error
+    if missing:
+        msg = f"{folder}: adapter_model.safetensors lacks {missing[0]}"
+        raise InputError(msg)
+    tuned: nn.Module = result
+    return tuned
 
 
 def peft_config(given: Any) -> Any:

@@ -15,8 +15,8 @@ from torch import nn
 
 from ntkengine.arguments import whole
 from ntkengine.errors import InputError
-from ntkengine.inputs.adapters import adapted, peft_config
-from ntkengine.inputs.hub import check_source, hub_answers
+from ntkengine.inputs.adapters import adapted, peft_config, with_saved
+from ntkengine.inputs.hub import adapter_folder, check_source, hub_answers
 from ntkengine.inputs.streaming import converted, entry_of, load_streamed
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def load_model(
     model is never made up: weights without one are refused.
 
     Args:
-        path_or_id: a model directory, or a hub id.
+        path_or_id: a model directory, a hub id, or an adapter's directory, such as `finetune --save` writes; of that
+            only the adapter is trainable.
         num_labels: outputs of the classification head.
         peft: None, a `peft` config, or a mapping of one's fields with `peft_type`; then only the adapter is trainable.
         dtype: `"float32"`, `"float64"`, `"bfloat16"` or `"float16"`.
@@ -69,14 +70,16 @@ def load_model(
     """
     _one_of("task", task, _TASKS)
     where = check_model(num_labels, dtype, device)
-    source = check_source(path_or_id, allow_pickle)
+    source, tuned = check_source(path_or_id, allow_pickle), adapter_folder(path_or_id)
+    if tuned is not None and peft is not None:
+        raise InputError(f"peft: {tuned} holds an adapter already, expected a model for another")
     adapter = None if peft is None else peft_config(peft)
     cached = not Path(source).is_dir() and not hub_answers()
     known = {"trust_remote_code": trust_remote_code, "local_files_only": cached}
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         model, missing = _load(source, num_labels, dtype, task, known, allow_pickle, stream)
-        tokenizer = _tokenizer(source, known)
+        tokenizer = (None if tuned is None else _tokenizer(str(tuned), known)) or _tokenizer(source, known)
         if tokenizer is not None and tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
         if task in ("causal-lm", "masked-lm"):
@@ -87,6 +90,12 @@ def load_model(
         _check_finite(model, source)
         if adapter is not None:
             model = adapted(model, adapter)
+        if tuned is not None:
+            model = with_saved(model, tuned, source)
+            carried = any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
+            missing = [] if carried else missing
+            _check_finite(model, str(tuned))
+            source = str(tuned)
     for name, value in (("ntk_tokenizer", tokenizer), ("ntk_source", source), ("ntk_head_new", bool(missing))):
         setattr(model, name, value)
     return (converted(model, _DTYPES[dtype], where) if stream else model.to(where)).eval()
