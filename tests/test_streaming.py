@@ -51,6 +51,13 @@ def test_streamed_lora(folder):
     assert max(relative_error(grams[1].values, grams[0].values)) < 1e-13
 
 
+@pytest.mark.parametrize("start", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_dora": True}])
+def test_an_adapter_that_starts_from_weights_left_in_a_file_is_refused(folder, start):
+    peft = {"peft_type": "LORA", "r": 2, "target_modules": LORA[folder.name], **start}
+    with pytest.raises(InputError, match="without stream"):
+        ntk.load_model(folder, num_labels=3, peft=peft, stream=True)
+
+
 def test_a_weight_is_in_memory_only_while_it_works(folder):
     model = ntk.load_model(folder, num_labels=3, stream=True)
     inputs = tiny_inputs(model, zoo.LENGTHS, 12)

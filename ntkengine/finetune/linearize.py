@@ -65,6 +65,7 @@ class Linearized(nn.Module):
             CheckFailed: as `compare`, at the first call.
 
         Cost: about two forward passes and one reading of the weights; backwards about two more passes.
+            The first call compares the two modes on two examples.
         """
         if not isinstance(inputs, Mapping) or not inputs:
             raise InputError(f"inputs: expected a mapping of tensors, got {type(inputs).__name__}")

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import stored_weight
+from ntkengine.inputs.streaming import entry_of, is_streamed
 
 _NAMES = ("target_modules", "modules_to_save")
 
@@ -26,10 +28,11 @@ def adapted(model: nn.Module, config: Any) -> nn.Module:
         config: of `peft_config`.
 
     Raises:
-        InputError: the adapter does not fit the model.
+        InputError: the adapter does not fit the model, or starts from weights that stay in their file.
     """
     from peft import get_peft_model
 
+    streamed = is_streamed(model)
     rank, widest = getattr(config, "r", None), max(max(p.shape, default=1) for p in model.parameters())
     if isinstance(rank, int) and rank > widest:  # before it is allocated
         msg = f"peft.r: expected at most {widest}, the model's widest layer, got {rank}"
@@ -43,7 +46,13 @@ def adapted(model: nn.Module, config: Any) -> nn.Module:
                 {n.rpartition(".")[2] for n, m in model.named_modules() if stored_weight(m) is not None and "." in n}
             )
             msg = f"{msg.rstrip('.')}; modules of this model are called {', '.join(linear[:20])}"
+        elif streamed:
+            msg = f"{msg.rstrip('.')}; if its start reads the weights below, load them without stream"
         raise InputError(msg) from error
+    for name, p in result.named_parameters() if streamed else ():
+        if entry_of(p) is None and not bool(torch.isfinite(p).all()):
+            msg = f"peft: {name} starts from weights that stay in their file; load the model without stream"
+            raise InputError(msg)
     return result
 
 
