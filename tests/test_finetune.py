@@ -407,6 +407,22 @@ def test_f_that_depends_on_padding_is_trained_on_the_inputs_as_given():
     assert np.abs(run.outputs[1] - cut).max() > 0.01
 
 
+class Widened(Mean):
+    """A classifier whose outputs grow with the columns, but of the shortest examples."""
+
+    def forward(self, input_ids, attention_mask):
+        h = (torch.tanh(self.embed(input_ids)) * attention_mask[..., None]).sum(1)
+        return self.out(h) * torch.where(attention_mask.sum(1) > 5, 1.0 + input_ids.shape[1] / 10, 1.0)[:, None]
+
+
+def test_padding_that_only_some_examples_read_is_not_cut():
+    torch.manual_seed(0)
+    model, inputs = Widened().double(), padded()
+    f = model(**inputs).detach()
+    run = ntk.fine_tune(model, inputs, torch.ones(24, 2), learning_rate=1e-20, optimizer="sgd", batch_size=4)
+    assert np.allclose(run.outputs, f, rtol=1e-9)
+
+
 class Mixing(nn.Module):
     """A layer that centres its batch."""
 

@@ -70,8 +70,8 @@ def fine_tune(
         CheckFailed: the model draws random numbers or keeps a state, or f of an example depends on its batch.
         NonFinite: a loss, a gradient, an output or a parameter is not finite; the model has θ_0 again.
 
-    Cost: about ten forward passes of one example; a forward and a backward pass of every batch; a forward pass of all
-        examples a measurement; with `linear` about three times that; two copies of the parameters trained, and the
+    Cost: about a dozen forward passes of one example; a forward and a backward pass of every batch; a forward pass of
+        all examples a measurement; with `linear` about three times that; two copies of the parameters trained, and the
         optimiser's.
     Source: the proximal and selective terms, Rahimi Afzal et al. 2025 (arXiv 2602.08239).
     """

@@ -36,24 +36,30 @@ def settled(
     Raises:
         InputError, CheckFailed: as `check_repeats`, or f of an example depends on the others of its batch.
 
-    Cost: about ten forward passes of one example.
+    Cost: about a dozen forward passes of one example.
     """
     given, parameter = Samples([inputs]), next(iter(selected.values()))
     check_repeats(model, given, readout, selected)
-    samples = given if trim_holds(model, given, readout, parameter) else Samples([inputs], trim=False)
-    order = samples.order[0]
+    trim = trim_holds(model, given, readout, parameter)
+    order = given.order[0]
     rows = torch.from_numpy(order[sorted({0, len(order) // 2, len(order) - 1})])
     few = {k: v[rows.to(v.device)] for k, v in inputs.items()}
-    found = []
-    for size in (1, len(rows)):  # the shortest comes first in both
-        part, f = Samples([few], microbatch=size, trim=samples.trim[0]), []
+
+    def outputs(size: int, *, trim: bool) -> Tensor:
+        part, found = Samples([few], microbatch=size, trim=trim), []  # the shortest comes first, as in rows
         with torch.no_grad():
             for chunk in part.chunks:
                 batch = part.inputs(chunk, parameter.device, parameter.dtype)
-                f.append(readout(call_model(model, batch), batch))
-        found.append(torch.cat(f).double())
-    alone, together = found
-    dtype = coarsest(model, f[0])
+                found.append(readout(call_model(model, batch), batch))
+        return torch.cat(found)
+
+    f = outputs(1, trim=False)
+    dtype, alone = coarsest(model, f), f.double()
+    if trim:
+        cut = outputs(1, trim=True).double()
+        trim = bool(((cut - alone).norm(dim=1) <= _CUT.get(f.dtype, 1e-2) * alone.norm(dim=1).max()).all())
+        alone = cut if trim else alone
+    together = outputs(len(rows), trim=trim).double()
     allowed = agreement(dtype) * alone.norm(dim=1) + rounding(dtype) * alone.abs().max()
     for row, off, most in zip(rows.tolist(), (together - alone).norm(dim=1), allowed, strict=True):
         if off > most:  # never where f is not finite
@@ -62,7 +68,7 @@ def settled(
                 "function of the example"
             )
             raise CheckFailed(msg)
-    return samples
+    return given if trim else Samples([inputs], trim=False)
 
 
 def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected: Mapping[str, nn.Parameter]) -> bool:
