@@ -141,3 +141,17 @@ def test_a_packed_tile_that_is_no_gzip_is_refused_in_one_line(tmp_path):
         file["gram"].id.write_direct_chunk((0, 0), b"nothing of the kind" * 9)
     with pytest.raises(InputError, match="k.h5: /gram: a tile cannot be read"):
         store.open_gram(path).values[0, 0]
+
+
+@pytest.mark.parametrize("lost", ["start", "crc32"])
+def test_checksums_that_are_lost_are_refused_in_one_line(tmp_path, lost):
+    path = tmp_path / "k.h5"
+    write(path, "sharded")
+    with h5py.File(store.shard_path(path, 1, 3), "r+") as file:
+        if lost == "start":
+            del file["gram"].attrs["start"]
+        else:
+            file["tiles/crc32"][0] ^= 1
+            file.move("tiles/crc32", "tiles/crc33")
+    with pytest.raises(InputError, match=r"k(\.rank-0001-of-0003)?\.h5: "):
+        store.open_gram(path).values[0]

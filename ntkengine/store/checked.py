@@ -15,6 +15,7 @@ from ntkengine.store.opening import opened
 from ntkengine.store.schema import SHARD_SCHEMA, matches
 from ntkengine.store.shards import shards_of
 from ntkengine.store.tiles import checksum, slabs, tile_shape, tiles_name
+from ntkengine.textfile import reason_of
 
 
 class Checked(h5py.Dataset):
@@ -79,7 +80,13 @@ class CheckedTiles(Checked):
 
     def _check(self, index: Any) -> None:
         if self._bands is None:
-            self._bands = list(self._read_bands())
+            try:
+                self._bands = list(self._read_bands())
+            except InputError:
+                raise
+            except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+                msg = f"{self._path}: {self.name}: its checksums cannot be read ({reason_of(error)})"
+                raise InputError(msg) from error
         box = _box(index, self.shape)
         for band in self._bands:
             for where in band.unseen(box):
@@ -90,7 +97,7 @@ class CheckedTiles(Checked):
         try:
             found = super(Checked, self).__getitem__(where)
         except OSError as error:  # a gzip stream that is none
-            msg = f"{self._path}: {self.name}: a tile cannot be read ({str(error).splitlines()[0]})"
+            msg = f"{self._path}: {self.name}: a tile cannot be read ({reason_of(error)})"
             raise InputError(msg) from error
         if checksum(found) != band.sums[tile]:
             *_, r, c = where
