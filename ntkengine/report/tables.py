@@ -115,8 +115,9 @@ def ranks_line(gram: Any, seconds: float) -> str:
     """
     told = gram.meta["ranks"]
     unit = "rank-seconds" if str(gram.meta.get("device", "")).startswith("cpu") else "GPU-seconds"
+    ranks = _many(told["count"], "rank")
     return (
-        f"{seconds:.1f} s on {told['count']} ranks: {seconds * told['count']:.1f} {unit}, {gram.plan.flops:.3g} flops, "
+        f"{seconds:.1f} s on {ranks}: {seconds * told['count']:.1f} {unit}, {gram.plan.flops:.3g} flops, "
         f"{sum(told['sent_bytes']):.3g} bytes sent, {told['communication_share']:.1%} of the time in communication"
     )
 
@@ -155,8 +156,9 @@ def plan_table(plan: Any) -> Table:
         for (name, path, strategy), same in found.items()
     ]
     note = (
-        f"{plan.samples:,} examples, {plan.tokens:,} tokens, {plan.outputs} outputs, {plan.microbatches} microbatches; "
-        f"passes {plan.pass_flops / 1e9:,.1f} of {plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
+        f"{_many(plan.samples, 'example')}, {_many(plan.tokens, 'token')}, {_many(plan.outputs, 'output')}, "
+        f"{_many(plan.microbatches, 'microbatch', 'es')}; passes {plan.pass_flops / 1e9:,.1f} of "
+        f"{plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
         f"MiB above the model; about {plan.seconds:.1f} s: probe {plan.probe_seconds:.1f}, passes "
         f"{plan.pass_seconds:.1f}, contractions {plan.seconds - plan.probe_seconds - plan.pass_seconds:.1f} at "
         f"{plan.rate / 1e9:,.0f} GFLOP/s"
@@ -166,19 +168,19 @@ def plan_table(plan: Any) -> Table:
     if plan.scaling:
         note += f"; {scaling_note(plan.scaling)}"
     layout = plan.layout
-    projected = sum("sketched" in row.path for row in plan.parameters)
-    if projected:
-        note += f"; approximate: {projected} parameters sketched, {plan.projection_flops / 1e9:,.1f} GFLOP to project"
+    if projected := sum("sketched" in row.path for row in plan.parameters):
+        sketched = f"{_many(projected, 'parameter')} sketched"
+        note += f"; approximate: {sketched}, {plan.projection_flops / 1e9:,.1f} GFLOP to project"
     if layout.get("hidden", "device") != "device":
         note += f"; hidden states wait on the {layout['hidden']}"
     if layout.get("factor_bytes", math.inf) < math.inf:
         note += f"; at most {layout['factor_bytes'] / 2**20:,.0f} MiB of factors at once"
     if layout.get("tile"):
-        note += f"; tiles of {layout['tile']} examples, {plan.sweeps} sweeps"
+        note += f"; tiles of {_many(layout['tile'], 'example')}, {_many(plan.sweeps, 'sweep')}"
     if plan.frozen:
-        note += f"; {len(plan.frozen)} parameters not selected ({plan.frozen[0]}, …)"
+        note += f"; {_many(len(plan.frozen), 'parameter')} not selected ({plan.frozen[0]}, …)"
     if plan.unused:
-        note += f"; f does not depend on {len(plan.unused)} selected parameters ({plan.unused[0]}, …)"
+        note += f"; f does not depend on {_many(len(plan.unused), 'selected parameter')} ({plan.unused[0]}, …)"
     if plan.negligible:
         zero = f"{len(plan.negligible)} have a gradient of zero but for rounding ({plan.negligible[0]}, …)"
         note += f"; {zero}"
@@ -232,3 +234,7 @@ def _noise(gram: Any) -> str:
 
 def _shape(array: Any) -> str:
     return "none" if array is None else " × ".join(map(str, np.shape(array))) or "one number"
+
+
+def _many(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
