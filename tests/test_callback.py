@@ -68,6 +68,17 @@ def test_records_the_exact_linearisation(tmp_path, lora):
     assert len(callback.table()) == 5
 
 
+def test_probes_are_what_training_takes(tmp_path):
+    run = trainer(tmp_path, [])
+    rows = run.train_dataset[:4]
+    given = ntk.LinearityCallback(rows), ntk.LinearityCallback({k: v[:4] for k, v in run.data_collator(rows).items()})
+    for callback in given:
+        run.add_callback(callback)
+    run.train()
+    assert given[0].history == given[1].history
+    assert given[0].history[-1].gap > 0
+
+
 def test_training_does_not_notice(tmp_path):
     found = []
     for callbacks in ([], [ntk.LinearityCallback(probes(tiny_model("bert", 2)), every=1)]):

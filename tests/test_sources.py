@@ -273,12 +273,59 @@ def test_a_gram_is_the_same_from_every_form(loaded):
     }
     for name, form in forms.items():
         np.testing.assert_array_equal(np.asarray(compute_gram(loaded, form, **options)), wanted, err_msg=name)
+    np.testing.assert_allclose(ntk.Landmarks(loaded, TEXTS, **options)([1, 4]), wanted[:, [1, 4]], rtol=1e-5)
     gram = compute_gram(loaded, parts, eval_inputs=TEXTS[:2], **options)
     assert gram.cross.shape == (2, 6)
     assert plan_gram(loaded, TEXTS, **options).samples == 6
     for given in (None, 5, torch.ones(2, 2), {}):
         with pytest.raises(InputError, match="inputs: expected a mapping of tensors"):
             compute_gram(loaded, given, **options)
+
+
+def test_what_a_tokenizer_returns_is_taken_as_it_is(loaded):
+    whole = tokenize(TEXTS, loaded)
+    ragged = loaded.ntk_tokenizer(TEXTS)
+    assert len({len(ids) for ids in ragged["input_ids"]}) > 1
+    given = {
+        "ragged lists": ragged,
+        "lists": {name: value.tolist() for name, value in whole.items()},
+        "arrays": {name: value.numpy() for name, value in whole.items()},
+        "some": {name: value.tolist() if name == "input_ids" else value for name, value in whole.items()},
+    }
+    for form, source in given.items():
+        found = as_inputs(source, loaded)
+        for name, value in whole.items():
+            assert torch.equal(found[name], value), (form, name)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": None}, r"^inputs\['input_ids'\]: expected a tensor, or numbers of one shape, got NoneType$"),
+        ({"pixel_values": ["a"]}, r"inputs\['pixel_values'\]: expected a tensor, or numbers of one shape, got list"),
+        ({"input_ids": [[1], [1, 2]], "attention_mask": [[1]]}, r"inputs\['input_ids'\]: expected a tensor"),
+        ({"input_ids": [[1], [1, 2]], "attention_mask": torch.ones(2, 2)}, r"inputs\['input_ids'\]: expected a tensor"),
+        ({"input_ids": [["a"], ["b"]]}, "batch 0: expected numbers of one length in input_ids"),
+    ],
+)
+def test_columns_that_are_no_tensors_are_named(loaded, given, message):
+    with pytest.raises(InputError, match=message):
+        as_inputs(given, loaded)
+
+
+def test_heads_and_training_take_every_form_too(model_folder):
+    targets = np.array([[-1.0, 1.0] if label else [1.0, -1.0] for label in LABELS])
+
+    def trained(form):
+        model = load_model(model_folder)
+        head = ntk.fit_head(model, form, targets)
+        run = ntk.fine_tune(model, form, targets, learning_rate=1e-2, epochs=1, eval_inputs=form, eval_targets=targets)
+        return np.concatenate([head.held_out, run.outputs, run.eval_outputs])
+
+    parts, whole = batches(load_model(model_folder))
+    wanted = trained(whole)
+    for name, form in {"texts": TEXTS, "data set": FakeDataset({"text": TEXTS}), "batches": parts}.items():
+        np.testing.assert_array_equal(trained(form), wanted, err_msg=name)
 
 
 def test_a_path_is_no_model(tmp_path):

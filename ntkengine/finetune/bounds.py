@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ntkengine.errors import InputError
 from ntkengine.finetune.curvature import gradient_lipschitz
 from ntkengine.forecast.bounds import displacement_bound, linearisation_gap_bound
 from ntkengine.gram.jacobian import TangentProducts
 from ntkengine.inputs.readout import ReadoutFunction
+from ntkengine.inputs.sources import Source
 from ntkengine.spectrum import eigsh
 from ntkengine.spectrum.implicit import ImplicitOperator
 
@@ -57,7 +58,7 @@ class LinearityBounds:
 
 def linearity_bounds(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Source,
     targets: Any,
     *,
     time: float,

@@ -6,7 +6,7 @@ The only module here that needs transformers; it is imported when `ntkengine.Lin
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ntkengine.finetune.measuring import Examples
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import call_model, coarsest, evaluation
+from ntkengine.inputs.sources import Source
 from ntkengine.losses import divergence
 from ntkengine.tangents.trial import settled
 
@@ -58,7 +59,7 @@ class LinearityCallback(TrainerCallback):
     would be without the callback.
 
     Args:
-        inputs: probe examples, tensors with a leading sample axis; some dozens do.
+        inputs: probe examples, as for `compute_gram`; some dozens do.
         params: what the expansion is in, as for `compute_gram`; everything the Trainer trains must be in it.
         readout: f, likewise.
         every: steps between measurements; the first step and the last are measured too. The last is not where another
@@ -79,7 +80,7 @@ class LinearityCallback(TrainerCallback):
 
     def __init__(
         self,
-        inputs: Mapping[str, Tensor],
+        inputs: Source,
         *,
         params: str | Iterable[str] = "trainable",
         readout: str | ReadoutFunction = "logits",

@@ -6,7 +6,7 @@ Shapes: N examples, C outputs, P parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
+from ntkengine.inputs.sources import Source
 from ntkengine.tangents.trial import settled
 
 
@@ -41,7 +42,7 @@ class Curvature:
 
 def gradient_lipschitz(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Source,
     *,
     params: str | Iterable[str] = "trainable",
     readout: str | ReadoutFunction = "logits",
@@ -61,7 +62,7 @@ def gradient_lipschitz(
 
     Args:
         model: float32 or float64; run in eval mode and left as it is.
-        inputs: tensors with a leading sample axis.
+        inputs: examples, as for `compute_gram`.
         params: as for `compute_gram`.
         readout: likewise.
         iterations: at most, of each start.

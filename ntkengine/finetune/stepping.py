@@ -13,6 +13,7 @@ from ntkengine.finetune.linearize import Linearized
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
+from ntkengine.inputs.sources import Source
 from ntkengine.losses import losses
 from ntkengine.recipe import Recipe
 from ntkengine.tangents.trial import settled
@@ -42,7 +43,7 @@ class Stepper:
         """Return the model's outputs, (n, C)."""
         return self._readout(call_model(self._model, batch), batch)
 
-    def settled(self, inputs: Mapping[str, Tensor]) -> Samples:
+    def settled(self, inputs: Source) -> Samples:
         """Return examples in microbatches, as `settled` does."""
         return settled(self._model, inputs, self._readout, self._selected)
 

@@ -21,6 +21,7 @@ from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation, wanting_gradients
+from ntkengine.inputs.sources import Source
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.losses import as_targets
 from ntkengine.recipe import Recipe
@@ -30,13 +31,13 @@ Progress = Callable[[float, float, str], None]
 
 def fine_tune(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Source,
     targets: Any,
     recipe: Recipe | dict[str, Any] | None = None,
     *,
     params: str | Iterable[str] = "trainable",
     readout: str | ReadoutFunction = "logits",
-    eval_inputs: Mapping[str, Tensor] | None = None,
+    eval_inputs: Source | None = None,
     eval_targets: Any = None,
     linear: bool = False,
     measure_every: int | None = None,
@@ -50,7 +51,7 @@ def fine_tune(
 
     Args:
         model: any module with float32 or float64 parameters.
-        inputs: tensors with a leading sample axis N.
+        inputs: N examples, as for `compute_gram`.
         targets: (N, C), or for "cross-entropy" (N,) classes.
         recipe: the recipe, or a mapping of its fields.
         params: what is trained, as for `compute_gram`.
@@ -115,7 +116,7 @@ def check_trainable(selected: Mapping[str, nn.Parameter]) -> None:
         check_elements(name, p)
 
 
-def _group(stepper: Stepper, name: str, inputs: Mapping[str, Tensor], targets: Any) -> tuple[Examples, Tensor]:
+def _group(stepper: Stepper, name: str, inputs: Source, targets: Any) -> tuple[Examples, Tensor]:
     examples = Examples(stepper.settled(inputs), stepper.parameters[0])
     with torch.no_grad():
         outputs = stepper.f(examples.batch(np.arange(1))).shape[1]

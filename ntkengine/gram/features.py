@@ -10,7 +10,7 @@ Shapes: N examples, C outputs, P parameters, p of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,6 +29,7 @@ from ntkengine.gram.transforms import Preconditioner
 from ntkengine.inputs.batches import check_inputs
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.sources import Source, as_inputs
 from ntkengine.tangents.paths import matrix_shape
 from ntkengine.tangents.sweep import Sweep
 
@@ -37,7 +38,7 @@ _CONTRACTIONS = ("trace", "full", "sum-of-outputs")
 
 def tangent_features(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Source,
     *,
     readout: str | ReadoutFunction = "logits",
     params: str | Iterable[str] = "trainable",
@@ -91,7 +92,7 @@ class Landmarks:
 
     Args:
         model: as for `compute_gram`.
-        inputs: N examples.
+        inputs: N examples, likewise.
         options: of `compute_gram`: readout, params, contraction ("trace" or "sum-of-outputs"), transform, precision,
             memory_gib, seed, check. The diagonal is checked as `tangent_features` are, the first columns asked for as
             any Gram is; later ones are not.
@@ -100,8 +101,9 @@ class Landmarks:
         diagonal: (N,) float64 of K.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> None:
-        self.model, self.inputs, self.options = model, dict(inputs), options
+    def __init__(self, model: nn.Module, inputs: Source, **options: Any) -> None:
+        tensors = as_inputs(inputs, model)
+        self.model, self.inputs, self.options = model, dict(tensors), options
         contraction = options.get("contraction", "trace")
         choice("contraction", contraction, ("trace", "sum-of-outputs"))
         unknown = set(options) - {
@@ -110,11 +112,11 @@ class Landmarks:
         if unknown:
             raise InputError(f"options: landmarks take no {', '.join(sorted(unknown))}")
         self._check = options.get("check", True)
-        self.diagonal = np.zeros(check_inputs(inputs))
+        self.diagonal = np.zeros(check_inputs(tensors))
         precision = options.get("precision", "high")
         found = _tiles(
             model,
-            inputs,
+            tensors,
             options.get("readout", "logits"),
             options.get("params", "trainable"),
             contraction,
@@ -138,7 +140,7 @@ class Landmarks:
 
 def _tiles(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Source,
     readout: Any,
     params: Any,
     contraction: str,

@@ -5,7 +5,7 @@ Shapes: N examples, C outputs, P parameters, k vectors, n examples of a microbat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -23,6 +23,7 @@ from ntkengine.gram.task import Task, in_precision
 from ntkengine.inputs.batches import Chunk
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
+from ntkengine.inputs.sources import Source
 from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.trial import check_repeats
 
@@ -71,7 +72,7 @@ class TangentProducts:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Tensor],
+        inputs: Source,
         *,
         readout: str | ReadoutFunction = "logits",
         params: str | Iterable[str] = "trainable",

@@ -7,7 +7,7 @@ however often.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.sources import Source
 from ntkengine.tangents.factors import Outer, ParameterFactors
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import Sweep
@@ -70,8 +71,8 @@ class TangentFactors:
 
 def tangent_factors(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    eval_inputs: Mapping[str, Tensor] | None = None,
+    inputs: Source,
+    eval_inputs: Source | None = None,
     *,
     params: str | Iterable[str] = "all",
     readout: str | ReadoutFunction = "logits",

@@ -18,6 +18,7 @@ from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.headrows import chunk_logits, head_features, nearness
 from ntkengine.inputs.parameters import require_module
+from ntkengine.inputs.sources import Source, as_inputs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,7 +80,7 @@ def warn_of_new_head(model: nn.Module, readout: object) -> None:
 
 def fit_head(
     model: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Source,
     targets: np.ndarray,
     *,
     ridge: float | str = "loo",
@@ -92,7 +93,7 @@ def fit_head(
 
     Args:
         model: a sequence classifier whose logits come from an `nn.Linear`; nothing else of it is changed.
-        inputs: tensors with a leading sample axis.
+        inputs: examples, as for `compute_gram`.
         targets: (N, C), C the number of logits.
         ridge: the penalty, or `"loo"` for the best leave-one-out error on a grid.
         folds: for the held-out outputs; at most N.
@@ -104,6 +105,7 @@ def fit_head(
     """
     require_module(model)
     targets = real_array("targets", targets).astype(np.float64)
+    inputs = as_inputs(inputs, model)
     samples = Samples([inputs])
     n = samples.total
     if targets.ndim != 2 or len(targets) != n or not np.isfinite(targets).all():

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.inputs.examples import tokenize
 from ntkengine.inputs.parameters import require_module
-from ntkengine.inputs.tokenised import collated, is_tokenised
+from ntkengine.inputs.tokenised import collated, columns_as_tensors, is_tokenised
 
-Source = Mapping[str, Tensor] | Iterable[Any]
+Source = Mapping[str, Any] | Iterable[Any]
 
 
 def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
     """Return a mapping of tensors with a leading sample axis.
 
     Args:
-        source: such a mapping, which is returned as it is; token ids in another form (`inputs.tokenised`); or texts
-            (`tokenize`), for which the model's own tokenizer is used.
+        source: such a mapping, which is returned as it is; one of arrays or lists; token ids in another form
+            (`inputs.tokenised`); or texts (`tokenize`), for which the model's own tokenizer is used.
         model: that will run on them.
 
     Raises:
@@ -28,7 +28,9 @@ def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
     """
     require_module(model)
     if isinstance(source, Mapping) and ("text" not in source or any(isinstance(v, Tensor) for v in source.values())):
-        return source
+        if all(isinstance(v, Tensor) for v in source.values()):
+            return source
+        return columns_as_tensors(source, model)
     if source is None or isinstance(source, Tensor | int | float | str):
         msg = f"inputs: expected a mapping of tensors with a leading sample axis, or texts, got {type(source).__name__}"
         raise InputError(msg)

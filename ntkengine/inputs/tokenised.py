@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -73,6 +74,36 @@ def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
     except (RuntimeError, TypeError) as error:
         msg = f"inputs: batches do not go together: {str(error).splitlines()[0]}"
         raise InputError(msg) from error
+
+
+def columns_as_tensors(source: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return a mapping of tensors, arrays or lists, as a tokenizer returns it, as one of tensors.
+
+    Token ids of several lengths are padded on the right, as `collated` does.
+
+    Args:
+        source: values with one entry an example.
+        model: as for `collated`.
+
+    Raises:
+        InputError: values that are no numbers, or whose lengths do not go together.
+    """
+    found = {}
+    for name, value in source.items():
+        try:
+            found[name] = value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+        except (TypeError, ValueError, RuntimeError) as error:
+            if "input_ids" in source and _ragged(source):
+                examples = [dict(zip(source, row, strict=True)) for row in zip(*source.values(), strict=True)]
+                return collated(examples, model)
+            msg = f"inputs[{name!r}]: expected a tensor, or numbers of one shape, got {type(value).__name__}"
+            raise InputError(msg) from error
+    return found
+
+
+def _ragged(source: Mapping[str, Any]) -> bool:
+    """Whether all values are lists of as many examples."""
+    return all(isinstance(v, list | tuple) for v in source.values()) and len({len(v) for v in source.values()}) == 1
 
 
 def _tokens(part: Any) -> bool:

@@ -13,6 +13,7 @@ from ntkengine.inputs.attributes import Attributes, held_tensors, plain_values
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, coarsest, wanting_gradients
+from ntkengine.inputs.sources import Source, as_inputs
 from ntkengine.inputs.unrounded import watching
 from ntkengine.tangents.rehearsal import agreement, close, rounding
 
@@ -22,14 +23,12 @@ log = logging.getLogger(__name__)
 _CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
 
 
-def settled(
-    model: nn.Module, inputs: Mapping[str, Tensor], readout: Readout, selected: Mapping[str, nn.Parameter]
-) -> Samples:
+def settled(model: nn.Module, inputs: Source, readout: Readout, selected: Mapping[str, nn.Parameter]) -> Samples:
     """Return the examples in microbatches that give each the f it has as given, alone; padding is cut where it may be.
 
     Args:
         model: within `evaluation`.
-        inputs: tensors with a leading sample axis.
+        inputs: examples, in any form that `as_inputs` takes.
         readout: f.
         selected: parameters, whose first says the device and dtype.
 
@@ -38,6 +37,7 @@ def settled(
 
     Cost: about a dozen forward passes of one example.
     """
+    inputs = as_inputs(inputs, model)
     given, parameter = Samples([inputs]), next(iter(selected.values()))
     check_repeats(model, given, readout, selected)
     trim = trim_holds(model, given, readout, parameter)
