@@ -46,7 +46,8 @@ def fresh(
         FailedError: it ended otherwise, or was killed.
     """
     command = [*launcher, str(python), *options, "-m", module, *arguments]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    folders = (str(ROOT / folder) for folder in (".", "src", "kernels"))
+    path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, **(environment or {})}
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=limit_s)

@@ -147,7 +147,7 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 def main() -> None:
     """Write the page, or compare it."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    sys.path[:0] = [str(ROOT / folder) for folder in ("src", "kernels")]
     import ntkengine
 
     text = Reference(ntkengine).page()

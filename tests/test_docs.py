@@ -241,7 +241,7 @@ def test_marked_commands_are_parsed():
 
 def test_errors_of_the_faq_are_said_somewhere():
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").split("## Errors")[1]
-    said = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "ntkengine").rglob("*.py"))
+    said = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
     quoted = re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
     assert len(quoted) > 10
     assert [words for words in quoted if words not in said] == []

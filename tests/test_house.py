@@ -50,8 +50,8 @@ ONLY = {"h5py": {"store"}, "matplotlib": {"report"}, "mpi4py": {"cluster"}, "ntk
 
 
 def modules():
-    for path in sorted((ROOT / "ntkengine").rglob("*.py")):
-        relative = path.relative_to(ROOT / "ntkengine")
+    for path in sorted((ROOT / "src" / "ntkengine").rglob("*.py")):
+        relative = path.relative_to(ROOT / "src" / "ntkengine")
         yield (relative.parts[0] if len(relative.parts) > 1 else relative.stem), path
 
 
@@ -71,6 +71,16 @@ def test_transformers_does_not_take_our_kernels_for_its_own():
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_of_its_name_does_not_hide_the_package(tmp_path):
+    (tmp_path / "ntkengine").mkdir()  # such as a clone in the folder one works in
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    code = "import ntkengine, ntk_kernels; print(ntkengine.__version__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.stdout.strip() == "0.1.0", found.stderr
 
 
 def test_rooms_import_only_what_lies_below_them():
@@ -96,7 +106,7 @@ UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marsh
 
 def test_nothing_read_can_run_code():
     wrong = []
-    for path in sorted(p for room in ("ntkengine", "kernels") for p in (ROOT / room).rglob("*.py")):
+    for path in sorted(p for room in ("src", "kernels") for p in (ROOT / room).rglob("*.py")):
         wrong += [f"{path}: imports {n}" for n in imported(path) if n.split(".")[0] in UNSAFE]
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):

@@ -249,7 +249,11 @@ def test_two_mpi_ranks_equal_one(tmp_path, matrix):
     np.save(tmp_path / "k.npy", matrix)
     for ranks in (1, 2):
         command = [launcher, "-n", ranks, sys.executable, "-c", MPI, tmp_path / "k.npy", tmp_path / "found"]
-        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(root), str(root / "src")]),
+            "OMP_NUM_THREADS": "1",
+        }
         done = subprocess.run(
             [str(c) for c in command], capture_output=True, text=True, check=False, timeout=600, env=environment
         )

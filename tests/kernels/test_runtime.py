@@ -87,7 +87,7 @@ def test_compiled_ahead_of_time():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the launches themselves are tested on a GPU")
 def test_launched_as_on_a_gpu():
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "tests.kernels.dry_run", "90"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
