@@ -313,6 +313,20 @@ def test_columns_that_are_no_tensors_are_named(loaded, given, message):
         as_inputs(given, loaded)
 
 
+def test_a_plain_module_takes_a_tensor():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    X = torch.randn(4, 3)
+    wanted = np.asarray(compute_gram(model, {"x": X}))
+    for given in (X, X.numpy(), X.double().numpy()):
+        np.testing.assert_array_equal(np.asarray(compute_gram(model, given)), wanted)
+    run = ntk.fine_tune(model, X, np.ones((4, 2)), learning_rate=1e-3, epochs=1)
+    assert run.outputs.shape == (4, 2)
+    for given, got in ((torch.tensor(1.0), "Tensor"), (np.array(["a"]), "expected a tensor, or numbers")):
+        with pytest.raises(InputError, match=got):
+            compute_gram(model, given)
+
+
 def test_heads_and_training_take_every_form_too(model_folder):
     targets = np.array([[-1.0, 1.0] if label else [1.0, -1.0] for label in LABELS])
 

@@ -86,7 +86,8 @@ def compute_gram(
         model: any `torch.nn.Module`; it is run in eval mode and left as it was found.
         inputs: tensors with a leading sample axis N: what the model is called with; `labels` only reach the readout.
             Or what becomes such: texts, `Examples`, a data set or frame with a `text` column (`tokenize`), a
-            DataLoader or a list of tokenised batches, in order (`inputs.tokenised`).
+            DataLoader or a list of tokenised batches, in order (`inputs.tokenised`), or, for a plain torch module with
+            one input, a tensor or an array.
         inputs2: other inputs; then K is (N, M), rows `inputs`, columns `inputs2`.
         readout: `"logits"`, `"margin"`, `"loss"`, or a callable (model_outputs, inputs) -> (N, C).
         params: `"trainable"`, `"all"`, a glob over names, or a list of these; `"!glob"` in a list leaves out.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
@@ -19,8 +20,9 @@ def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
     """Return a mapping of tensors with a leading sample axis.
 
     Args:
-        source: such a mapping, which is returned as it is; one of arrays or lists; token ids in another form
-            (`inputs.tokenised`); or texts (`tokenize`), for which the model's own tokenizer is used.
+        source: such a mapping, which is returned as it is; one of arrays or lists; a tensor or an array, for a plain
+            torch module; token ids in another form (`inputs.tokenised`); or texts (`tokenize`), for which the model's
+            own tokenizer is used.
         model: that will run on them.
 
     Raises:
@@ -31,6 +33,8 @@ def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
         if all(isinstance(v, Tensor) for v in source.values()):
             return source
         return columns_as_tensors(source, model)
+    if isinstance(source, Tensor | np.ndarray) and source.ndim and not hasattr(model, "config"):
+        return columns_as_tensors({"input": source})  # the one input of such a module has no agreed name
     if source is None or isinstance(source, Tensor | int | float | str):
         msg = f"inputs: expected a mapping of tensors with a leading sample axis, or texts, got {type(source).__name__}"
         raise InputError(msg)
