@@ -382,7 +382,11 @@ def test_curves_can_be_read_at_a_time_and_matched_to_a_loss() -> None:
         ({"contraction": "sum-of-outputs"}, {}, "'sum-of-outputs' is the kernel of the sum of 3 outputs"),
         ({"contraction": "pooled"}, {}, "contraction: expected one of"),
         ({"contraction": "full"}, {}, r"gram: expected shape \(69, 69\) for contraction 'full'"),
-        ({"outputs": np.zeros((N, 2))}, {}, r"offset: expected shape \(23, 3\), as targets, got \(23, 2\)"),
+        (
+            {"outputs": np.zeros((N, 2))},
+            {},
+            r"^targets: expected \(23, 2\), a column for each output .*, got \(23, 3\)$",
+        ),
         ({"cross": None}, {"eval_targets": np.zeros((M, C))}, "eval_targets: expected a Gram with a cross block"),
         ({}, {"eval_targets": np.zeros((M - 1, C))}, r"cross: expected shape \(13, 23\), got \(14, 23\)"),
         ({}, {"eval_targets": np.zeros((M, 2))}, "eval_targets: expected 3 columns"),

@@ -91,6 +91,16 @@ def test_label_words_at_the_first_decoded_token():
         compute_gram(model, inputs, readout=ntk.LabelWords((5, 9)))
 
 
+def test_labels_alone_do_not_run_an_encoder_decoder():
+    model = zoo.model("t5-lm")
+    inputs = zoo.inputs("t5-lm", model, zoo.LENGTHS)
+    inputs["labels"] = inputs.pop("decoder_input_ids")
+    with pytest.raises(
+        InputError, match=r"cannot be run .* \(labels only reach the readout: give decoder_input_ids too\)$"
+    ):
+        compute_gram(model, inputs, readout="loss")
+
+
 def test_label_words_after_virtual_tokens():
     model = peft.get_peft_model(causal("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     inputs = prompts(model, "right")

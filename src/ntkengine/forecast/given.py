@@ -30,6 +30,9 @@ def offset_of(name: str, given: ArrayLike | None, default: ArrayLike | None, sha
     if chosen is None:
         return np.zeros(shape)
     array = as_columns(name, chosen, shape[0])
+    if array.shape != shape and given is None:
+        whose = name.replace("offset", "targets")
+        raise InputError(f"{whose}: expected {array.shape}, a column for each output (`encode_targets`), got {shape}")
     if array.shape != shape:
         raise InputError(f"{name}: expected shape {shape}, as targets, got {array.shape}")
     return array

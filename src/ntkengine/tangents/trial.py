@@ -97,6 +97,8 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         reason = " ".join(str(error).split())[:200]
         dtype = str(parameter.dtype).removeprefix("torch.")
         msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])} in {dtype}: {reason}"
+        if "labels" in inputs and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            msg += " (labels only reach the readout: give decoder_input_ids too)"
         raise InputError(msg) from error
     before.restore()
     start, once, twice = ({place: x for place, (_, x) in held.items()} for held in left)
