@@ -83,6 +83,7 @@ def test_the_script_for_bash_falls_back_to_file_names():
 def test_choices_are_the_registries():
     import peft
 
+    from ntkengine import prompts
     from ntkengine.forecast import candidates
     from ntkengine.gram.backend import BACKENDS
     from ntkengine.gram.tiles import CONTRACTIONS
@@ -95,6 +96,7 @@ def test_choices_are_the_registries():
     assert CHOICES["--transform"] == TRANSFORMS
     assert CHOICES["--backend"] == BACKENDS
     assert CHOICES["--subsets"] == candidates.SUBSETS
+    assert CHOICES["--task"] == prompts.TASKS == tuple(models._TASKS)[:3]
     assert set(CHOICES["--dtype"]) == set(models._DTYPES)
     assert (CHOICES["--optimizer"], CHOICES["--loss"]) == (_CHOICES["optimizer"], _CHOICES["loss"])
     assert {name.upper() for name in CHOICES["--peft"]} <= {kind.value for kind in peft.PeftType}

@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "--dtype": ("float32", "float64", "bfloat16", "float16"),
     "--device": ("auto", "cpu", "cuda"),
     "--peft": ("lora", "ia3", "adalora", "loha", "lokr", "oft", "boft", "vera", "prompt_tuning", "prefix_tuning"),
+    "--task": ("sequence-classification", "causal-lm", "masked-lm"),
     "--optimizer": ("adam", "sgd"),
     "--loss": ("squared", "cross-entropy"),
     "--subsets": ("single", "layers", "types", "greedy", "all"),

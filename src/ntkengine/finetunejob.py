@@ -95,7 +95,7 @@ def run_finetune(
         targets,
         part.recipe(),
         params=job.gram.params,
-        readout=job.gram.readout,
+        readout=prepared.readout,
         eval_inputs=prepared.eval_inputs,
         eval_targets=prepared.targets(prepared.eval),
         linear=part.linear,
@@ -129,8 +129,9 @@ def _check_saved(job: Job, folder: Path, prepared: Prepared, run: FineTuning) ->
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import resolve_readout
     from ntkengine.inputs.running import call_model, coarsest, evaluation
+    from ntkengine.prompts import TASKS
 
-    readout, n = resolve_readout(job.gram.readout, "full"), len(run.outputs)
+    readout, n = resolve_readout(prepared.readout, "full"), len(run.outputs)
     rows = sorted({i * (n - 1) // 7 for i in range(8)})
     few = Samples([{k: v[rows] for k, v in prepared.inputs.items()}], microbatch=1, trim=False)
     part = job.model
@@ -138,6 +139,7 @@ def _check_saved(job: Job, folder: Path, prepared: Prepared, run: FineTuning) ->
         "trust_remote_code": part.trust_remote_code,
         "allow_pickle": part.allow_pickle,
         "stream": part.stream,
+        "task": part.task or TASKS[0],
     }
     try:
         model = load_model(folder, prepared.num_labels, None, part.dtype, part.device, **known)

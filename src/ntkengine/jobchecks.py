@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ntkengine.errors import InputError
 from ntkengine.jobparts import Job
+from ntkengine.prompts import check_prompts
 
 _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 
@@ -25,6 +26,7 @@ def check_early(job: Job) -> None:
     part, model, head = job.gram, job.model, job.head
     refuse(part.transform, part.precision, part.backend, part.contraction, None, None, part.sketch, part.check)
     resolve_readout(part.readout, part.contraction)
+    check_prompts(job)
     check_seconds(part.checkpoint_s)
     check_settings(part.memory_gib, part.seed)
     check_model(1 if model.num_labels is None else model.num_labels, model.dtype, model.device)

@@ -1,10 +1,10 @@
 """The job file: one `compute_gram` call as TOML, checked key by key.
 
 out = "k.h5"
-[model]  path, num_labels, dtype, device, seed, stream, allow_pickle, trust_remote_code;  [model.peft] PEFT's own
-[data]   train, eval, text, text_pair, label, label_names, limit, eval_limit, shuffle, max_length, truncate
+[model]  path, num_labels, dtype, device, seed, stream, allow_pickle, trust_remote_code, task;  [model.peft] PEFT's own
+[data]   train, eval, text, text_pair, label, label_names, limit, eval_limit, shuffle, max_length, truncate, template
 [head]   fit, ridge, folds, seed
-[gram]   arguments of `compute_gram`
+[gram]   arguments of `compute_gram`, words
 [forecast]  ridge
 [finetune]  fields of `Recipe`, linear, measure_every
 """

@@ -60,6 +60,9 @@ def collect(
     stream: Annotated[bool | None, flag(_MODEL, "Leave large weights in their files.", "--stream")] = None,
     allow_pickle: Annotated[bool | None, flag(_MODEL, "Load pickled weights.", "--allow-pickle")] = None,
     trust_remote_code: Annotated[bool | None, flag(_MODEL, "Run the model's code.", "--trust-remote-code")] = None,
+    task: Annotated[
+        str | None, choice(_MODEL, "sequence-classification (default), causal-lm or masked-lm.", "--task")
+    ] = None,
     data: Annotated[Path | None, flag(_DATA, "Training examples: tsv, csv, jsonl, json, parquet.")] = None,
     evaluate: Annotated[Path | None, flag(_DATA, "Held-out examples: adds their cross Gram.", "--eval")] = None,
     text_column: Annotated[str | None, flag(_DATA, "Column of the text (default: text).")] = None,
@@ -71,11 +74,15 @@ def collect(
     shuffle: Annotated[int | None, flag(_DATA, "Seed; shuffle rows before the limit.")] = None,
     max_length: Annotated[int | None, flag(_DATA, "Tokens an example may have (default: the model's limit).")] = None,
     truncate: Annotated[bool | None, flag(_DATA, "Cut longer examples.", "--truncate/--no-truncate")] = None,
+    template: Annotated[str | None, flag(_DATA, "What texts are put into, e.g. '{text} It was'.")] = None,
     fit_head: Annotated[
         bool | None, flag(_HEAD, "Fit the head by ridge first (default: if it is fresh).", "--fit-head/--no-fit-head")
     ] = None,
     head_ridge: Annotated[str | None, choice(_HEAD, "loo or a number (default: loo).", "--head-ridge")] = None,
     readout: Annotated[str | None, choice(_GRAM, "logits, margin, loss (default: logits).", "--readout")] = None,
+    words: Annotated[
+        str | None, flag(_GRAM, "A language model's word for each class, spaces counted: ' terrible, great'.")
+    ] = None,
     params: Annotated[
         str | None, choice(_GRAM, "trainable, all, globs a,b,!c (default: trainable).", "--params")
     ] = None,
@@ -115,6 +122,7 @@ def collect(
             "allow_pickle": allow_pickle,
             "trust_remote_code": trust_remote_code,
             "seed": seed,
+            "task": task,
             "peft": adapter,
         },
         "data": {
@@ -129,10 +137,12 @@ def collect(
             "shuffle": shuffle,
             "max_length": max_length,
             "truncate": truncate,
+            "template": template,
         },
         "head": {"fit": fit_head, "ridge": _number(head_ridge), "seed": seed},
         "gram": {
             "readout": readout,
+            "words": None if words is None else words.split(","),
             "params": params if params is None or "," not in params else _names(params),
             "contraction": contraction,
             "transform": transform,

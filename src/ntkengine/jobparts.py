@@ -23,6 +23,7 @@ class ModelPart:
         stream: leave large weights in their files.
         allow_pickle: load pickled weights.
         trust_remote_code: run code that comes with the model.
+        task: "sequence-classification" (default), "causal-lm" or "masked-lm".
         peft: PEFT configuration by its field names.
     """
 
@@ -34,6 +35,7 @@ class ModelPart:
     stream: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    task: str | None = None
     peft: dict | None = None
 
 
@@ -53,6 +55,8 @@ class DataPart:
         shuffle: seed; rows are shuffled before the limit.
         max_length: tokens an example may have.
         truncate: cut longer examples; otherwise they are refused.
+        template: what a text is put into, such as "{text} It was", with {pair} for a second text and, for a masked
+            language model, {mask}.
     """
 
     train: Path
@@ -66,6 +70,7 @@ class DataPart:
     shuffle: int | None = None
     max_length: int | None = None
     truncate: bool = False
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,12 @@ class HeadPart:
 
 @dataclass(frozen=True)
 class GramPart:
-    """[gram]: arguments of `compute_gram`."""
+    """[gram]: arguments of `compute_gram`.
+
+    Attributes:
+        words: of a language model, one for each class in order, spaces counted (" terrible", " great"): f is their
+            logits at the end of the prompt or at its mask, or with readout "margin" the second's less the first's.
+    """
 
     readout: str = "logits"
     params: str | list[str] = "trainable"
@@ -102,6 +112,7 @@ class GramPart:
     check: bool = True
     seed: int = 0
     sketch: int | None = None
+    words: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,9 @@ class Job:
         found = {name: _plain(asdict(getattr(self, name))) for name in ("model", "data", "head", "gram")}
         for name in ("memory_gib", "resume", "checkpoint_s", "backend"):
             del found["gram"][name]
+        for part, name in (("model", "task"), ("data", "template"), ("gram", "words")):
+            if found[part][name] is None:
+                del found[part][name]
         # The same job may be started from another folder.
         if Path(self.model.path).exists():
             found["model"]["path"] = str(Path(self.model.path).resolve())

@@ -10,8 +10,11 @@ import numpy as np
 from ntkengine.errors import InputError
 from ntkengine.jobchecks import check_file
 from ntkengine.jobparts import Job
+from ntkengine.prompts import TASKS, check_classes, check_ends, filled, readout_of, with_labels
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ntkengine.cluster.comm import Team
     from ntkengine.gram.result import Gram
     from ntkengine.inputs.examples import Examples
@@ -34,7 +37,8 @@ class Prepared:
         self.train, self.eval = _read(job) if examples is None else examples
         labelled = self.train.labels is not None
         classes = len(self.train.label_names) if labelled else 0
-        self.num_labels = job.model.num_labels or max(2, classes)
+        check_classes(job, self.train)
+        self.num_labels = len(job.gram.words or ()) or job.model.num_labels or max(2, classes)
         if classes > self.num_labels:
             raise InputError(
                 f"model.num_labels: expected at least {classes}, one for each class of {job.data.train}, "
@@ -54,11 +58,20 @@ class Prepared:
             allow_pickle=part.allow_pickle,
             seed=part.seed,
             stream=part.stream,
+            task=part.task or TASKS[0],
         )
+        tokenizer = getattr(self.model, "ntk_tokenizer", None)
+        self.readout = readout_of(job, tokenizer)
         cut: dict[str, Any] = {"max_length": job.data.max_length, "truncate": job.data.truncate}
         tell(0.0, 1.0, "tokenizing")
-        self.inputs = tokenize(self.train, self.model, **cut)
-        self.eval_inputs = None if self.eval is None else tokenize(self.eval, self.model, **cut)
+
+        def ids(examples: Examples) -> dict[str, Tensor]:
+            found = tokenize(filled(examples, job.data.template, tokenizer), self.model, **cut)
+            check_ends(job, found, tokenizer)
+            return with_labels(job, found)
+
+        self.inputs = ids(self.train)
+        self.eval_inputs = None if self.eval is None else ids(self.eval)
         select_parameters(self.model, job.gram.params)
         if job.head.fit and not labelled:
             raise InputError("head.fit: expected labels to fit the head on, the examples have none")
@@ -68,7 +81,6 @@ class Prepared:
     def arguments(self) -> dict[str, Any]:
         """Return what `compute_gram` and `plan_gram` share."""
         names = (
-            "readout",
             "params",
             "contraction",
             "transform",
@@ -78,7 +90,7 @@ class Prepared:
             "seed",
             "sketch",
         )
-        found = {name: getattr(self.job.gram, name) for name in names}
+        found = {"readout": self.readout} | {name: getattr(self.job.gram, name) for name in names}
         return found | ({} if self.eval_inputs is None else {"eval_inputs": self.eval_inputs})
 
     def targets(self, examples: Examples | None) -> np.ndarray | None:

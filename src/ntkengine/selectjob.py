@@ -73,7 +73,7 @@ def run_select(
     fit = prepared.fit_head(tell)
     if held is None and fit is None:
         raise InputError("data.eval: expected held-out examples, as the head is not fitted here and has no folds")
-    model, readout = prepared.model, job.gram.readout
+    model, readout = prepared.model, prepared.readout
     chosen = select_parameters(model, job.gram.params)
     names = [n for n, p in chosen.items() if p.ndim == 2 and layer_of(n) != "outside"]
     if not names:
