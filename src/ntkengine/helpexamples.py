@@ -14,6 +14,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "gram": (
         ("from a job file, one value changed", "ntkengine gram job.toml --precision exact --out exact.h5"),
         ("from flags alone", "ntkengine gram --model MODEL_DIR --data train.tsv --readout margin -o k.h5"),
+        (
+            "a language model, whose answer to a prompt is a word",
+            "ntkengine gram job.toml --task causal-lm --words ' terrible, great'",
+        ),
         ("over processes", "mpirun -n 8 python -m mpi4py -m ntkengine gram job.toml"),
     ),
     "info": (
