@@ -116,6 +116,29 @@ def test_a_bug_is_not_hidden(monkeypatch, gram_file):
         cli.main(["forecast", str(gram_file)])
 
 
+@pytest.mark.parametrize(
+    ("shell", "code"),
+    [
+        ('"$@" 2>&-', 0),
+        ('"$@" >&-', 0),
+        ('"$@" >&- 2>&- <&-', 0),
+        ('PYTHONIOENCODING=ascii "$@"', 0),
+        ('PYTHONIOENCODING=latin-1 "$@" | iconv -f latin1', 0),
+    ],
+)
+def test_streams_that_are_closed_or_lack_signs_lose_no_work(gram_file, shell, code):
+    command = [sys.executable, "-m", "ntkengine", "info", str(gram_file)]
+    done = subprocess.run(["bash", "-c", shell, "bash", *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert ("gradient" in done.stdout) is (">&-" not in shell or "2>&-" in shell and " >&-" not in shell)
+
+
+def test_json_alone_is_on_the_output_even_without_a_stream_of_errors(tmp_path):
+    command = [sys.executable, "-m", "ntkengine", "info", str(tmp_path / "none.h5"), "--json"]
+    done = subprocess.run(["bash", "-c", '"$@" 2>&-', "bash", *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_a_reader_that_stops_early_is_no_error(gram_file):
     command = f"{sys.executable} -m ntkengine info {gram_file} | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -49,6 +49,34 @@ def test_gram_from_flags_then_read(run, model_folder, data, tmp_path):
     assert run("plan", *flags)[1].count("lora_") >= 2
 
 
+def test_a_job_opens_in_another_folder_and_is_forecast_as_what_it_is(run, data, tmp_path):
+    write, rows = data
+    here = tmp_path / "here"
+    here.mkdir()
+    save_tiny(here / "model", kind="bert")
+    for name, part in (("train.tsv", rows), ("dev.tsv", rows[:5]), ("other.tsv", rows[2:])):
+        write(f"here/{name}", part)
+    job = (
+        'out = "k.h5"\n[model]\npath = "model"\n[data]\ntrain = "train.tsv"\neval = "dev.tsv"\ntext = "sentence"\n'
+        '[gram]\nreadout = "margin"\nparams = "*.layer.0.*"\n'
+    )
+    (here / "job.toml").write_text(job)
+    assert run("gram", here / "job.toml")[0] == 0
+    there = tmp_path / "there"
+    here.rename(there)
+    for flags in ((), ("--device", "cpu"), ("--limit", len(rows))):
+        code, out, err = run("gram", there / "job.toml", *flags)
+        assert (code, "nothing was computed" in out) == (0, True), err
+    assert run("forecast", there / "job.toml")[0] == 0
+    for old, new, name in (("train.tsv", "other.tsv", "data.train"), ("margin", "logits", "gram.readout")):
+        (there / "job.toml").write_text(job.replace(old, new))
+        code, out, err = run("forecast", there / "job.toml")
+        assert (code, out) == (2, "")
+        assert f"holds another job: {name} is" in err
+    (there / "job.toml").write_text(job.replace("train.tsv", "other.tsv"))
+    assert run("gram", there / "job.toml")[0] == 2
+
+
 def _no_weights(folder):
     (folder / "model.safetensors").unlink()
 

@@ -7,6 +7,7 @@ import enum
 import functools
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from torch import nn
 
-from ntkengine.inputs.fingerprint import fingerprint_function, fingerprint_model
+from ntkengine.inputs.fingerprint import fingerprint_function, fingerprint_model, libraries_of
 from tests.brute import tiny_model
 
 SCALE = {"by": 1.0}
@@ -196,6 +198,66 @@ def test_what_a_module_of_ones_own_holds_counts_where_it_is_used(tmp_path, monke
     second = fingerprint_function(names["read"])
     monkeypatch.setattr(helper, "post", lambda x: 3 * x)
     assert len({first, second, fingerprint_function(names["read"])}) == 3
+
+
+def test_what_a_folder_without_init_holds_counts(tmp_path, monkeypatch):
+    (tmp_path / "settings_here").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = []
+    for alpha in (1.0, 2.0, 1.0):
+        (tmp_path / "settings_here" / "values.py").write_text(f"ALPHA = {alpha}\n")
+        for name in [name for name in sys.modules if name.startswith("settings_here")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "settings_here" / "__pycache__", ignore_errors=True)
+        home = importlib.import_module("settings_here.values")
+        read = eval("lambda out, _: settings_here.values.ALPHA * out", {"settings_here": sys.modules["settings_here"]})
+        assert alpha == home.ALPHA
+        found.append(fingerprint_function(read))
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_signature_counts_and_a_docstring_does_not():
+    def of(text):
+        space: dict = {}
+        exec(text, space)
+        return fingerprint_function(space["f"])
+
+    assert of("def f(w): return len(w)") != of("def f(*w): return len(w)")
+    assert of("def f(w, v): return w") != of("def f(w, /, v): return w") != of("def f(w, *, v): return w")
+    assert of('def f(w):\n "one"\n return w') == of('def f(w):\n "two"\n return w')
+    assert of('def f(w):\n "one"\n return "one"') != of('def f(w):\n "two"\n return "two"')
+
+
+def test_libraries_that_a_readout_uses_are_known():
+    def read(out, _inputs):
+        return scipy.special.expit(np.asarray(out))
+
+    assert {"scipy", "numpy"} <= libraries_of(read)
+    assert libraries_of(None) == set()
+
+
+def leave_capturing(model):
+    model(torch.ones(1, 3, dtype=torch.long), output_hidden_states=True)
+
+
+def leave_labels(model):
+    model(torch.ones(1, 3, dtype=torch.long), labels=torch.tensor([1]))
+
+
+def leave_checkpointing(model):
+    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("leave", [leave_capturing, leave_labels, leave_checkpointing])
+def test_ordinary_use_of_a_model_leaves_it_the_same(leave):
+    model = tiny_model("bert")
+    before = fingerprint_model(model)
+    leave(model)
+    assert fingerprint_model(model) == before
+    model.register_forward_hook(lambda _m, _i, out: out)
+    assert fingerprint_model(model) != before
 
 
 def test_a_setting_that_is_called_cached_counts():

@@ -40,12 +40,12 @@ def test_heavy_tailed_gradients(seed):
     for model, x in ((tanh, wide), (nn.Sequential(*blocks, nn.Linear(6, 2)), torch.randn(100, 6))):
         made = [ntk.compute_gram(model, {"input": x}, params="all", precision=p) for p in ("high", "exact")]
         true = np.linalg.norm(np.asarray(made[0].values) - np.asarray(made[1].values), 2)
-        assert true <= 3.0 * made[0].noise
+        assert true <= made[0].noise
 
 
 @pytest.mark.parametrize("contraction", ["trace", "full"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_true_error_is_within_a_factor_of_three(name, contraction):
+def test_the_true_error_is_below_the_noise_by_no_more_than_a_factor_of_seven(name, contraction):
     model, inputs = built(name, 96)
     options = {"params": "trainable" if name == "lora" else "all", "contraction": contraction}
     exact = np.asarray(ntk.compute_gram(model, inputs, precision="exact", check=False, **options).values)
@@ -53,7 +53,19 @@ def test_the_true_error_is_within_a_factor_of_three(name, contraction):
         for seed in (0, 1, 2):
             gram = ntk.compute_gram(model, inputs, precision=precision, seed=seed, **options)
             true = np.linalg.norm(np.asarray(gram.values) - exact, 2)
-            assert true / 3 <= gram.noise <= 3 * true, (precision, seed, gram.noise / true)
+            assert true <= gram.noise <= 7 * true, (precision, seed, gram.noise / true)
+
+
+@pytest.mark.parametrize("contraction", ["trace", "full"])
+def test_the_noise_of_a_sketch_is_a_bound_of_its_error(contraction):
+    model, inputs = built("bert", 48)
+    options = {"params": "*.layer.*.weight", "contraction": contraction}
+    exact = np.asarray(ntk.compute_gram(model, inputs, precision="exact", check=False, **options).values)
+    values = np.linalg.eigvalsh(exact)
+    for seed in range(6):
+        gram = ntk.compute_gram(model, inputs, sketch=64, seed=seed, **options)
+        assert np.linalg.norm(np.asarray(gram.values) - exact, 2) <= gram.noise
+        assert np.abs(np.linalg.eigvalsh(gram.values) - values).max() <= gram.noise
 
 
 def summed(K):
@@ -63,7 +75,7 @@ def summed(K):
 
 
 def carried(E, K, rows):
-    return _carried(E[None], summed(K), rows)[0]
+    return _carried(E[None], K[np.ix_(rows, rows)][None], summed(K), rows)[0]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +97,7 @@ def test_errors_are_carried_over_from_a_block(kind, one_way):
         E = 1e-6 * (K if one_way else W + W.T)
         rows = np.sort(rng.choice(n, m, replace=False))
         found = carried(E[np.ix_(rows, rows)], K + E, rows)
-        assert 1 / 3 <= found / np.linalg.norm(E, 2) <= 3
+        assert 1 <= found / np.linalg.norm(E, 2) <= 6
 
 
 def test_a_block_that_is_the_whole_is_exact():

@@ -94,6 +94,29 @@ def test_shards_read_as_one_file(tmp_path, layers):
     assert names(tmp_path) == ["k.h5", *(f"k.rank-000{r}-of-0003.h5" for r in range(3))]
 
 
+def test_a_link_and_another_working_folder_lead_to_the_same_shards(written, tmp_path, monkeypatch):
+    gram, path = written
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.h5"
+    link.symlink_to(path)
+    assert store.verify_gram(link) == []
+    same(store.open_gram(link), gram)
+    copy = tmp_path / "elsewhere" / "copy.h5"
+    (tmp_path / "elsewhere" / "made.h5").symlink_to(copy)
+    store.merge_gram(link, tmp_path / "elsewhere" / "made.h5")
+    same(store.open_gram(copy), gram)
+    monkeypatch.chdir(path.parent)
+    lazy = store.open_gram(path.name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    same(lazy, gram)
+
+
+def test_links_in_a_circle_are_named(tmp_path):
+    (tmp_path / "a.h5").symlink_to(tmp_path / "a.h5")
+    with pytest.raises(InputError, match="a.h5: is a link that leads nowhere"):
+        store.open_gram(tmp_path / "a.h5")
+
+
 def test_shards_move_with_their_file(written, tmp_path, monkeypatch):
     gram, path = written
     (tmp_path / "else").mkdir()

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ntkengine.cluster.launch import launched, one_voice
-from ntkengine.console import answered, print_json, say, show, showing_progress
+from ntkengine.console import answered, open_streams, print_json, say, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.filecommands import Json, described, info, merge, verify
 from ntkengine.finetunecommand import finetune
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: default `sys.argv[1:]`.
     """
+    open_streams()
     try:
         code = app(args=arguments, prog_name="ntkengine", standalone_mode=False)
     except typer.Abort:

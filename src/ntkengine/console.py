@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import sys
@@ -47,6 +48,21 @@ def answered(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(say("interrupted", 130)) from error
 
     return run
+
+
+def open_streams() -> None:
+    """Let what is printed go somewhere: nowhere, where a stream is closed; with ? for what its encoding lacks."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or a file opened next would have the number, and what is printed in it
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def speaks() -> bool:

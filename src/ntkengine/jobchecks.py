@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from ntkengine.errors import InputError
 from ntkengine.jobparts import Job
 from ntkengine.prompts import check_prompts
 
 _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
+
+
+# Settings on which no value depends once model and examples are the same to the last bit.
+_PLACES = ("model.path", "data.train", "data.eval", "data.limit", "data.eval_limit", "data.shuffle")
+_ANYWHERE = ("model.device", "model.stream")
 
 
 def check_early(job: Job) -> None:
@@ -43,23 +51,65 @@ def check_file(job: Job) -> None:
         InputError: it is another job's, or the adapter, whose library takes seconds to load, is none.
     """
     from ntkengine.inputs.adapters import peft_config
-    from ntkengine.report.tables import flat
-    from ntkengine.store import parts_of, saved_states
-    from ntkengine.store import read_job as stored_job
 
     if job.model.peft is not None:
         peft_config(job.model.peft)
-    if job.out is None:
+    check_stored(job)
+
+
+def check_stored(job: Job, *, places: bool = False) -> None:
+    """Refuse an `out` that another job has written or begun, naming the first setting that differs.
+
+    Args:
+        job: the job.
+        places: whether files of other names, and other rows of them, count: where nobody will look at what is in them.
+
+    Raises:
+        InputError: it is another job's.
+    """
+    from ntkengine.report.tables import flat
+    from ntkengine.store import parts_of
+
+    stored = _stored(job)
+    if stored is None or (places and "model" not in stored):  # of no job, but of a call in Python
         return
+    there, here = dict(flat(stored)), dict(flat(job.settings()))
+    for name in [*here, *(n for n in there if n not in (*here, *_ADDED))]:
+        if name in _ANYWHERE or (name in _PLACES and not places):
+            continue
+        found, wanted = there.get(name), here.get(name)
+        if name in _PLACES and found and wanted:
+            found, wanted = Path(found).name, Path(wanted).name
+        if found != wanted:
+            found, wanted = (repr(s[name]) if name in s else "not set" for s in (there, here))
+            assert job.out is not None
+            where = f"{job.out} holds" if job.out.exists() else f"{parts_of(job.out)} holds an unfinished run of"
+            raise InputError(f"out: {where} another job: {name} is {found} there, {wanted} here")
+
+
+def told_settings(job: Job) -> dict[str, Any]:
+    """Return a job's settings, those that tell where it was worked on as the file has them or its parts.
+
+    A job goes on, and its file opens, in another folder: what defines values there is hashed to the last bit.
+    """
+    stored, found = _stored(job) or {}, job.settings()
+    for name in (*_PLACES, *_ANYWHERE):
+        part, key = name.split(".")
+        if isinstance(stored.get(part), dict) and key in stored[part]:
+            found[part][key] = stored[part][key]
+    return found
+
+
+def _stored(job: Job) -> dict[str, Any] | None:
+    """Return the settings that a job's file or its parts were made by; None where there is neither."""
+    from ntkengine.store import read_job, saved_states
+
+    if job.out is None:
+        return None
     if job.out.exists():
-        stored, where = stored_job(job.out), f"{job.out} holds another job"
+        stored = read_job(job.out)
     else:
         stored = next((state["job"] for state in saved_states(job.out)), {})
-        where = f"{parts_of(job.out)} holds an unfinished run of another job"
         if not stored:
-            return
-    there, here = dict(flat(stored.get("settings") or {})), dict(flat(job.settings()))
-    for name in [*here, *(n for n in there if n not in (*here, *_ADDED))]:
-        if there.get(name) != here.get(name):
-            found, wanted = (repr(s[name]) if name in s else "not set" for s in (there, here))
-            raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
+            return None
+    return stored.get("settings") or {}

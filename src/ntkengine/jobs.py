@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ntkengine.jobchecks import check_early
+from ntkengine.jobchecks import check_early, told_settings
 from ntkengine.jobparts import Job
 from ntkengine.prepared import Pair, Prepared, Progress, Whole, quiet
 
@@ -44,12 +44,13 @@ def run_gram(
         check_early(job)
         prepared = Prepared(job, tell, examples, team)
         call = prepared.arguments()
+        settings = told_settings(job)
         fit = prepared.fit_head(tell) if team is None or team.root else None
     if team is not None:
         fit = team.broadcast(fit)
         if fit is not None and not team.root:
             fit.write(prepared.model, -1)
-    head = job.settings()["head"] | {"fitted": fit is not None}
+    settings |= {"head": settings["head"] | {"fitted": fit is not None}, "classes": list(prepared.train.label_names)}
     part, whole = job.gram, None if progress is None else Whole(progress, prepared.folds)
     prepared_s = time.perf_counter() - began
     gram = compute_gram(
@@ -66,7 +67,7 @@ def run_gram(
         eval_targets=prepared.targets(prepared.eval),
         example_ids=prepared.train.ids,
         eval_ids=None if prepared.eval is None else prepared.eval.ids,
-        job=job.settings() | {"head": head, "classes": list(prepared.train.label_names)},
+        job=settings,
         extras=None if fit is None or not prepared.folds else lambda: prepared.cross_fit(fit, whole, team),
         comm=team,
     )

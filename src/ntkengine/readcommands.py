@@ -82,6 +82,7 @@ def forecast(
 ) -> None:
     """Forecast what fine-tuning will reach; of a job file, also what its own training will."""
     from ntkengine.gramfiles import forecast_file
+    from ntkengine.jobchecks import check_stored
     from ntkengine.jobfile import read_job
     from ntkengine.report.findings import forecast_table
 
@@ -91,6 +92,7 @@ def forecast(
         recipe = None if job.finetune is None else job.finetune.recipe()
         if job.out is None:
             raise InputError(f"{path}: out: is missing, so there is no Gram file to read")
+        check_stored(job, places=True)
         path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
     found = forecast_file(path, chosen, recipe)
     if as_json:

@@ -20,6 +20,7 @@ from ntkengine.gram.spread import Spread
 from ntkengine.gram.tiles import unsorted
 from ntkengine.gram.versions import versions
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.readout import Readout
 
 
 def assemble(sums: Sums | Spread, samples: Samples, plan: Plan, *, two: bool, gather: bool) -> Gram:
@@ -83,11 +84,11 @@ def as_float(array: Any) -> np.ndarray | None:
     return None if array is None else np.asarray(array, dtype=np.float64)
 
 
-def surroundings(device: torch.device, model: nn.Module) -> dict[str, Any]:
+def surroundings(device: torch.device, model: nn.Module, readout: Readout) -> dict[str, Any]:
     """Return when, on what, and with which versions this runs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": name,
-        "versions": {"python": platform.python_version(), **versions(model)},
+        "versions": {"python": platform.python_version(), **versions(model, readout)},
     }

@@ -134,7 +134,7 @@ def computed(
         "check_seconds": check_s,
         "pass_seconds": sums.pass_seconds,
         "contract_seconds": sum(row.seconds or 0.0 for row in plan.parameters),
-        **surroundings(task.device, task.model),
+        **surroundings(task.device, task.model, task.readout),
     }
     if isinstance(sums, Spread):
         gram.meta["ranks"] = sums.told(time.perf_counter() - start, waited)

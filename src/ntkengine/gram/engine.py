@@ -177,7 +177,7 @@ def compute_gram(
             arrays |= {f"d of {name}": d.double().cpu().numpy() for name, d in (task.roots or {}).items()}
             arrays |= {} if extras is None or callable(extras) else extras
             wanted = identity(model, task, settings, arrays, job)
-    here = versions(model)
+    here = versions(model, task.readout)
     if team is not None:
         given = {"memory_gib": memory_gib, "out": str(out), "extras": callable(extras), "versions": here}
         team.same(wanted | given, "every rank must be given the same")

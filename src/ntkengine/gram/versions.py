@@ -7,13 +7,17 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ntkengine.inputs.fingerprint import libraries_of
+from ntkengine.inputs.readout import Readout
 
-def versions(model: nn.Module) -> dict[str, str]:
-    """Return the versions of the installed libraries that a model's classes are of, and of those that run any model.
+
+def versions(model: nn.Module, readout: Readout) -> dict[str, str]:
+    """Return the versions of the installed libraries that a model's classes are of, a readout uses, or any model needs.
 
     `identity` knows what such a library defines by its name alone.
     """
     homes = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    homes |= libraries_of(readout.given)
     found = {}
     for name in sorted(homes | {"torch", "transformers", "ntkengine"}):
         version = getattr(sys.modules.get(name), "__version__", None)

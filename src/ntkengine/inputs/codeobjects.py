@@ -42,6 +42,16 @@ def installed(file: str) -> bool:
     return file.startswith(_INSTALLED) or "site-packages" in file or "dist-packages" in file
 
 
+def without_docstring(function: types.FunctionType) -> types.CodeType:
+    """Return a function's code without its docstring, unless the code reads that constant too."""
+    code, consts = function.__code__, function.__code__.co_consts
+    if not consts or not isinstance(consts[0], str) or consts[0] != function.__doc__:
+        return code
+    if any(step.opcode in dis.hasconst and step.arg == 0 for step in dis.get_instructions(code)):
+        return code
+    return code.replace(co_consts=(None, *consts[1:]))
+
+
 def _names(code: types.CodeType) -> set[str]:
     """Return what a function may ask globals and modules for, by name or by a text such as `getattr` takes."""
     inside = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
@@ -69,10 +79,20 @@ def _of_own_modules(names: Iterable[str], values: Iterable[Any]) -> dict[str, An
     met: set[str] = set()
     while homes:
         home = homes.pop()
-        if home.__name__ in met or installed(getattr(home, "__file__", None) or "<frozen"):
+        if home.__name__ in met or _stands_by_version(home):
             continue
         met.add(home.__name__)
         here = {n: vars(home)[n] for n in names if n in vars(home)}
         found |= {f"{home.__name__}.{n}": value for n, value in here.items()}
         homes += [m for m in here.values() if isinstance(m, types.ModuleType)]
     return found
+
+
+def _stands_by_version(module: types.ModuleType) -> bool:
+    """Whether a module is installed; one without a file is a folder's, built in, or made by hand."""
+    file = getattr(module, "__file__", None)
+    if file:
+        return installed(file)
+    if getattr(getattr(module, "__spec__", None), "origin", None) in ("built-in", "frozen"):
+        return True
+    return any(installed(f"{folder}{os.sep}") for folder in getattr(module, "__path__", ()))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.inputs.codeobjects import installed, outside_of, underlying
+from ntkengine.inputs.codeobjects import installed, outside_of, underlying, without_docstring
 from ntkengine.inputs.streaming import brings, entry_of
 
 _PIECE = 1 << 24
@@ -28,23 +28,34 @@ _NOT_STATE = frozenset({*vars(nn.Module()), "ntk_source", "ntk_tokenizer", "ntk_
 # Likewise of classes that installed libraries define: in one's own such a name may be anything.
 _NOT_STATE_THERE = _NOT_STATE | {
     "generation_config", "name_or_path", "warnings_issued", "_is_hf_initialized", "_use_kernels",
-    "_weight_conversions", "kernel_config",
+    "_weight_conversions", "kernel_config", "gradient_checkpointing", "_gradient_checkpointing_func",
+    "_require_grads_hook", "_require_grads_hooks", "_output_capturing_hooks_installed", "_is_accelerate_prepared",
 }  # fmt: skip
 # Settings that change no value; use_cache is switched off while a kernel is computed.
-_NOT_VALUES = frozenset(
-    {"_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "use_cache", "architectures"}
-)
+_NOT_VALUES = frozenset({
+    "_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version", "use_cache", "architectures",
+    "id2label", "label2id", "problem_type",
+})  # fmt: skip
+# Hooks that libraries leave after a call, which change no value.
+_LEFT = frozenset({"output_capturing_hook", "make_inputs_require_grads", "make_inputs_require_grad"})
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_exceptiontable", "co_consts")
+_CODE = (
+    "co_code", "co_names", "co_varnames", "co_freevars", "co_exceptiontable", "co_consts", "co_flags", "co_argcount",
+    "co_posonlyargcount", "co_kwonlyargcount",
+)  # fmt: skip
 
 
 class Digest:
     """A running sha256 over values.
 
     Objects met again count by when they were first met, so that cycles end.
+
+    Attributes:
+        libraries: top-level names of modules met of which only the name counts.
     """
 
     def __init__(self) -> None:
+        self.libraries: set[str] = set()
         self._sha = hashlib.sha256()
         self._met: dict[int, tuple[int, Any]] = {}  # with the object, or another could take its address
 
@@ -70,7 +81,7 @@ class Digest:
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, types.ModuleType):
-            self._text("module", value.__name__)  # what of it is used, the code that uses it says
+            self._by_name("module", value.__name__)  # what of it is used, the code that uses it says
         elif isinstance(value, types.FunctionType | types.CodeType | types.MethodType | types.CellType):
             self._function(value)
         elif isinstance(value, functools.partial):
@@ -90,6 +101,10 @@ class Digest:
     def _text(self, kind: str, text: str) -> Digest:
         self._sha.update(f"{kind}:{len(text)}:{text}|".encode("utf-8", "surrogatepass"))
         return self
+
+    def _by_name(self, kind: str, name: str) -> Digest:
+        self.libraries.add(name.partition(".")[0])
+        return self._text(kind, name)
 
     def _items(self, kind: str, values: Iterable[Any]) -> Digest:
         found = list(values)
@@ -136,11 +151,11 @@ class Digest:
             kept = {k: v for k, v in vars(module).items() if k not in left and not (there and _remembers(k, v))}
             self._items("attributes", (x for k, v in sorted(kept.items()) for x in (k, v)))
             for kind in _HOOKS:
-                self._items(kind, (hook for hook in vars(module)[kind].values() if not brings(hook)))
+                self._items(kind, (hook for hook in vars(module)[kind].values() if not (brings(hook) or _left(hook))))
 
     def _class(self, kind: type) -> None:
         """Add a class's name, and all its code that no installed library holds, also where it was put in later."""
-        self._text("class", f"{kind.__module__}.{kind.__qualname__}")
+        self._by_name("class", f"{kind.__module__}.{kind.__qualname__}")
         for base in kind.__mro__:
             home = sys.modules.get(base.__module__)
             file = getattr(home, "__file__", None)
@@ -164,16 +179,16 @@ class Digest:
         elif isinstance(value, types.CodeType):
             self._items("code", (getattr(value, name) for name in _CODE))
         elif installed(value.__code__.co_filename):
-            self._items(f"{value.__module__}.{value.__qualname__}", value.__closure__ or ())
+            self._by_name("library", f"{value.__module__}.{value.__qualname__}").add(value.__closure__ or ())
         else:
             outside = outside_of(value)
             given = value.__defaults__, value.__kwdefaults__, value.__closure__
-            self._items("function", (value.__code__, *given, vars(value), outside))
+            self._items("function", (without_docstring(value), *given, vars(value), outside))
 
     def _object(self, value: Any) -> None:
         """Add what a pickle of the value would hold; of what has no pickle its attributes, or its name."""
         if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
-            self._items(f"builtin {value.__qualname__}", [getattr(value, "__self__", None)])
+            self._by_name("builtin", f"{value.__module__}.{value.__qualname__}").add(getattr(value, "__self__", None))
             return
         if hasattr(value, "__wrapped__"):
             self._items("wrapper", (type(value), value.__wrapped__))
@@ -193,6 +208,11 @@ class Digest:
 def _remembers(name: str, value: Any) -> bool:
     """Whether an attribute keeps what the last call left, which a setting such as `cache_size` does not."""
     return "seq_len_cached" in name or ("cache" in name and not isinstance(value, bool | int | float | str))
+
+
+def _left(hook: Any) -> bool:
+    home = str(getattr(hook, "__module__", "")).partition(".")[0]
+    return home in ("transformers", "peft") and getattr(hook, "__name__", "") in _LEFT
 
 
 def _is_configuration(value: Any) -> bool:

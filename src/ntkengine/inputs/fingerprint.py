@@ -30,6 +30,12 @@ def fingerprint_array(array: Any) -> str:
     return Digest().add(np.asarray(array)).hexdigest()
 
 
+def libraries_of(function: Any) -> set[str]:
+    """Return the top-level names of the modules that `fingerprint_function` knows by name; of None none."""
+    digest = Digest().add(function)
+    return digest.libraries
+
+
 def fingerprint_function(function: Any) -> str:
     """Return a sha256 over what a callable does: its code, constants, defaults, what it closes over and is bound to.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ntkengine.arguments import file_path
 from ntkengine.errors import InputError
+from ntkengine.store.folder import followed
 from ntkengine.store.opening import opened
 from ntkengine.store.schema import SHARD_SCHEMA, matches, matrices, module_of, root
 from ntkengine.store.shards import check_shards, shards_of
@@ -48,7 +49,7 @@ def find_damage(path: str | Path) -> list[Damage]:
     Raises:
         InputError: as `verify_gram`.
     """
-    path = file_path("path", path)
+    path = followed(file_path("path", path))
     with opened(path) as file:
         try:
             return list(_all_damage(file, path))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ntkengine.errors import InputError
-from ntkengine.textfile import parse_json
+from ntkengine.textfile import parse_json, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,12 @@ def parts_of(out: Path) -> Path:
 
 def followed(out: Path) -> Path:
     """Return the file that a symbolic link stands for, or else the name itself: a file has one folder of parts."""
-    return out.resolve() if out.is_symlink() else out
+    if not out.is_symlink():
+        return out
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise InputError(f"{out}: is a link that leads nowhere ({reason_of(error)})") from error
 
 
 def staged(out: Path) -> Path:

@@ -11,6 +11,7 @@ import numpy as np
 from ntkengine.errors import InputError
 from ntkengine.store.checking import find_damage
 from ntkengine.store.disk import Latched, appearing
+from ntkengine.store.folder import followed
 from ntkengine.store.opening import opened
 from ntkengine.store.schema import GROUPS, matrices
 from ntkengine.store.shards import check_shards
@@ -33,7 +34,7 @@ def merge_gram(path: str | Path, out: str | Path, *, compress: bool = False) -> 
         InputError: not a Gram file, a damaged one, or `out` exists or its folder does not.
         OSError: the disk refused; there is no copy.
     """
-    path, out = Path(path), Path(out)
+    path, out = followed(Path(path)), followed(Path(out))
     if out.exists() or not out.parent.is_dir():
         msg = f"{out}: exists" if out.exists() else f"{out}: folder {out.parent} does not exist"
         raise InputError(msg)

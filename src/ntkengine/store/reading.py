@@ -12,6 +12,7 @@ from ntkengine.arguments import file_path
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.store.checked import CheckedArray, CheckedTiles
+from ntkengine.store.folder import followed
 from ntkengine.store.metadata import read_meta, read_plan
 from ntkengine.store.opening import opened, understood
 from ntkengine.store.schema import ARRAYS, matches, matrices, module_of, read_json, root
@@ -51,8 +52,9 @@ def open_gram(path: str | Path) -> Gram:
         InputError: no such file, not an HDF5 file, not one of this schema, tiles that are not done, or a shard that is
             missing or not the one that was written.
     """
-    path = file_path("path", path)
-    file = opened(path)
+    named = followed(file_path("path", path))
+    path = named.absolute()  # modules and shards are opened when they are first read, in whatever folder that is
+    file = opened(named)
     with understood(file, path):
         check_shards(file, path)
         _all_done(file, path)
@@ -71,7 +73,7 @@ def open_gram(path: str | Path) -> Gram:
             plan=read_plan(file),
             meta=read_meta(file) | {"job": read_json(file, "job")} | _ids(file, path),
             extras={name: _extra(file, name, path) for name in file.get("extras", ())},
-            path=path,
+            path=named,
             **arrays,
         )
 
@@ -82,7 +84,8 @@ def read_job(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: as `open_gram`.
     """
-    with opened(Path(path)) as file, understood(file, Path(path)):
+    path = followed(Path(path))
+    with opened(path) as file, understood(file, path):
         return read_json(file, "job")
 
 
