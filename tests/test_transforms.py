@@ -208,7 +208,16 @@ def test_groups_of_an_optimizer():
     assert list(found.scale) == [n for n, _ in decayed + plain]
     first = state["state"][len(decayed)]["exp_avg_sq"].double() / (1 - 0.999**3)
     assert torch.allclose(found.scale[plain[0][0]], 0.1 / (first.sqrt() + 1e-8))
+    for group, rate in zip(state["param_groups"], (1e-3, 1e-4), strict=True):  # as a schedule leaves them at its end
+        group |= {"lr": 0.0, "initial_lr": rate}
+    ended = Preconditioner.from_optimizer(state, model)
+    assert all(torch.allclose(ended.scale[n], found.scale[n], rtol=1e-6) for n in found.scale)
     for group in state["param_groups"]:
+        group.pop("initial_lr")
+    with pytest.raises(InputError, match="expected learning rates of its groups, got 0 in all"):
+        Preconditioner.from_optimizer(state, model)
+    for group, rate in zip(state["param_groups"], (1e-3, 1e-4), strict=True):
+        group |= {"lr": rate}
         group.pop("param_names")
     with pytest.raises(InputError, match="which of its 57 parameters is which is unknown; give names in its order"):
         Preconditioner.from_optimizer(state, model)

@@ -120,6 +120,7 @@ def real_array(name: str, values: Any) -> np.ndarray:
     """
     import numpy as np  # here: a job file is read without it
 
+    values = without_tensors(values)
     if np.ma.is_masked(values):
         raise InputError(f"{name}: expected no masked entries, got {np.ma.count_masked(values)}")
     try:
@@ -135,6 +136,20 @@ def real_array(name: str, values: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise InputError(f"{name}: expected numbers, got {type(values).__name__} that is not numeric")
     return array
+
+
+def matrix_of(gram: Any) -> Any:
+    """Return what a Gram or a frame has stored as its matrix, or else the matrix itself; a tensor as an array."""
+    values = getattr(gram, "values", gram)
+    return without_tensors(gram if callable(values) else values)
+
+
+def without_tensors(value: Any) -> Any:
+    """Return a torch tensor as an array of its numbers, on the host, bfloat16 as float32; anything else as it is."""
+    if not (hasattr(value, "detach") and hasattr(value, "cpu")):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
 
 
 def _scalar(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from ntkengine.digits import above
 from ntkengine.display import html_facts
 from ntkengine.forecast.outcome import Outcome
+from ntkengine.forecast.result import plain
 from ntkengine.recipe import Recipe
 from ntkengine.report.tables import span
 from ntkengine.spectrum import ConditionNumber
@@ -94,7 +95,7 @@ class Ranking:
         return f"LoRA of rank {self.rank}, {r.optimizer}, learning rate {r.learning_rate:g}, epochs {r.epochs}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON-able values."""
+        """Return everything as JSON-able values; infinity, of an interval from one example, is None."""
         choices = []
         for c in self.choices:
             kernel = None if c.condition is None else {"condition": str(c.condition), "trace": c.trace}
@@ -104,12 +105,8 @@ class Ranking:
                     kernel |= {"weyl_lambda_min": c.weyl[0], "weyl_lambda_max": c.weyl[1]}
             one = {"name": c.name, "modules": list(c.modules), "parameters": c.parameters}
             choices.append({**one, **asdict(c.outcome), "kernel": kernel})
-        return {
-            "choices": choices,
-            "peft": self.peft(),
-            "recipe": asdict(self.recipe),
-            "assumptions": self.assumptions,
-        }
+        found = {"choices": choices, "peft": self.peft(), "recipe": self.recipe, "assumptions": self.assumptions}
+        return {name: plain(value) for name, value in found.items()}
 
     def table(self) -> list[tuple[str, ...]]:
         """Return rows for printing, the first naming the columns."""

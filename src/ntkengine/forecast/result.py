@@ -220,9 +220,9 @@ class Forecast:
         found: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
-            found[name] = _plain(value)
+            found[name] = plain(value)
             if isinstance(value, Estimate):
-                found[f"{name}_error"] = _plain(value.error)
+                found[f"{name}_error"] = plain(value.error)
         return found
 
     def figures(self) -> dict[str, Any]:
@@ -232,17 +232,18 @@ class Forecast:
         return forecast_figures(self)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return values as JSON has them: dataclasses as mappings, arrays as lists, what is not finite as None."""
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain(value.item())
     if isinstance(value, float):
         return float(value) if np.isfinite(value) else None
     return value

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ntkengine.arguments import real_array
+from ntkengine.arguments import matrix_of, real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge import RidgePath
 from ntkengine.spectrum import as_matrix
@@ -83,7 +83,7 @@ def cut(gram: Any, examples: int, outputs: int, eval_examples: int | None) -> Ke
     Raises:
         InputError: shapes that do not fit, or the sum of several outputs.
     """
-    values = real_array("gram", gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram))
+    values = real_array("gram", matrix_of(gram))
     contraction = getattr(gram, "contraction", None) or _guess(values.shape, examples, outputs)
     if contraction not in CONTRACTIONS:
         raise InputError(f"contraction: expected one of {', '.join(CONTRACTIONS)}, got {contraction!r}")

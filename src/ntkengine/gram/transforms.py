@@ -71,6 +71,11 @@ class Preconditioner:
         order = _order(groups, model, names)
         parameters = dict(model.named_parameters())
         rates = [float(group["lr"]) for group in groups]
+        if not any(rates):  # a schedule has ended: the ratios are those it began with
+            rates = [float(group.get("initial_lr", 0.0)) for group in groups]
+            if not any(rates) and len(groups) > 1:
+                msg = "optimizer state: expected learning rates of its groups, got 0 in all; save it before they end"
+                raise InputError(msg)
         scale = {}
         for group, rate in zip(groups, rates, strict=True):
             for index in group["params"]:

@@ -16,7 +16,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_array, column_or_1d
 
-from ntkengine.arguments import real_array
+from ntkengine.arguments import matrix_of, real_array, without_tensors
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.checks import check_size
@@ -31,8 +31,7 @@ def kernel_of(X: Any) -> np.ndarray:
     """
     if hasattr(X, "noise"):
         return as_matrix(X)
-    values = getattr(X, "values", X)
-    return as_matrix(_array(X if scipy.sparse.issparse(X) or callable(values) else values))
+    return as_matrix(_array(X if scipy.sparse.issparse(X) else matrix_of(X)))
 
 
 def check_cross(X: Any, rows: int, multiple: int, name: str) -> np.ndarray:
@@ -92,6 +91,7 @@ def with_classes(class_weight: Any, labels: np.ndarray, weights: np.ndarray) -> 
 
 
 def _array(X: Any) -> np.ndarray:
+    X = without_tensors(X)
     if scipy.sparse.issparse(X):
         raise InputError(f"X: expected a dense kernel matrix, got a sparse {type(X).__name__}")
     if not hasattr(X, "__array__") and not isinstance(X, list | tuple):

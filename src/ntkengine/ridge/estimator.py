@@ -9,7 +9,7 @@ from scipy.sparse.linalg import LinearOperator
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from ntkengine.arguments import choice, flag, number, real_array
+from ntkengine.arguments import choice, flag, matrix_of, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge.cg import conjugate_gradients
 from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
@@ -105,7 +105,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         searched, solver = self._check_parameters(X)
         check_target(y, type(self).__name__)
         stored: Any = X if solver == "cg" or (solver == "out-of-core" and is_on_disk(X)) else kernel_of(X)
-        rows = np.shape(getattr(stored, "values", stored))[0]
+        rows = np.shape(matrix_of(stored))[0]
         targets = real_array("y", y)
         outputs = targets.shape[1] if targets.ndim == 2 else 1
         full = outputs > 1 and len(targets) * outputs == rows and len(targets) != rows
@@ -226,7 +226,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
             return searched, self.solver
         if operator:
             return searched, "cg"
-        large = not searched and is_on_disk(X) and np.shape(getattr(X, "values", X))[0] > IN_MEMORY
+        large = not searched and is_on_disk(X) and np.shape(matrix_of(X))[0] > IN_MEMORY
         return searched, "eigen" if searched else "out-of-core" if large else "cholesky"
 
     def _weights(self, sample_weight: Any, targets: np.ndarray) -> np.ndarray:
@@ -237,7 +237,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         return with_classes("balanced", classes.reshape(-1), weights)
 
     def _folds(self, rows: int, block: int) -> np.ndarray:
-        if not isinstance(self.cv, np.ndarray | list | tuple):
+        if isinstance(self.cv, str) or not hasattr(self.cv, "__len__"):
             return draw_folds(self.cv, rows, block)
         folds = fold_labels("cv", self.cv, rows // block)
         if len(np.unique(folds)) < 2:

@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import ArrayLike
 
-from ntkengine.arguments import flag, number
+from ntkengine.arguments import flag, matrix_of, number
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual, check_unrefined, draw_probes
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
@@ -57,7 +57,7 @@ def cholesky_on_disk(
     Cost: n³/3 flops, n³/(6b)·8 bytes read, with b = budget/(32 n); twice that with `loo`.
     Source: Golub and Van Loan 2013, section 4.2 (left-looking blocks).
     """
-    values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
+    values = matrix_of(gram)
     n, columns = check_stored("gram", values)
     if n != columns:
         raise InputError(f"gram: expected a square matrix (N, N), got shape {(n, columns)}")

@@ -215,7 +215,8 @@ def fold_labels(name: str, folds: ArrayLike, rows: int) -> np.ndarray:
     Raises:
         InputError: another shape, or a row without one.
     """
-    labels = folds if isinstance(folds, np.ndarray) and folds.dtype.kind in "US" else real_array(name, folds)
+    words = np.asarray(folds) if all(isinstance(x, str) for x in np.ravel(np.asarray(folds, dtype=object))) else None
+    labels = real_array(name, folds) if words is None else words
     if labels.shape != (rows,):
         raise InputError(f"{name}: expected shape ({rows},), got {labels.shape}")
     if (labels != labels).any():

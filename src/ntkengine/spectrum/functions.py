@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
-from ntkengine.arguments import choice, number, real_array
+from ntkengine.arguments import choice, matrix_of, number, real_array
 from ntkengine.digits import measured
 from ntkengine.errors import InputError
 from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of, rounding_of
@@ -161,7 +161,7 @@ def is_small(gram: Any, method: str) -> bool:
         raise InputError("method: 'exact' needs a matrix, got a LinearOperator")
     if not matrix:
         return False
-    values = getattr(gram, "values", gram)
+    values = matrix_of(gram)
     rows = max(getattr(values, "shape", None) or real_array("gram", values).shape, default=0)
     return method == "exact" or (method == "auto" and rows <= _EXACT_ROWS)
 

@@ -23,7 +23,7 @@ import scipy.sparse
 from scipy.linalg.blas import dsymv
 from scipy.sparse.linalg import LinearOperator
 
-from ntkengine.arguments import number, real_array, whole
+from ntkengine.arguments import matrix_of, number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import SIZES, check_size
 
@@ -113,7 +113,7 @@ def noise_of(gram: Any) -> float:
     told = _told(gram)
     if isinstance(gram, LinearOperator):
         return told
-    values = getattr(gram, "values", gram)
+    values = matrix_of(gram)
     if declared_noise(gram) is not None and (not isinstance(values, np.ndarray) or isinstance(values, np.memmap)):
         return told  # not read for this
     matrix = _stored(gram)
@@ -249,7 +249,7 @@ def _stored(gram: Any) -> np.ndarray:
     """Return the array behind a Gram, in the type it is stored in."""
     if isinstance(gram, LinearOperator):
         raise InputError("gram: expected a matrix, got a LinearOperator; give its dense matrix")
-    values = gram if isinstance(gram, np.ndarray) else getattr(gram, "values", gram)
+    values = matrix_of(gram)
     if scipy.sparse.issparse(values):
         raise InputError(f"gram: expected a dense square matrix, got {type(values).__name__}")
     return real_array("gram", values)

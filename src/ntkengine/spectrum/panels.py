@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 from scipy.stats import chi2
 
-from ntkengine.arguments import number
+from ntkengine.arguments import matrix_of, number
 from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import check_size, check_stored
 from ntkengine.spectrum.implicit import ImplicitOperator
@@ -43,14 +43,14 @@ def operator_of(gram: Any, in_memory: int = IN_MEMORY) -> LinearOperator:
         return gram
     if callable(gram) and hasattr(gram, "rows"):
         return ImplicitOperator.of(gram)
-    if is_on_disk(gram) and np.shape(getattr(gram, "values", gram))[0] > in_memory:
+    if is_on_disk(gram) and np.shape(matrix_of(gram))[0] > in_memory:
         return PanelOperator(gram)
     return DenseOperator(gram)
 
 
 def is_on_disk(gram: Any) -> bool:
     """Return whether a Gram's entries are an HDF5 dataset or a memory map."""
-    values = getattr(gram, "values", gram)
+    values = matrix_of(gram)
     return hasattr(values, "chunks") or isinstance(values, np.memmap)
 
 
@@ -83,7 +83,7 @@ class PanelOperator(GramOperator):
     """
 
     def __init__(self, gram: Any, budget_mib: float = 512.0, noise: float | None = None) -> None:
-        values = gram if hasattr(gram, "dtype") else getattr(gram, "values", gram)
+        values = matrix_of(gram)
         shape = check_stored("gram", values)
         if shape[0] != shape[1]:
             raise InputError(f"gram: expected a square matrix (N, N), got shape {shape}")
