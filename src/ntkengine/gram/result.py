@@ -89,7 +89,8 @@ class Gram:
         outputs: (N, C) float64, f(x; θ0) of the row examples.
         contraction: how outputs enter.
         transform: inner product between gradients.
-        noise: estimate of ‖K̃ − K‖₂, the error of `values` in the spectral norm. By Weyl every eigenvalue is ± noise.
+        noise: bound of ‖K̃ − K‖₂, the error of `values` in the spectral norm, with a margin over what some recomputed
+            entries tell. By Weyl every eigenvalue is ± noise.
         modules: per-module Grams by module name, empty unless asked for; they sum to `values`.
         cross: eval × train Gram in the same layout, when eval inputs were given.
         cross_modules: its parts by module name, with `modules`.
