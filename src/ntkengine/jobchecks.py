@@ -83,8 +83,9 @@ def check_stored(job: Job, *, places: bool = False) -> None:
         if found != wanted:
             found, wanted = (repr(s[name]) if name in s else "not set" for s in (there, here))
             assert job.out is not None
-            where = f"{job.out} holds" if job.out.exists() else f"{parts_of(job.out)} holds an unfinished run of"
-            raise InputError(f"out: {where} another job: {name} is {found} there, {wanted} here")
+            unfinished = f"{parts_of(job.out)} holds an unfinished run of another job"
+            where = f"{job.out} holds another job" if job.out.exists() else unfinished
+            raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
 
 
 def told_settings(job: Job) -> dict[str, Any]:
