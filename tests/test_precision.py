@@ -18,7 +18,7 @@ def test_noise_covers_the_true_error():
     exact = compute_gram(model, inputs, params="all", precision="exact")
     high = compute_gram(model, inputs, params="all", precision="high")
     true = np.linalg.norm(np.asarray(high.values) - exact.values, 2)
-    assert true / 3 < high.noise < 3 * true
+    assert true < high.noise < 7 * true
     assert exact.noise < 1e-9 * high.noise * 1e3
 
 
@@ -31,7 +31,7 @@ def test_fast_is_as_far_off_as_it_says(kind, contraction):
     fast = compute_gram(model, inputs, params="all", contraction=contraction, precision="fast")
     error = np.asarray(fast.values) - np.asarray(exact.values)
     true = max(np.linalg.norm(layer, 2) for layer in (error if error.ndim == 3 else error[None]))
-    assert 0.3 * true < fast.noise < 3 * true
+    assert true < fast.noise < 7 * true
     assert 1e-4 < max(relative_error(fast.values, exact.values)) < 5e-2
     assert next(model.parameters()).dtype == torch.float32
 

@@ -13,7 +13,7 @@ _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 
 
 # Settings on which no value depends once model and examples are the same to the last bit.
-_PLACES = ("model.path", "data.train", "data.eval", "data.limit", "data.eval_limit", "data.shuffle")
+_PLACES = ("model.path", "data.train", "data.eval")
 _ANYWHERE = ("model.device", "model.stream")
 
 
@@ -62,7 +62,7 @@ def check_stored(job: Job, *, places: bool = False) -> None:
 
     Args:
         job: the job.
-        places: whether files of other names, and other rows of them, count: where nobody will look at what is in them.
+        places: whether files of other names count: where nobody will look at what is in them.
 
     Raises:
         InputError: it is another job's.
