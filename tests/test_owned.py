@@ -162,11 +162,11 @@ def test_other_versions_are_warned_of_and_never_do_half_each(call, contracted, m
     contracted.stop = 10**9
     mine = versions.versions
     with monkeypatch.context() as now:
-        now.setattr(engine, "versions", lambda model: mine(model) | {"transformers": "4.0"})
+        now.setattr(engine, "versions", lambda *of: mine(*of) | {"transformers": "4.0"})
         with pytest.raises(InputError, match=r"unfinished run of other versions: transformers \S+ there, 4.0 here"):
             call()
     call()
-    monkeypatch.setattr(engine, "versions", lambda model: mine(model) | {"torch": "1.0"})
+    monkeypatch.setattr(engine, "versions", lambda *of: mine(*of) | {"torch": "1.0"})
     with caplog.at_level(logging.WARNING):
         call()
     assert "of other versions, and taken as it is: torch" in caplog.text

@@ -89,7 +89,7 @@ def test_bad_inputs():
     inputs = tiny_inputs(model, LENGTHS, 12)
     for bad, message in [
         ({}, "expected a mapping"),
-        ({"input_ids": [[1, 2]]}, "expected a tensor"),
+        ({"pixel_values": ["a"]}, "expected a tensor"),
         (inputs | {"attention_mask": inputs["attention_mask"][:3]}, "expected 7 samples"),
         ({k: v[:0] for k, v in inputs.items()}, "got N = 0"),
         (inputs | {"attention_mask": torch.zeros_like(inputs["attention_mask"])}, "attends to no token"),

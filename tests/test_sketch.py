@@ -241,12 +241,11 @@ def test_unbiased_and_as_accurate_as_predicted(seeds):
         assert measured == pytest.approx(rms / size, rel=0.2)
 
 
-def test_noise_is_the_true_error_within_a_factor_of_two(seeds):
+def test_noise_is_above_the_true_error_by_a_factor_of_some_units(seeds):
     exact, found = seeds
     for grams in found.values():
         ratios = [gram.noise / np.linalg.norm(np.asarray(gram.values) - exact, 2) for gram in grams]
-        assert sum(0.5 < ratio < 2 for ratio in ratios) >= 5
-        assert all(0.25 < ratio < 4 for ratio in ratios)
+        assert all(1 < ratio < 7 for ratio in ratios)
 
 
 @pytest.mark.parametrize("precision", ["high", "fast"])

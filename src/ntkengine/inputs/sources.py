@@ -35,7 +35,8 @@ def as_inputs(source: Any, model: nn.Module) -> Mapping[str, Tensor]:
         return columns_as_tensors(source, model)
     if isinstance(source, Tensor | np.ndarray) and source.ndim and not hasattr(model, "config"):
         return columns_as_tensors({"input": source})  # the one input of such a module has no agreed name
-    if source is None or isinstance(source, Tensor | int | float | str):
+    several = isinstance(source, Iterable) or hasattr(source, "texts") or hasattr(source, "columns")
+    if isinstance(source, Tensor | str | type) or not several:
         msg = f"inputs: expected a mapping of tensors with a leading sample axis, or texts, got {type(source).__name__}"
         raise InputError(msg)
     if is_tokenised(source):
