@@ -48,7 +48,7 @@ _JOBS = ("seconds", "peak_gib")
 CASES = {
     case.name: case
     for case in (
-        Case("peers", "the engine and six other ways to the same Gram", "peers.run", 12, (), "[PEER…]", _PEERS),
+        Case("peers", "the engine and six other ways to the same Gram", "peers.run", 20, (), "[PEER…]", _PEERS),
         Case(
             "gram-vs-torch-func",
             "all parameters, C = 2, against vmap(jacrev): ratios of time",

@@ -16,7 +16,7 @@ class Peer:
     Attributes:
         name: in tables and lines.
         how: it gets there, in a few words.
-        work: key of `work.WORKS`.
+        works: keys of `work.WORKS`.
         module: under bench.peers.
         package: it needs, beyond the engine's own; "": none.
         requirements: file of them, beside this one.
@@ -26,7 +26,7 @@ class Peer:
 
     name: str
     how: str
-    work: str
+    works: tuple[str, ...]
     module: str
     package: str = ""
     requirements: str = ""
@@ -37,6 +37,7 @@ class Peer:
 _KRONFLUENCE = {"package": "kronfluence", "requirements": "requirements-kronfluence.txt"}
 _OPACUS = {"package": "opacus", "requirements": "requirements-opacus.txt"}
 _JAX = {"package": "neural_tangents", "requirements": "requirements-neural-tangents.txt", "compiles": True}
+_BERT, _LINEAR, _LORA = (("bert" + part, "sentences" + part) for part in ("", "-linear", "-lora"))
 _EAGER = (("attention", "eager"),)
 _STRUCTURED = (("implementation", "STRUCTURED_DERIVATIVES"),)
 
@@ -44,25 +45,25 @@ ENGINES = ("engine", "engine-unchecked", "engine-fast", "engine-fast-unchecked")
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("torch-func", "vmap(jacrev), as PyTorch's tutorial", "bert", "torch_func", options=_EAGER),
-        Peer("torch-func-once", "vmap(jacrev), one Jacobian", "bert", "torch_func", options=(*_EAGER, ("sides", "1"))),
-        Peer("autograd", "one backward a sample and output", "bert", "autograd"),
-        Peer("opacus", "per-sample gradients, matrix products", "bert", "opacus", **_OPACUS),
-        Peer("kronfluence", "pairwise scores, identity; linear layers", "bert-linear", "kronfluence", **_KRONFLUENCE),
-        Peer("neural-tangents-mlp", "Jacobian contraction, the default", "mlp", "neural_tangents", **_JAX),
+        Peer("torch-func", "vmap(jacrev), as PyTorch's tutorial", _BERT, "torch_func", options=_EAGER),
+        Peer("torch-func-once", "vmap(jacrev), one Jacobian", _BERT, "torch_func", options=(*_EAGER, ("sides", "1"))),
+        Peer("autograd", "one backward a sample and output", _BERT, "autograd"),
+        Peer("opacus", "per-sample gradients, matrix products", _BERT, "opacus", **_OPACUS),
+        Peer("kronfluence", "pairwise scores, identity; linear layers", _LINEAR, "kronfluence", **_KRONFLUENCE),
+        Peer("neural-tangents-mlp", "Jacobian contraction, the default", ("mlp",), "neural_tangents", **_JAX),
         Peer(
             "neural-tangents-mlp-structured",
             "structured derivatives",
-            "mlp",
+            ("mlp",),
             "neural_tangents",
             **_JAX,
             options=_STRUCTURED,
         ),
-        Peer("neural-tangents-cnn", "Jacobian contraction, the default", "cnn", "neural_tangents", **_JAX),
+        Peer("neural-tangents-cnn", "Jacobian contraction, the default", ("cnn",), "neural_tangents", **_JAX),
         Peer(
             "neural-tangents-cnn-structured",
             "structured derivatives",
-            "cnn",
+            ("cnn",),
             "neural_tangents",
             **_JAX,
             options=_STRUCTURED,
@@ -70,7 +71,7 @@ PEERS = {
         Peer(
             "jacrev-lora",
             "arXiv 2602.08239: jacrev over all, LoRA part kept",
-            "bert-lora",
+            _LORA,
             "jacrev_lora",
             options=_EAGER,
         ),

@@ -17,22 +17,21 @@ from bench.peers.work import Config
 
 
 class Output(Task):
-    """f itself, as loss and as measurement."""
+    """An output f_c, as loss and as measurement."""
+
+    c = 0
 
     def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:  # noqa: ARG002
-        """Return Σ_n f(x_n)."""
-        return model(input_ids=batch[0]).logits.sum()
+        """Return Σ_n f_c(x_n)."""
+        return model(input_ids=batch[0]).logits[:, self.c].sum()
 
     def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-        """Return Σ_n f(x_n)."""
-        return model(input_ids=batch[0]).logits.sum()
+        """Return Σ_n f_c(x_n)."""
+        return model(input_ids=batch[0]).logits[:, self.c].sum()
 
 
 def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], np.ndarray]:
-    """Return the call, for C = 1."""
-    if config["C"] != 1:
-        msg = f"C: expected 1, got {config['C']}"
-        raise ValueError(msg)
+    """Return the call. A score is of one output: scores of each are summed."""
     task = Output()
     tracked = prepare_model(model, task)
 
@@ -43,15 +42,18 @@ def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], n
                 "gram", tracked, task, cpu=True, output_dir=folder, disable_tqdm=True, disable_model_save=True
             )
             analyzer.fit_all_factors("identity", data, factor_args=FactorArguments(strategy="identity"))
-            analyzer.compute_pairwise_scores(
-                "scores",
-                "identity",
-                query_dataset=data,
-                train_dataset=data,
-                per_device_query_batch_size=len(data),
-                per_device_train_batch_size=len(data),
-                score_args=ScoreArguments(),
-            )
-            return analyzer.load_pairwise_scores("scores")["all_modules"].numpy()
+            K = np.zeros((len(data), len(data)), np.float32)
+            for task.c in range(config["C"]):
+                analyzer.compute_pairwise_scores(
+                    f"scores{task.c}",
+                    "identity",
+                    query_dataset=data,
+                    train_dataset=data,
+                    per_device_query_batch_size=len(data),
+                    per_device_train_batch_size=len(data),
+                    score_args=ScoreArguments(),
+                )
+                K += analyzer.load_pairwise_scores(f"scores{task.c}")["all_modules"].numpy()
+            return K
 
     return gram

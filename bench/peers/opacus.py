@@ -17,10 +17,7 @@ from bench.peers.work import Config
 
 
 def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], np.ndarray]:
-    """Return the call, for C = 1."""
-    if config["C"] != 1:
-        msg = f"C: expected 1, got {config['C']}"
-        raise ValueError(msg)
+    """Return the call. Activations serve one backward: each output has its own passes."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -29,12 +26,13 @@ def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], n
     def gram(inputs: dict[str, Tensor]) -> np.ndarray:
         ids = inputs["input_ids"]
         shared = {"position_ids": torch.arange(ids.shape[1]).expand(ids.shape), "token_type_ids": torch.zeros_like(ids)}
-        wrapped(input_ids=ids, **shared).logits.sum().backward()
         K = torch.zeros(len(ids), len(ids))
-        for p in wrapped.parameters():
-            flat = p.grad_sample.flatten(1)
-            K += flat @ flat.T
-        wrapped.zero_grad(set_to_none=True)
+        for c in range(config["C"]):
+            wrapped(input_ids=ids, **shared).logits[:, c].sum().backward()
+            for p in wrapped.parameters():
+                flat = p.grad_sample.flatten(1)
+                K += flat @ flat.T
+            wrapped.zero_grad(set_to_none=True)
         return K.numpy()
 
     return gram

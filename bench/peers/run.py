@@ -63,7 +63,7 @@ class Contest:
 
     def _run(self, name: str) -> dict[str, Any]:
         if name in ENGINES:
-            peer, options = Peer(name, "", "", "engine"), _OF_ENGINES[name]
+            peer, options = Peer(name, "", (), "engine"), _OF_ENGINES[name]
         else:
             peer = PEERS[name]
             options = dict(peer.options)
@@ -115,11 +115,11 @@ def main(arguments: list[str]) -> int:
     if given.samples is not None and given.samples < FEW:
         parser.error(f"--samples: expected at least {FEW}, got {given.samples}")
     size = {} if given.samples is None else {"N": given.samples}
+    pairs = [(name, work) for name in given.names or PEERS for work in PEERS[name].works]
     contests: dict[str, Contest] = {}
     rows, bad = [], False
     with tempfile.TemporaryDirectory() as folder:
-        for name in given.names or PEERS:
-            work = PEERS[name].work
+        for name, work in pairs:
             if work not in contests:
                 config = (tiny(WORKS[work]) if given.tiny else WORKS[work]) | size
                 where = Path(folder) / work
@@ -128,8 +128,8 @@ def main(arguments: list[str]) -> int:
             values = versus(contests[work], name)
             if not given.tiny:
                 record("peers", {"peer": name, "work": work, **contests[work].config}, values)
-            rows.append(row(name, values))
-            print(f"{len(rows)}/{len(given.names or PEERS)} {name}", file=sys.stderr, flush=True)
+            rows.append(row(name, work, values))
+            print(f"{len(rows)}/{len(pairs)} {name}, {work}", file=sys.stderr, flush=True)
             bad |= "ratio" not in values
     print("\n".join([HEAD, *rows]))
     return int(bad)
@@ -166,10 +166,9 @@ error of float64 | engine's |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def row(name: str, values: dict[str, Any]) -> str:
+def row(name: str, work: str, values: dict[str, Any]) -> str:
     """Return a line's row of the table."""
-    peer = PEERS[name]
-    cells = [name, peer.how, peer.work]
+    cells = [name, PEERS[name].how, work]
     failed = [
         f"{who}: {values[f'{who}_failure']}"
         for who in ("peer", "engine", "engine_unchecked")

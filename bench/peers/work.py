@@ -11,10 +11,15 @@ Config = dict[str, Any]
 
 _BERT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 _SAME: Config = {"N": 64, "C": 1, "contraction": "trace", "dtype": "float32"}
+_CLASSIFIER: Config = {"model": "bert", "shape": _BERT, "T": 32, **_SAME}
+_SENTENCES: Config = _CLASSIFIER | {"T": 12, "C": 2}  # as CoLA: 11.3 tokens in the mean, the logits of two classes
 WORKS: dict[str, Config] = {
-    "bert": {"model": "bert", "shape": _BERT, "T": 32, "params": "all", **_SAME},
-    "bert-linear": {"model": "bert", "shape": _BERT, "T": 32, "params": "linear", **_SAME},
-    "bert-lora": {"model": "bert", "shape": _BERT, "T": 32, "params": "lora", **_SAME},
+    "bert": _CLASSIFIER | {"params": "all"},
+    "bert-linear": _CLASSIFIER | {"params": "linear"},
+    "bert-lora": _CLASSIFIER | {"params": "lora"},
+    "sentences": _SENTENCES | {"params": "all"},
+    "sentences-linear": _SENTENCES | {"params": "linear"},
+    "sentences-lora": _SENTENCES | {"params": "lora"},
     "mlp": {"model": "mlp", "widths": [3072, 1024, 1024, 1024], "params": "all", **_SAME},
     "cnn": {"model": "cnn", "channels": [3, 64, 128, 256], "side": 32, "params": "all", **_SAME},
 }
