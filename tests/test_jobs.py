@@ -18,7 +18,7 @@ from ntkengine.inputs.heads import fit_head
 from ntkengine.inputs.models import load_model
 from ntkengine.inputs.readout import encode_targets
 from ntkengine.jobfile import make_job, merged, read_job
-from ntkengine.report.tables import plan_table
+from ntkengine.report.planned import plan_table
 from ntkengine.store import open_gram
 from tests.brute import tiny_inputs, tiny_model
 from tests.tiny import save_tiny, tiny_sentences

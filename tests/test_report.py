@@ -17,6 +17,7 @@ import pytest
 from ntkengine.errors import InputError
 from ntkengine.forecast import forecast
 from ntkengine.report import Section, Table, findings, plots, tables, text, write_report
+from ntkengine.report.planned import plan_table
 from ntkengine.report.training import training_section
 from ntkengine.spectrum import condition_number, eigsh
 
@@ -68,6 +69,7 @@ def test_gram_table_says_noise_size_time_and_job(gram):
     assert rows["wall time"] == ("1.2 s",)
     assert rows["job: model.peft.target_modules"] == ("q, v",)
     assert "job: x" not in rows
+    assert not any(label.startswith("job") for label in cells(tables.gram_table(gram, job=False)))
     unchecked = tables.gram_table(SimpleNamespace(**{**vars(gram), "noise": float("nan")}))
     assert "not estimated" in cells(unchecked)["error (spectral norm)"][0]
 
@@ -132,7 +134,7 @@ def test_plan_table_folds_layers():
         sweeps=3, scaling=None, held_out_grams=5,
         unused=["pooler.bias"], negligible=["key.bias"], frozen=["e.weight", "f.weight"],
     )  # fmt: skip
-    shown = tables.plan_table(plan)
+    shown = plan_table(plan)
     assert [r[:2] + r[4:7] for r in shown.rows] == [
         ("e.*.q.weight", "2", "tile", "2.00", "1.00"),
         ("e.*.q.weight", "1", "ghost", "1.00", "0.50"),
@@ -158,6 +160,44 @@ def test_print_table_is_plain_and_whole_without_a_terminal():
     assert "[red]b" in shown
     assert shown.startswith("T [b]\n")
     assert not [line for line in shown.splitlines() if line != line.rstrip()]
+
+
+def on_terminal(table, width):
+    stream = io.StringIO()
+    text.print_table(table, text._Console(file=stream, width=width, force_terminal=False, highlight=False))
+    return [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
+
+
+def test_a_narrow_terminal_puts_intervals_below_values_before_it_gives_up_columns():
+    span = "0.4043 (0.315 to 0.4936)"
+    table = Table("T", ("modules", "eval loss", "accuracy"), [("attention.output.dense", span, span)])
+    wide, stacked, turned = (on_terminal(table, width) for width in (90, 64, 40))
+    assert f"{span}   {span}" in wide[-1]
+    assert stacked[-2].split() == ["attention.output.dense", "0.4043", "0.4043"]
+    assert stacked[-1].count("(0.315 to 0.4936)") == 2
+    assert [line.split()[0] for line in turned[1:]] == ["modules", "eval", "accuracy"]
+
+
+def test_long_labels_leave_room_for_figures():
+    value = "0.4354 (0.387 to 0.4838) at time 541"
+    rows = [("least eval loss", value), ("share of trace, " + "module." * 9, "44.5%")]
+    shown = on_terminal(Table("T", (), rows), 80)
+    assert sum(value in line for line in shown) == 1
+    assert max(map(len, shown)) <= 80
+
+
+def test_dotted_names_are_shortened_to_where_they_differ():
+    names = ["a.b.layer.4.value", "a.b.layer.5.value"]
+    assert tables.shortened(names) == ["….layer.4.value", "….layer.5.value"]
+    assert tables.shortened(["a.b.c", "a.b.c"]) == ["….b.c", "….b.c"]
+    for whole in (["a.b", "b.c"], ["a.b", "a.c"], ["a", "a.b"], ["a.b.c"] * 0, ["a"]):
+        assert tables.shortened(whole) == whole
+
+
+def test_words_are_told_as_words(gram):
+    gram.meta |= {"readout": "LabelWords(tokens=(1, 2))"}
+    gram.meta["settings"] = {"gram": {"readout": "margin", "words": [" bad", " good"]}}
+    assert cells(tables.gram_table(gram))["readout"] == ("margin of ' bad', ' good'",)
 
 
 def test_figures_show_what_the_forecast_holds(found):

@@ -19,6 +19,7 @@ from ntkengine.gram import computing, planning
 from ntkengine.gram.engine import compute_gram, plan_gram
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.report import tables
+from ntkengine.report.planned import plan_table
 from ntkengine.store import open_gram
 from ntkengine.tangents import projection, sketch
 from ntkengine.tangents.factors import Dense, Lookup, Outer
@@ -330,10 +331,10 @@ def test_the_plan_shows_it():
     assert exact.projection_flops == 0
     assert plan.flops < exact.flops
     assert type(plan).from_dict(json.loads(json.dumps(plan.to_dict()))).to_dict() == plan.to_dict()
-    shown = tables.plan_table(plan)
+    shown = plan_table(plan)
     assert any("sketched 8×8" in cell for line in shown.rows for cell in line)
     assert "approximate: " in shown.note
-    assert "approximate" not in tables.plan_table(exact).note
+    assert "approximate" not in plan_table(exact).note
 
 
 def test_the_file_keeps_it_and_is_another_job(tmp_path):

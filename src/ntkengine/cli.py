@@ -89,7 +89,7 @@ def plan_command(
 ) -> None:
     """Print the plan."""
     from ntkengine.jobs import run_plan
-    from ntkengine.report.tables import plan_table
+    from ntkengine.report.planned import plan_table
 
     path, given, as_json = collect(**flags)
     speed = None if network is None else bandwidth(network)
@@ -147,7 +147,7 @@ def _tell(found: Any, as_json: bool, seconds: float) -> None:
     if as_json:
         print_json(described(found))
         return
-    show(gram_table(found))
+    show(gram_table(found, job=False))
     times = timing_table(found)
     if times is None:
         print(f"{found.path} was complete already: nothing was computed")

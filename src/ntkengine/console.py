@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -76,6 +76,15 @@ def show(table: Any) -> None:
 
     if speaks():
         print_table(table, make_console())
+
+
+def remark(lines: Iterable[str]) -> None:
+    """Print sentences below a table, folded between words on a terminal."""
+    from ntkengine.report.text import make_console
+
+    console = make_console()
+    for line in lines:
+        console.print(f"- {line}", markup=False)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ntkengine.choices import completing
-from ntkengine.console import answered, print_json, show
+from ntkengine.console import answered, print_json, remark, show
 from ntkengine.errors import InputError
 from ntkengine.filecommands import GramFile, Json
 
@@ -99,8 +99,7 @@ def forecast(
         print_json({"path": str(path), **found.to_dict()})
         return
     show(forecast_table(found))
-    for line in found.assumptions:
-        print(f"- {line}")
+    remark(found.assumptions)
 
 
 @answered

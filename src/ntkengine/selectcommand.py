@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from ntkengine.console import answered, print_json, show, showing_progress
+from ntkengine.console import answered, print_json, remark, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.jobflags import (
     GRAM_ONLY,
@@ -75,5 +75,4 @@ def select(
         return
     rows = found.table()
     show(Table("Modules by forecast eval loss", rows[0], rows[1:], found.note))
-    for line in found.assumptions:
-        print(f"- {line}")
+    remark(found.assumptions)

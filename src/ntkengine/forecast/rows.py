@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ntkengine.digits import above, below, measured
 from ntkengine.forecast.simulate import Simulation
-from ntkengine.report.tables import span
+from ntkengine.report.tables import shortened, span
 
 if TYPE_CHECKING:
     from ntkengine.forecast.result import Forecast
@@ -50,8 +50,9 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     if found.training is not None:
         rows += _trained(found.training)
     rows.append(("train mse bounds at ridge", f"{below(found.paper_lower, 3)} to {above(found.paper_upper, 3)}"))
+    names = dict(zip(found.modules, shortened(list(found.modules)), strict=True))
     shares = sorted(found.modules.items(), key=lambda item: -item[1])[:5]
-    rows += [(f"share of trace, {name}", f"{share:.1%}") for name, share in shares]
+    rows += [(f"share of trace, {names[name]}", f"{share:.1%}") for name, share in shares]
     return rows
 
 

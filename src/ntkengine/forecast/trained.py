@@ -42,8 +42,8 @@ def simulated(
     known = bool(modules) and all(name in sizes for name in modules) and (y_eval is None or bool(crosses))
     if recipe.optimizer == "adam" and not known:
         raise InputError(
-            "recipe: Adam scales each module's gradient by itself: expected a Gram computed with per_module=True, got "
-            "one without modules"
+            "recipe: Adam scales each module's gradient by itself: expected a Gram computed with per_module=True "
+            "(--per-module), got one without modules"
         )
     names = list(modules) if known else []
     grams = [np.asarray(modules[n], dtype=np.float64) / kernel.divisor for n in names] or kernel.matrices

@@ -14,6 +14,7 @@ from ntkengine.digits import above, measured, nearest, with_error
 from ntkengine.report.tables import Table
 
 RIDGE_ROWS = 16
+_UNITS = "mse: mean over examples and outputs; loss: half of the squared error, mean over examples"
 
 
 def spectrum_table(ritz: Any, condition: Any, approximation: str = "", fewer: str = "") -> Table:
@@ -39,7 +40,7 @@ def spectrum_table(ritz: Any, condition: Any, approximation: str = "", fewer: st
 
 def forecast_table(forecast: Any) -> Table:
     """Return a forecast's own table."""
-    return Table("Forecast", (), [tuple(row) for row in forecast.table()], "mse: mean over examples and outputs")
+    return Table("Forecast", (), [tuple(row) for row in forecast.table()], _UNITS)
 
 
 def ridge_table(forecast: Any, approximation: str = "") -> Table:

@@ -5,8 +5,6 @@ Objects are taken by their public attributes.
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,9 +64,15 @@ def progress_table(progress: Mapping[str, Any]) -> Table:
     return Table("Not complete", (), rows)
 
 
-def gram_table(gram: Any) -> Table:
-    """Return the facts of a Gram: what it is of, how it was computed, how far to trust it."""
+def gram_table(gram: Any, job: bool = True) -> Table:
+    """Return the facts of a Gram: what it is of, how it was computed, how far to trust it.
+
+    Args:
+        gram: the Gram.
+        job: show its settings too.
+    """
     meta, shape = gram.meta, tuple(gram.shape)
+    settings = (meta.get("settings") or {}) if job else {}
     rows = [
         ("shape", f"{' × '.join(map(str, shape))} ({gram.contraction}, {gram.transform})"),
         ("error (spectral norm)", _noise(gram)),
@@ -80,7 +84,7 @@ def gram_table(gram: Any) -> Table:
         ("outputs", str(np.shape(gram.outputs)[1])),
     ]
     told = (
-        ("readout", "readout", str),
+        ("readout", "readout", lambda v: _readout(v, meta)),
         ("parameters in the kernel", "parameters", lambda v: f"{v:,}"),
         ("parameters f does not use", "unused_parameters", lambda v: f"{len(v):,}" if v else ""),
         ("precision", "precision", str),
@@ -102,7 +106,7 @@ def gram_table(gram: Any) -> Table:
         ("eval × train Gram", _shape(gram.cross)),
         ("further arrays", ", ".join(f"{k} {_shape(v)}" for k, v in gram.extras.items()) or "none"),
     ]
-    rows += [(f"job: {name}", value) for name, value in flat(meta.get("settings") or {})]
+    rows += [(f"job: {name}", value) for name, value in flat(settings)]
     return Table(str(gram.path) if gram.path else "Gram", (), rows)
 
 
@@ -115,82 +119,11 @@ def ranks_line(gram: Any, seconds: float) -> str:
     """
     told = gram.meta["ranks"]
     unit = "rank-seconds" if str(gram.meta.get("device", "")).startswith("cpu") else "GPU-seconds"
-    ranks = _many(told["count"], "rank")
+    ranks = many(told["count"], "rank")
     return (
         f"{seconds:.1f} s on {ranks}: {seconds * told['count']:.1f} {unit}, {gram.plan.flops:.3g} flops, "
         f"{sum(told['sent_bytes']):.3g} bytes sent, {told['communication_share']:.1%} of the time in communication"
     )
-
-
-def scaling_note(scaling: Mapping[str, Any]) -> str:
-    """Return what a job is predicted to take on many ranks.
-
-    Args:
-        scaling: `Plan.scaling`.
-    """
-    return (
-        f"on {scaling['ranks']} ranks like this one about {scaling['seconds']:.1f} s: probe "
-        f"{scaling['probe_seconds']:.1f}, passes {scaling['pass_seconds']:.1f}, contractions "
-        f"{scaling['contract_seconds']:.1f}, communication {scaling['wait_seconds']:.2f} "
-        f"({scaling['communication_share']:.1%}); each sends up to "
-        f"{max(scaling['sent_bytes']):.3g} bytes at {scaling['bandwidth']:.3g} bytes/s"
-    )
-
-
-def plan_table(plan: Any) -> Table:
-    """Return a plan with layers folded: one row for each kind of parameter and strategy."""
-    found: dict[tuple[str, ...], list[Any]] = {}
-    for row in plan.parameters:
-        found.setdefault((re.sub(r"\.\d+(?=\.)", ".*", row.parameter), row.path, row.strategy), []).append(row)
-    rows = [
-        (
-            name,
-            str(len(same)),
-            f"{same[0].rows}×{same[0].columns}",
-            path,
-            strategy,
-            f"{sum(r.flops for r in same) / 1e9:,.2f}",
-            f"{sum(r.seconds or 0.0 for r in same):,.2f}",
-            f"{sum(r.bytes for r in same) / 2**20:,.1f}",
-        )
-        for (name, path, strategy), same in found.items()
-    ]
-    note = (
-        f"{_many(plan.samples, 'example')}, {_many(plan.tokens, 'token')}, {_many(plan.outputs, 'output')}, "
-        f"{_many(plan.microbatches, 'microbatch', 'es')}; passes {plan.pass_flops / 1e9:,.1f} of "
-        f"{plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
-        f"MiB above the model; about {plan.seconds:.1f} s: probe {plan.probe_seconds:.1f}, passes "
-        f"{plan.pass_seconds:.1f}, contractions {plan.seconds - plan.probe_seconds - plan.pass_seconds:.1f} at "
-        f"{plan.rate / 1e9:,.0f} GFLOP/s"
-    )
-    if plan.held_out_grams:
-        note += f"; not counted: {plan.held_out_grams} more Grams of the train examples, under held-out heads"
-    if plan.scaling:
-        note += f"; {scaling_note(plan.scaling)}"
-    layout = plan.layout
-    if projected := sum("sketched" in row.path for row in plan.parameters):
-        sketched = f"{_many(projected, 'parameter')} sketched"
-        note += f"; approximate: {sketched}, {plan.projection_flops / 1e9:,.1f} GFLOP to project"
-    if layout.get("hidden", "device") != "device":
-        note += f"; hidden states wait on the {layout['hidden']}"
-    if layout.get("factor_bytes", math.inf) < math.inf:
-        note += f"; at most {layout['factor_bytes'] / 2**20:,.0f} MiB of factors at once"
-    if layout.get("tile"):
-        note += f"; tiles of {_many(layout['tile'], 'example')}, {_many(plan.sweeps, 'sweep')}"
-    if plan.frozen:
-        note += f"; {_many(len(plan.frozen), 'parameter')} not selected ({plan.frozen[0]}, …)"
-    if plan.unused:
-        note += f"; f does not depend on {_many(len(plan.unused), 'selected parameter')} ({plan.unused[0]}, …)"
-    if plan.negligible:
-        zero = f"{len(plan.negligible)} have a gradient of zero but for rounding ({plan.negligible[0]}, …)"
-        note += f"; {zero}"
-    slow = [row.parameter for row in plan.parameters if "explicit-block" in row.path]
-    if slow:
-        note += f"; {len(slow)} need plain autograd, one example at a time ({slow[0]}, …): slower"
-    return Table("Plan", _PLAN, rows, note)
-
-
-_PLAN = ("parameter", "uses", "size", "gradient", "strategy", "work (GFLOP)", "time (s)", "factors (MiB)")
 
 
 def sketch_note(gram: Any) -> str:
@@ -232,9 +165,29 @@ def _noise(gram: Any) -> str:
     return f"± {above(gram.noise, 2)} gradient²" + ("" if relative is None else f", {above(relative, 1)} of the norm")
 
 
+def _readout(name: str, meta: Mapping[str, Any]) -> str:
+    """Return a readout's name; of label words, the words and not the numbers of their tokens."""
+    asked = (meta.get("settings") or {}).get("gram") or {}
+    words = asked.get("words")
+    return f"{asked.get('readout')} of {', '.join(map(repr, words))}" if words else str(name)
+
+
 def _shape(array: Any) -> str:
     return "none" if array is None else " × ".join(map(str, np.shape(array))) or "one number"
 
 
-def _many(number: int, noun: str, plural: str = "s") -> str:
+def many(number: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun."""
     return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Return dotted names without the parts that all begin with, but for the last of these."""
+    split = [name.split(".") for name in names]
+    common = 0
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common += 1
+    common = min([common, *(len(parts) - 1 for parts in split)]) - 1
+    return [".".join(["…", *parts[common:]]) for parts in split] if common > 0 else list(names)

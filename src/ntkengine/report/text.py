@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO
 
 from rich import box
@@ -44,16 +44,16 @@ def make_console(stream: IO[str] | None = None) -> Console:
 def print_table(table: Table, console: Console) -> None:
     """Print one table: texts to the left, numbers to the right, the note below.
 
-    Texts fold where the terminal is narrow, numbers never do: a table whose numbers do not fit side by side is printed
-    row by row, a line for each column.
+    Texts fold where the terminal is narrow, numbers never do: a table whose numbers do not fit side by side has
+    intervals below their values, and if that does not help is printed row by row, a line for each column.
     """
-    columns = _columns(table)
-    frame = _GAP * (len(columns) - 1) + _EDGES
-    if console.width < sum(c.least for c in columns) + frame:
-        table = _turned(table)
-        columns, frame = _columns(table), _GAP + _EDGES
-    widths = _fitted(columns, console.width - frame)
-    pairs = not table.columns
+    for form in (table, _stacked(table), _turned(table)):
+        columns = _columns(form)
+        frame = _GAP * (len(columns) - 1) + _EDGES
+        if sum(c.least for c in columns) + frame <= console.width:
+            break
+    table, pairs = form, not form.columns
+    widths = _fitted(columns, console.width - frame, pairs)
     shown = RichTable(
         title=escape(table.title),
         title_justify="left",
@@ -98,21 +98,33 @@ def _columns(table: Table) -> list[_Column]:
         cells = [row[i] for row in table.rows if len(row) > i]
         heading = table.columns[i] if table.columns else ""
         text = i == 0 or not table.columns or not _numeric(cells)
-        longest = max(map(cell_len, cells), default=0)
+        longest = max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
         least = max(max(map(cell_len, heading.split()), default=0), min(longest, _LEGIBLE) if text else longest)
         found.append(_Column(text, least, max(longest, cell_len(heading))))
     return found
 
 
-def _fitted(columns: list[_Column], room: int) -> list[int]:
-    """Return each column's width: all it can use, or of what is left over in turn, texts first."""
+def _fitted(columns: list[_Column], room: int, pairs: bool) -> list[int]:
+    """Return each column's width: all it can use, or of what is left over in turn, texts first.
+
+    Of (label, value) pairs a label leaves half of the room to values that need it.
+    """
     widths = [c.least for c in columns]
+    if pairs:
+        widths[0] = max(widths[0], min(columns[0].most, room // 2))
     left = room - sum(widths)
-    for i in sorted(range(len(columns)), key=lambda i: not columns[i].text):
+    for i in sorted(range(len(columns)), key=lambda i: i == 0 if pairs else not columns[i].text):
         more = max(0, min(left, columns[i].most - widths[i]))
         widths[i] += more
         left -= more
     return widths
+
+
+def _stacked(table: Table) -> Table:
+    """Return a table with what is in brackets on a line of its own."""
+    if not table.columns:
+        return table
+    return replace(table, rows=[tuple(cell.replace(" (", "\n(") for cell in row) for row in table.rows])
 
 
 def _turned(table: Table) -> Table:
