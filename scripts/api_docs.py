@@ -23,7 +23,7 @@ TOPICS = {
     "Kernel regression": ("ridge",),
     "Forecast": ("forecast", "forecast.lora", "forecast.simulate", "forecast.subsets"),
     "Fine-tuning": ("recipe", "finetune", "finetune.callback"),
-    "Errors": ("errors",),
+    "Progress and errors": ("report.progress", "errors"),
 }
 HEAD = """# API reference
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ntkengine.inputs.models import load_model
     from ntkengine.inputs.readout import encode_targets
     from ntkengine.recipe import Recipe
+    from ntkengine.report.progress import show_progress
     from ntkengine.ridge import KernelLogistic, KernelRidge
     from ntkengine.spectrum import (
         condition_number,
@@ -61,6 +62,7 @@ _HOME = {
     "inputs.models": ("load_model",),
     "inputs.readout": ("encode_targets",),
     "recipe": ("Recipe",),
+    "report.progress": ("show_progress",),
     "ridge": ("KernelLogistic", "KernelRidge"),
     "spectrum": (
         "condition_number",
@@ -115,6 +117,7 @@ __all__ = [
     "rank_subsets",
     "read_examples",
     "rehearse",
+    "show_progress",
     "simulate",
     "spectral_density",
     "tangent_factors",

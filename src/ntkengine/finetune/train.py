@@ -60,7 +60,7 @@ def fine_tune(
         eval_targets: theirs.
         linear: train the exact linearised model on the same batches along, and measure how far the two are apart.
         measure_every: steps between measurements; default: after every epoch.
-        progress: called with (steps done, steps in all, stage).
+        progress: called with (steps done, steps in all, stage): see `show_progress`.
         **fields: of the recipe, stronger than the one given.
 
     Returns:

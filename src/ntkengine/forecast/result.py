@@ -209,6 +209,14 @@ class Forecast:
         kept = [(label, value) for label, value in self.table() if label in _ESSENTIAL]
         return "Forecast(" + "; ".join(f"{label} {value}" for label, value in kept) + ")"
 
+    def __str__(self) -> str:
+        """Return the table, and what it rests on, as lines of text."""
+        rows = self.table()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(
+            [*(f"{label:<{width}}   {value}" for label, value in rows), *map("- {}".format, self.assumptions)]
+        )
+
     def _repr_html_(self) -> str:
         return html_facts("Forecast", self.table(), note="; ".join(self.assumptions))
 

@@ -114,7 +114,7 @@ def compute_gram(
             (`store.shards`), and nobody ever holds the whole; without, rank 0 gathers it. On the other ranks `values`,
             `cross` and `modules` are shapes without entries (`result.Elsewhere`).
         check: compare with plain autograd before and after the sweep, and estimate the noise by recomputing in float64.
-        progress: called with (flops done, flops in all, stage).
+        progress: called with (flops done, flops in all, stage): see `show_progress`.
         eval_inputs: further inputs swept along: adds `cross` (eval × train) and `eval_outputs`.
         targets: (N, C) kept in the result and the file; of a margin ±1, not 0 and 1 (`encode_targets`).
         eval_targets: (M, C) likewise.

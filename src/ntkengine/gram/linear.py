@@ -93,7 +93,7 @@ def tangent_factors(
         memory_gib: bound on what is returned.
         seed: of the probe, and of the draw of the check.
         check: compare the gradients of two examples of each kind, alone and among the others, with plain autograd.
-        progress: called with (flops done, flops in all, stage) after every segment.
+        progress: called with (flops done, flops in all, stage) after every segment: see `show_progress`.
 
     Raises:
         InputError: nothing selected is a linear map, an adapter's is, or the factors would not fit `memory_gib`.

@@ -22,6 +22,8 @@ _SOON_S = 0.05  # before that a rate means nothing
 def show_progress(stream: IO[str] | None = None, every_s: float = 10.0, unit: str = "GFLOP") -> Iterator[ProgressCall]:
     """Give the callable for `progress=`: (done, total, stage), in flops or in the unit.
 
+    `with ntk.show_progress() as progress: gram = ntk.compute_gram(..., progress=progress)`.
+
     On a terminal a bar with the rate and the time left. Elsewhere at most one line every `every_s` seconds, and one at
     the end of a job that took as long: one that is refused at once says only why. A stage without a size, such as
     loading, has total <= 1.
