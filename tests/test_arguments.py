@@ -135,7 +135,7 @@ WRONG = [
     (
         ntk.forecast,
         {"gram": K, "targets": Y},
-        {"head_fitted_on_targets": FLAG, "cross_fit": (3,), "times": ("a", [1j])},
+        {"head_fitted_on_targets": FLAG[:3], "cross_fit": (3,), "times": ("a", [1j])},
     ),
     (ntk.forecast, {"gram": K, "targets": Y}, {"ridge": NUMBER, "targets": COLUMN.values(), "offset": COLUMN.values()}),
     (

@@ -95,7 +95,11 @@ def test_forecast(found):
     assert str(found.condition) in line
     assert len(line) < 500
     told = page(found._repr_html_())
+    printed = str(found).splitlines()
+    assert len(printed) == len(found.table()) + len(found.assumptions)
+    assert printed[-1] == f"- {found.assumptions[-1]}"
     for label, value in found.table():
+        assert any(line.startswith(label) and line.endswith(f"   {value}") for line in printed)
         assert label in told
         assert value in told
     assert any(found.assumptions[0] in text for text in told)

@@ -39,7 +39,7 @@ ALLOWED = {
     | {"ridge", "report", "inputs", "gram"},
     "targets": {"errors"},
     "losses": {"errors", "arguments", "targets"},
-    "recipe": {"errors"},
+    "recipe": {"errors", "arguments"},
     "descent": {"errors", "recipe"},
     "finetune": {"errors", "arguments", "inputs", "tangents", "losses", "recipe", "descent", "gram", "spectrum"}
     | {"forecast"},

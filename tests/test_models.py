@@ -72,6 +72,7 @@ def test_dtype(saved):
         ({"dtype": "int8"}, "dtype: expected one of float32"),
         ({"task": "vision"}, "task: expected one of"),
         ({"device": "tpu9"}, "device: 'tpu9' cannot be used here"),
+        ({"peft": {"peft_type": "PREFIX_TUNING"}}, "peft.task_type: PREFIX_TUNING needs one, such as SEQ_CLS"),
         ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of .*, got 'LORAX'; did you mean 'LORA'.$"),
         ({"peft": LORA | {"rank": 3}}, "peft.rank: LORA has no such field"),
         ({"peft": LORA | {"target_modules": "q_proj"}}, "modules of this model are called .*query"),

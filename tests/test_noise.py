@@ -11,7 +11,7 @@ import ntkengine as ntk
 from ntkengine.gram.noise import _carried, _largest
 from ntkengine.gram.run import Sums
 from ntkengine.gram.tiles import Accumulator, Frame
-from tests.brute import tiny_inputs, tiny_model, with_lora
+from tests.brute import contracted, gradients, tiny_inputs, tiny_model, with_lora
 from tests.test_spectrum import with_spectrum
 from tests.zoo import inputs as zoo_inputs
 from tests.zoo import model as zoo_model
@@ -54,6 +54,21 @@ def test_the_true_error_is_below_the_noise_by_no_more_than_a_factor_of_seven(nam
             gram = ntk.compute_gram(model, inputs, precision=precision, seed=seed, **options)
             true = np.linalg.norm(np.asarray(gram.values) - exact, 2)
             assert true <= gram.noise <= 7 * true, (precision, seed, gram.noise / true)
+
+
+def test_turned_signs_are_in_the_noise():
+    # None is turned among the recomputed rows: the noise was that of rounding alone, up to 1e12 times too small.
+    model, inputs = built("bert", 60)
+    options = {"params": ["all", "!*key.bias"]}
+    names = {row.parameter for row in ntk.plan_gram(model, inputs, **options).parameters}
+    G = gradients(model, inputs, names)
+    G = np.where(np.abs(G) > 1e-12 * np.abs(G).max(), G, 0.0)
+    for transform, rows in (("sign", np.sign(G)), ("asymmetric-sign", G)):
+        truth = contracted(rows, np.sign(G), "trace")
+        for precision, seed in (("high", 0), ("high", 1), ("exact", 0)):
+            gram = ntk.compute_gram(model, inputs, transform=transform, precision=precision, seed=seed, **options)
+            off = np.linalg.norm(np.asarray(gram.values) - truth, 2)
+            assert off <= gram.noise <= 0.02 * np.linalg.norm(truth, 2), (transform, precision, seed)
 
 
 @pytest.mark.parametrize("contraction", ["trace", "full"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ntkengine.errors import CheckFailed
 from ntkengine.gram.engine import compute_gram
 from tests.brute import relative_error, tiny_inputs, tiny_model, with_lora
 
@@ -43,3 +44,14 @@ def test_fast_under_transforms_and_adapters():
         exact = compute_gram(model, inputs, transform=transform, precision="exact")
         fast = compute_gram(model, inputs, transform=transform, precision="fast")
         assert max(relative_error(fast.values, exact.values)) < 5e-2
+
+
+def test_a_model_that_bfloat16_is_too_coarse_for_is_refused_with_the_reason():
+    model = tiny_model("bert")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 2 and "embeddings" not in name:
+                p.mul_(40.0)
+    inputs = tiny_inputs(model, LENGTHS, 12)
+    with pytest.raises(CheckFailed, match=r"; bfloat16 may be too coarse for this model: precision='high'$"):
+        compute_gram(model, inputs, params="all", precision="fast")

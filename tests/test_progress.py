@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+import ntkengine as ntk
 from ntkengine.report import progress
 
 JOB = """
@@ -104,7 +105,7 @@ def test_lines_are_seldom_whatever_is_reported(monkeypatch):
     clock = iter(np.arange(0.0, 1000.0, 6.0))
     monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
     stream = io.StringIO()
-    with progress.show_progress(stream, every_s=10.0) as report:
+    with ntk.show_progress(stream, every_s=10.0) as report:
         report(0.0, 1.0, "reading")
         report(0.0, 1.0, "loading the model")
         for i in range(8):

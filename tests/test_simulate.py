@@ -157,6 +157,9 @@ def test_recipes_are_checked():
     ):
         with pytest.raises(InputError, match=match):
             Recipe.of(fields)
+    given = Recipe(np.float32(0.5), epochs=np.int64(2), batch_size=np.int32(8))
+    assert given == Recipe(0.5, epochs=2, batch_size=8)
+    assert [type(x) for x in (given.learning_rate, given.epochs, given.batch_size)] == [float, int, int]
 
 
 def test_every_example_once_an_epoch():

@@ -206,6 +206,14 @@ def test_groups_of_an_optimizer():
     state = adam_state(model, inputs, parameters=by_name).state_dict()
     found = Preconditioner.from_optimizer(state, model)
     assert list(found.scale) == [n for n, _ in decayed + plain]
+    shuffled = [x for i in (2, 0, 1) for x in named[i::3]]  # as no state tells without names, but the optimizer does
+    optimizer = adam_state(model, inputs, parameters=[p for _, p in shuffled])
+    known = Preconditioner.from_optimizer(optimizer, model).scale
+    assert list(known) == [n for n, _ in shuffled]
+    last = optimizer.state[dict(named)[named[-1][0]]]
+    assert torch.allclose(known[named[-1][0]], 1 / ((last["exp_avg_sq"].double() / (1 - 0.999**3)).sqrt() + 1e-8))
+    with pytest.raises(InputError, match="expected one of the model's parameters only"):
+        Preconditioner.from_optimizer(optimizer, tiny_model("bert"))
     first = state["state"][len(decayed)]["exp_avg_sq"].double() / (1 - 0.999**3)
     assert torch.allclose(found.scale[plain[0][0]], 0.1 / (first.sqrt() + 1e-8))
     for group, rate in zip(state["param_groups"], (1e-3, 1e-4), strict=True):  # as a schedule leaves them at its end

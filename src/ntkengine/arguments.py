@@ -28,7 +28,7 @@ def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int
     Raises:
         InputError: anything else.
     """
-    value = _scalar(value)
+    value = scalar(value)
     good = isinstance(value, Integral) and not isinstance(value, bool)
     if not good or value < least or (most is not None and value > most):
         span = f">= {least}" if most is None else f"from {least} to {most}"
@@ -58,7 +58,7 @@ def number(
     Raises:
         InputError: anything else.
     """
-    value = _scalar(value)
+    value = scalar(value)
     good = isinstance(value, Real) and not isinstance(value, bool)
     try:
         found = float(value) if good else math.nan
@@ -74,7 +74,7 @@ def number(
 
 def flag(name: str, value: Any) -> bool:
     """Return true or false; InputError for anything else, which would count as true."""
-    value = _scalar(value)
+    value = scalar(value)
     if type(value).__name__ not in ("bool", "bool_"):  # NumPy's too
         raise InputError(f"{name}: expected true or false, got {shown(value)}")
     return bool(value)
@@ -152,6 +152,6 @@ def without_tensors(value: Any) -> Any:
     return (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
 
 
-def _scalar(value: Any) -> Any:
+def scalar(value: Any) -> Any:
     """Return what an array without axes holds, anything else as it is."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value

@@ -106,8 +106,19 @@ def run_demo(
         tables += [gram_table(gram), module_table(found.modules, total, top=10)]
         summary += _summary(name, found, float(gram.meta["seconds"]))
     tables.append(comparison_table(forecasts))
+    summary.append(_verdict(forecasts))
     summary.append(f"Grams: {lora}, {full}; report: {report}")
     return DemoResult(tables, summary, report, (lora, full))
+
+
+def _verdict(forecasts: dict[str, Forecast]) -> str:
+    """Return which of two set-ups is forecast to do better on held-out examples, if the errors let that be said."""
+    (one, few), (other, all_) = ((name, f.eval_mse_at_ridge or f.loo) for name, f in forecasts.items())
+    gap = few[0] - all_[0]
+    if abs(gap) <= math.hypot((few[2] - few[1]) / 2, (all_[2] - all_[1]) / 2):
+        return f"So: training {one} is forecast to do as well as {other}, within the errors"
+    better, worse = (one, other) if gap < 0 else (other, one)
+    return f"So: training {better} is forecast to do better than {worse}, by an mse of {abs(gap):.3f}"
 
 
 def _summary(name: str, found: Forecast, seconds: float) -> list[str]:

@@ -51,13 +51,13 @@ def forecast_file(
         )
     if outputs != wanted:
         raise InputError(f"{name}: expected targets for {outputs} outputs, got {wanted}")
-    settings = gram.meta.get("settings") or {}
+    fitted = ((gram.meta.get("settings") or {}).get("head") or {}).get("fitted")
     return forecast(
         gram,
         gram.targets,
         cross_fit=_cross_fit(gram),
         eval_targets=gram.eval_targets,
-        head_fitted_on_targets=bool((settings.get("head") or {}).get("fitted", False)),
+        head_fitted_on_targets=fitted,
         ridge=ridge,
         recipe=recipe,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from ntkengine.arguments import scalar, whole
 from ntkengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,10 +63,9 @@ class Recipe:
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name, low in (("epochs", 1), ("batch_size", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise InputError(f"{name}: expected an integer >= {low}, got {value!r}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), low))
         for name in ("learning_rate", "momentum", "eps", "proximal"):
+            object.__setattr__(self, name, scalar(getattr(self, name)))
             if not is_number(getattr(self, name)):
                 raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
         if not isinstance(self.selective, bool):

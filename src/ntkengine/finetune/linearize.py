@@ -17,7 +17,7 @@ from ntkengine.inputs.attributes import settings
 from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
-from ntkengine.inputs.running import arguments, coarsest, evaluation
+from ntkengine.inputs.running import arguments, coarsest, evaluation, explained
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.tangents.rehearsal import agreement, rounding
 
@@ -134,7 +134,8 @@ class Linearized(nn.Module):
     def _expanded(self, inputs: Mapping[str, Tensor], delta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return f at the origin and J δ, both (n, C)."""
         try:
-            return jvp(self._f(inputs), (self.origin,), (delta,))[:2]
+            with explained(self._model[0], "these inputs", kinds=(LookupError, ValueError)):
+                return jvp(self._f(inputs), (self.origin,), (delta,))[:2]
         except (NotImplementedError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -37,7 +37,7 @@ def forecast(
     held_out_offset: ArrayLike | None = None,
     eval_targets: ArrayLike | None = None,
     eval_offset: ArrayLike | None = None,
-    head_fitted_on_targets: bool = False,
+    head_fitted_on_targets: bool | None = None,
     cross_fit: CrossFit | None = None,
     ridge: str | float = "loo",
     times: ArrayLike | None = None,
@@ -65,7 +65,7 @@ def forecast(
         eval_offset: (M, C), f0 on the eval examples; default `gram.eval_outputs`. Needed with an `offset` other than
             `gram.outputs`.
         head_fitted_on_targets: the head behind `offset` was fitted on these labels. Then `cross_fit`, or at least
-            `held_out_offset`, must be given.
+            `held_out_offset`, must be given. Default: whether `fit_head` has seen most of the Gram's examples.
         cross_fit: of `cross_fit`: kernels and starts of heads that did not see each fold. Leave-one-out and GCV then
             score each example in the system of its own fold, and `held_out_offset` is not needed.
         ridge: "loo", "gcv", or a number in the unit of K, not below the noise.
@@ -93,12 +93,16 @@ def forecast(
             raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
         cross_fit.check(gram)
         held = cross_fit.held_out()
-    flag("head_fitted_on_targets", head_fitted_on_targets)
-    if head_fitted_on_targets and held is None:
+    told = head_fitted_on_targets is not None
+    fitted = flag(
+        "head_fitted_on_targets",
+        head_fitted_on_targets if told else (getattr(gram, "meta", None) or {}).get("head_fitted", False),
+    )
+    if fitted and held is None:
         raise InputError(
             "held_out_offset: expected outputs of heads that did not see each example, got none: a head fitted on "
             "these targets makes leave-one-out and GCV too small; pass cross_fit=cross_fit(...), or out-of-fold "
-            "outputs (N, C)"
+            "outputs (N, C)" + ("" if told else "; where it was fitted on other labels, head_fitted_on_targets=False")
         )
     given = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
     y_eval = None if given is None else targets_of("eval_targets", given, C)
@@ -192,7 +196,7 @@ def forecast(
             kernel,
             condition,
             chosen,
-            start_line(held, cross_fit, head_fitted_on_targets),
+            start_line(held, cross_fit, fitted),
             classes,
             by_loo.edge,
             by_gcv.edge,

@@ -16,6 +16,7 @@ from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
+from ntkengine.gram.turned import turned_norm
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.running import tables
@@ -29,6 +30,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Share of the whole gradient below which one parameter's may be nothing but rounding.
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
+TURNED = {"fast": 3e-2}  # likewise, by precision
 DEVIATIONS = 10.0  # of a sketched entry; a wrong sketch is off by all of it
 _PASSES = 8  # through the model; where a budget would need more, only as many parameters, drawn, are compared
 _TILE = 1 << 16  # entries in float64 that stay in cache
@@ -44,6 +46,7 @@ class Check:
         structure: from the probe.
         seed: of the draw.
         layout: the job's.
+        turned: of a gradient's root mean square, below which the job's rounding may turn an entry's sign.
 
     Attributes:
         compared: names of the parameters compared; all of them unless that would take too many passes.
@@ -59,7 +62,9 @@ class Check:
         structure: Structure,
         seed: int,
         layout: Layout | None = None,
+        turned: float = UNSURE,
     ) -> None:
+        self.turned = turned
         self.layout = layout or Layout(keeps=True)
         rng = np.random.default_rng(seed)
         self.frame, self.structure, self.roots = frame, structure, task.roots
@@ -71,8 +76,8 @@ class Check:
         parameter = next(iter(self.model.parameters()))
         self.device, self.dtype = parameter.device, parameter.dtype
         rows = len(self.drawn) * frame.width
-        self.total, self.slack, self.left, self.right, self.added, self.raw = torch.zeros(
-            6, frame.layers, rows, rows, dtype=torch.float64, device=self.device
+        self.total, self.slack, self.left, self.right, self.added, self.raw, self.changed = torch.zeros(
+            7, frame.layers, rows, rows, dtype=torch.float64, device=self.device
         )
         self.parts: dict[str, Tensor] = {}
         few = tables(self.model)  # the rows a sample touches are as good as nothing
@@ -108,6 +113,7 @@ class Check:
             unsure |= size <= 2 * ZERO.get(G.dtype, 1e-3) * size.amax(2, keepdim=True)
             unsure &= size > 0
             sign, one = signed(G), torch.ones_like(G)
+            turned = (unsure | (size <= self.turned * mean.sqrt())) & (size > 0)
             if self.frame.transform == "sign":
                 G, H = sign, sign
                 maybe = self._products(unsure.to(G), one)
@@ -115,12 +121,19 @@ class Check:
             else:
                 H = sign
                 self.slack += 2 * self._products(size, unsure.to(G))
+            self.changed += self._products(G.square(), turned.to(G))
         elif self.roots is not None:
             root = self.roots[name]
             G = H = G * (root if rows is None else root[rows]).reshape(-1)
         self.total += self._products(G, H)
         self.left += self._products(G, G)
         self.right += self._products(H, H)
+
+    def turned_norm(self) -> float:
+        """Return what signs that rounding may have turned do to the job's Gram, ‖E‖_F (`turned`)."""
+        compared, every = (sum(self.selected[n].numel() for n in names) for names in (self.compared, self.selected))
+        left = self.left.diagonal(dim1=1, dim2=2)
+        return turned_norm(self.changed, left, self.frame, len(self.drawn), compared, every)
 
     def _products(self, G: Tensor, H: Tensor) -> Tensor:
         """Return (layers, m·w, m·w) inner products in float64, tile by tile."""
@@ -243,7 +256,8 @@ class Check:
         left, right = (x.diagonal(dim1=1, dim2=2).sqrt() for x in (self.left, self.right))
         got = truth + (got - truth).sign() * ((got - truth).abs() - slack).clamp_min(0)  # NaN stays NaN
         sides = left[:, local(rows)], right[:, local(columns)]
-        self._judge("the Gram matrix", got, truth, *sides, rows, columns, TOLERANCE.get(dtype, 5e-2))
+        hint = "" if dtype in TOLERANCE else f"; {str(dtype)[6:]} may be too coarse for this model: precision='high'"
+        self._judge("the Gram matrix", got, truth, *sides, rows, columns, TOLERANCE.get(dtype, 5e-2), hint)
 
     def _compare(self, name: str, got: Tensor) -> None:
         truth = self.parts[name]
@@ -262,6 +276,7 @@ class Check:
         rows: Sequence[int],
         columns: Sequence[int],
         tolerance: float,
+        hint: str = "",
     ) -> None:
         tiny = torch.finfo(torch.float64).tiny
         error = (got - truth).abs() / (left[:, :, None] * right[:, None, :] + tiny)
@@ -279,4 +294,4 @@ class Check:
             msg += f"; {leave_out(name)}"
         if self.dtype != torch.float64 and value < 1e-2:
             msg += "; this small, it may be the model's own rounding: precision='exact' tells"
-        raise CheckFailed(msg)
+        raise CheckFailed(msg + hint)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from ntkengine.cluster.comm import Team, together
 from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
 from ntkengine.gram.assembly import assemble, surroundings
-from ntkengine.gram.check import Check
+from ntkengine.gram.check import TURNED, UNSURE, Check
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.layout import NEAR, Layout, heap_limit
 from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
@@ -33,6 +34,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.running import evaluation
+from ntkengine.inputs.seen import fitted_on
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
@@ -82,7 +84,7 @@ def computed(
             if task.transform in SIGNS and double is not None:
                 structure.negligible = _negligible(task, structure, double, seed)
             if check and root:
-                truth = Check(task, samples, frame, structure, seed, layout)
+                truth = Check(task, samples, frame, structure, seed, layout, turned=TURNED.get(precision, UNSURE))
                 truth.sweep()
         check_s = time.perf_counter() - checking
         if team is not None:
@@ -105,6 +107,8 @@ def computed(
                 noise = _noise(
                     task, structure, samples, frame, sums, seed, double, precision, layout, sketched=bool(sketches)
                 )
+            if truth is not None and noise is not None and task.transform in SIGNS:
+                noise = replace(noise, norm=max(noise.norm, truth.turned_norm()))
             if sketch is not None and noise is not None:
                 of_sketch = described(sketch, sketches, seed, sums, noise.relative)
     check_s += time.perf_counter() - checking
@@ -126,6 +130,7 @@ def computed(
         "noise_relative": None if noise is None else noise.relative,
         "outputs_error": None if noise is None else noise.outputs,
         "checked": check,
+        "head_fitted": fitted_on(task.model, task.samples.groups[0]),
         "sketch": of_sketch,
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,
@@ -228,6 +233,8 @@ def _noise(
     sketched: bool,
 ) -> Noise | None:
     expected, limit = float("inf") if precision == "fast" else USUAL, LIMIT[precision]
+    if task.transform in SIGNS:  # which rounding turns, whatever its size
+        limit = max(limit, LIMIT["high"])
     by_name = dict(model.named_parameters())
     selected = {name: by_name[name] for name in task.selected}
     same = model is task.model

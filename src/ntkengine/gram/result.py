@@ -86,7 +86,7 @@ class Gram:
         values: array-like float64. `"trace"`, `"sum-of-outputs"`: (N, M); `"full"`: (N·C, M·C), row n·C + c;
             `"per-output"`: (C, N, M). Unit: gradient²; sums over parameters (and, for `"trace"`, over outputs), never
             divided.
-        outputs: (N, C) float64, f(x; θ0) of the row examples.
+        outputs: (N, C) float64, f(x; θ0) of the row examples; of contraction 'sum-of-outputs' (N, 1), their sum.
         contraction: how outputs enter.
         transform: inner product between gradients.
         noise: bound of ‖K̃ − K‖₂, the error of `values` in the spectral norm, with a margin over what some recomputed
@@ -94,7 +94,7 @@ class Gram:
         modules: per-module Grams by module name, empty unless asked for; they sum to `values`.
         cross: eval × train Gram in the same layout, when eval inputs were given.
         cross_modules: its parts by module name, with `modules`.
-        eval_outputs: (M, C) float64, f of the eval examples.
+        eval_outputs: (M, C) float64, f of the eval examples, as `outputs`.
         targets: (N, C) float64 or None.
         eval_targets: (M, C) float64 or None.
         plan: how it was computed.

@@ -9,7 +9,8 @@
 
 The sign is that of the whole per-sample gradient, summed over tokens and over every use of a parameter. An entry that
 is nothing but rounding has no sign and counts as 0: in an explicit gradient one below `ZERO` of its largest entry, and
-all of a parameter whose whole gradient is rounding (a key's bias before a softmax).
+all of a parameter whose whole gradient is rounding (a key's bias before a softmax). Not seen is where that is so for
+one example only (a query where all tokens are the same): its signs there are rounding's.
 """
 
 from __future__ import annotations
@@ -51,22 +52,28 @@ class Preconditioner:
 
     @classmethod
     def from_optimizer(
-        cls, state: Mapping[str, Any], model: nn.Module, names: Sequence[str] | None = None
+        cls, state: Mapping[str, Any] | torch.optim.Optimizer, model: nn.Module, names: Sequence[str] | None = None
     ) -> Preconditioner:
-        """Return d = 1 / (√v̂ + ε) of a `torch.optim.Adam` or `AdamW` `state_dict()`.
+        """Return d = 1 / (√v̂ + ε) of a `torch.optim.Adam` or `AdamW`, or of its `state_dict()`.
 
         v̂ = v / (1 − β₂ᵗ) is the bias-corrected second moment (its running maximum with amsgrad). Groups of different
         learning rates enter relative to the largest: d is the step per unit of gradient, up to that rate.
 
         Args:
-            state: the optimizer's `state_dict()`.
+            state: the optimizer, a Trainer's too, which knows its parameters; or its `state_dict()`, which does not.
             model: the model whose parameters it trained.
-            names: the parameters' names in the optimizer's order. Needed when the optimizer was made of several groups
-                without names; else those the state carries, or the model's own order.
+            names: of a state: the parameters' names in the optimizer's order. Needed when the optimizer was made of
+                several groups without names; else those the state carries, or, unproved, the model's own order.
 
         Raises:
             InputError: not an Adam state, an order that cannot be known, shapes that do not fit.
         """
+        if isinstance(state, torch.optim.Optimizer):
+            known = {id(p): name for name, p in model.named_parameters()}
+            stepped = [p for group in state.param_groups for p in group["params"]]
+            if not all(id(p) in known for p in stepped):
+                raise InputError("optimizer: expected one of the model's parameters only, got one of others too")
+            names, state = [known[id(p)] for p in stepped], state.state_dict()
         groups, moments = _groups(state)
         order = _order(groups, model, names)
         parameters = dict(model.named_parameters())

@@ -122,10 +122,14 @@ def peft_config(given: Any) -> Any:
         if item.name in fields:
             fields[item.name] = _checked(item, fields[item.name])
     try:
-        return chosen(**fields)
+        config = chosen(**fields)
     except Exception as error:  # the library's own checks raise many kinds
         msg = f"peft: {' '.join(str(error).split())[:200]}"
         raise InputError(msg) from error
+    if config.is_prompt_learning and config.task_type is None:
+        msg = f"peft.task_type: {kind} needs one, such as SEQ_CLS (which trains the head along) or CAUSAL_LM"
+        raise InputError(msg)
+    return config
 
 
 def _checked(item: dataclasses.Field, value: Any) -> Any:

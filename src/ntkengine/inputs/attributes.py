@@ -78,6 +78,16 @@ def plain_values(model: nn.Module) -> list[dict[str, Any]]:
     return [{k: v for k, v in vars(m).items() if v is None or isinstance(v, _PLAIN)} for m in model.modules()]
 
 
+def changed_values(model: nn.Module, before: list[dict[str, Any]]) -> list[tuple[nn.Module, str, Any]]:
+    """Return (module, attribute, value) of plain values that are others than `plain_values` found, but for the mode."""
+    return [
+        (module, key, value)
+        for module, old, new in zip(model.modules(), before, plain_values(model), strict=True)
+        for key, value in new.items()
+        if key != "training" and (key not in old or old[key] != value)
+    ]
+
+
 def settings(model: nn.Module) -> dict[str, Any]:
     """Return every module's attributes that are plain values or containers of them, by full name, for comparison.
 

@@ -17,7 +17,7 @@ from ntkengine.errors import InputError
 
 MICROBATCH_TOKENS = 2048
 # Keys whose second axis is the token axis; a mapping with other token-shaped tensors is never cut.
-_TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+TOKEN_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Samples:
         batch = {}
         for key, value in group.items():
             part = value[rows.to(value.device)]
-            if width is not None and key in _TOKEN_KEYS:
+            if width is not None and key in TOKEN_KEYS:
                 part = part[:, :width]
             batch[key] = part.to(device, dtype) if part.is_floating_point() else part.to(device)
         return batch
@@ -180,9 +180,9 @@ def _can_trim(inputs: Mapping[str, Tensor]) -> bool:
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return False
-    if any(v.ndim >= 2 and k not in _TOKEN_KEYS for k, v in inputs.items()):
+    if any(v.ndim >= 2 and k not in TOKEN_KEYS for k, v in inputs.items()):
         return False
-    if any(inputs[k].shape[1:] != mask.shape[1:] for k in _TOKEN_KEYS & inputs.keys()):
+    if any(inputs[k].shape[1:] != mask.shape[1:] for k in TOKEN_KEYS & inputs.keys()):
         return False
     on = mask != 0
     return bool((on[:, :-1] >= on[:, 1:]).all())  # once off, off to the end: padding is on the right

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import logits_of
-from ntkengine.inputs.running import call_model, evaluation
+from ntkengine.inputs.running import call_model, evaluation, explained
 
 _NO_LINEAR = "fit_head: no nn.Linear of the model makes its logits; fit the head yourself"
 
@@ -84,7 +84,8 @@ def chunk_logits(model: nn.Module, samples: Samples, chunk: Chunk, handles: list
     parameter = next(iter(model.parameters()))
     inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
     try:
-        with evaluation(model), torch.set_grad_enabled(grad):
+        where = f"a batch of {chunk.n} with example {int(chunk.rows[0])}"
+        with evaluation(model), torch.set_grad_enabled(grad), explained(model, where):
             return logits_of(call_model(model, inputs))
     finally:
         for handle in handles:

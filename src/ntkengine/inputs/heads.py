@@ -18,6 +18,7 @@ from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.headrows import chunk_logits, head_features, nearness
 from ntkengine.inputs.parameters import require_module
+from ntkengine.inputs.seen import marks_of
 from ntkengine.inputs.sources import Source, as_inputs
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class HeadFit:
         fold: (N,) the fold of each example.
         weights: per fold (W (C, d), b (C,)), fitted without it; the last pair is the head now in the model.
         module: the Linear that was written.
+        seen: marks of the examples.
     """
 
     held_out: np.ndarray = field(repr=False)
@@ -44,6 +46,7 @@ class HeadFit:
     fold: np.ndarray = field(repr=False)
     weights: list[tuple[np.ndarray, np.ndarray]] = field(repr=False)
     module: str
+    seen: frozenset[bytes] = field(repr=False)
 
     def write(self, model: nn.Module, fold: int) -> None:
         """Put one fold's head into the model; −1 puts back the head fitted on all."""
@@ -53,7 +56,7 @@ class HeadFit:
             linear.weight.copy_(torch.from_numpy(W))
             if linear.bias is not None:
                 linear.bias.copy_(torch.from_numpy(b))
-        model.ntk_head_new = False  # type: ignore[assignment]
+        model.ntk_head_new, model.ntk_head_seen = False, self.seen  # type: ignore[assignment]
 
     def each_fold(self, model: nn.Module, work: Callable[[int], T]) -> list[T]:
         """Return work(k) with the head fitted without fold k in the model, for each k; the fitted head is put back."""
@@ -124,7 +127,7 @@ def fit_head(
         if targets.shape[1] != linear.out_features:
             msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
             raise InputError(msg)
-        fit = _fit(name, linear, features, targets, ridge, folds, seed)
+        fit = _fit(name, linear, features, targets, ridge, folds, seed, marks_of(inputs))
         wrong = _misfit(model, fit, features, inputs, samples)
         if wrong is None:
             return fit
@@ -132,7 +135,14 @@ def fit_head(
 
 
 def _fit(
-    name: str, linear: Any, features: np.ndarray, targets: np.ndarray, ridge: float | str, folds: int, seed: int
+    name: str,
+    linear: Any,
+    features: np.ndarray,
+    targets: np.ndarray,
+    ridge: float | str,
+    folds: int,
+    seed: int,
+    seen: frozenset[bytes],
 ) -> HeadFit:
     """Return the heads, in the numbers that the Linear's dtype has."""
     n, bias = len(features), linear.bias is not None
@@ -146,7 +156,7 @@ def _fit(
         held_out[part], fold[part] = features[part] @ W.T + b, k
         weights.append((W, b))
     W, b = (_rounded(x, linear) for x in _ridge(features, targets, chosen, bias))
-    return HeadFit(held_out, features @ W.T + b, chosen, fold, [*weights, (W, b)], name)
+    return HeadFit(held_out, features @ W.T + b, chosen, fold, [*weights, (W, b)], name, seen)
 
 
 def _rounded(x: np.ndarray, linear: nn.Linear) -> np.ndarray:
@@ -159,7 +169,7 @@ def _misfit(
     """Write the fitted head, and put the old one back if the model does not give what it should on three examples."""
     linear: Any = model.get_submodule(fit.module)
     old = [p.detach().clone() for p in (linear.weight, linear.bias) if p is not None]
-    new = getattr(model, "ntk_head_new", False)
+    new, seen = getattr(model, "ntk_head_new", False), getattr(model, "ntk_head_seen", None)
     fit.write(model, -1)
     W, b = fit.weights[-1]
     near = nearness(linear.weight.dtype)
@@ -173,7 +183,7 @@ def _misfit(
             with torch.no_grad():
                 for p, was in zip((linear.weight, linear.bias), old, strict=False):
                     p.copy_(was)
-            model.ntk_head_new = new  # type: ignore[assignment]
+            model.ntk_head_new, model.ntk_head_seen = new, seen  # type: ignore[assignment]
             return (
                 f"fit_head: with the fitted weights of {fit.module} the model gives {got} for example {n}, and its "
                 f"features times those weights {fit.fitted[n]}: it is no plain Linear; fit the head yourself"

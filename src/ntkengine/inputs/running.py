@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from ntkengine.inputs.attributes import Attributes, stored_weight
+from ntkengine.errors import CheckFailed, InputError
+from ntkengine.inputs.attributes import Attributes, changed_values, plain_values, stored_weight
 from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.products import full_rate
@@ -19,21 +21,52 @@ from ntkengine.products import full_rate
 log = logging.getLogger(__name__)
 
 _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
+_UNUSABLE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError)
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
 
 
 def arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Return what a model is called with on a batch: labels are kept back (the readout, not the model, reads them)."""
     given = {k: v for k, v in inputs.items() if k != "labels"}
-    if len(given) == 1 and not hasattr(model, "config"):  # a plain torch module: its one input has no agreed name
+    if len(given) == 1 and (not hasattr(model, "config") or _unnamed(model, next(iter(given)))):
         return tuple(given.values()), {}
     return (), given
+
+
+def _unnamed(model: nn.Module, name: str) -> bool:
+    """Return whether a module, not of transformers, has no such input: the name is ours, for its only one."""
+    return not hasattr(model, "main_input_name") and name not in inspect.signature(model.forward).parameters
 
 
 def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
     """Return the model's output on a batch."""
     args, kwargs = arguments(model, inputs)
     return model(*args, **kwargs)
+
+
+@contextmanager
+def explained(
+    model: nn.Module, what: str, *, hint: str = "", kinds: tuple[type[Exception], ...] = _UNUSABLE
+) -> Iterator[None]:
+    """Within the block, make of what a model's code raises on inputs one line.
+
+    Args:
+        model: that is run.
+        what: on what, for the line.
+        hint: at its end.
+        kinds: of exceptions; default those that inputs it cannot take lead to.
+
+    Raises:
+        InputError: in place of it.
+    """
+    try:
+        yield
+    except (InputError, CheckFailed, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except kinds as error:
+        reason = " ".join(str(error).split())[:200]
+        more = " (set model.config.pad_token_id)" if "padding token" in reason else hint
+        raise InputError(f"model: {type(model).__name__} cannot be run on {what}: {reason}{more}") from error
 
 
 def coarsest(model: nn.Module, f: Tensor) -> torch.dtype:
@@ -135,7 +168,7 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
     """After the block make the model what it was; say which large tensors its forward pass wrote to."""
     grads = [(p, p.requires_grad) for p in model.parameters()]
     settings = [(owner, key, getattr(owner, key)) for owner, key, _ in _unwanted(model)]
-    before = Attributes(model)
+    before, was_plain = Attributes(model), plain_values(model)
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel() <= _SMALL]
     unsaved = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.numel() > _SMALL}}
     known = {id(p) for p in trained}
@@ -147,13 +180,16 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
             p.requires_grad_(wanted)
         for owner, key, was in settings:
             setattr(owner, key, was)
+        written = [name for name, version in versions.items() if unsaved[name]._version != version]
+        noted = changed_values(model, was_plain) if written else []  # what goes with weights as they are now
         before.restore()
+        for module, key, value in noted:
+            vars(module)[key] = value
         RESIDENT.shrink(0)
         for buffer, version, value in buffers:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
-        written = [name for name, version in versions.items() if unsaved[name]._version != version]
         if written:
             log.warning("model: its forward pass wrote to %s, which is left as it is now", ", ".join(written[:3]))
 

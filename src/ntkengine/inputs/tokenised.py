@@ -1,6 +1,7 @@
-"""Token ids that someone else has made: a DataLoader, a list of batches or of examples, a tokenised data set.
+"""Inputs that someone else has made: a DataLoader, a list of batches or of examples, a tokenised data set.
 
-They become one mapping of tensors, in their order, padded on the right.
+They become one mapping of tensors, in their order, token ids padded on the right. Images and sounds are what the model
+says it takes (`main_input_name`), all of one shape.
 """
 
 from __future__ import annotations
@@ -19,17 +20,25 @@ from ntkengine.inputs.loaders import check_order
 
 # Tensors with a token axis -> what they are padded with; input_ids with the model's own.
 _PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "labels": -100}
+_AXES = {"pixel_values": 3, "input_values": 1, "input_features": 2}  # of one example
 
 
-def is_tokenised(source: Any) -> bool:
-    """Return whether a source holds token ids, as far as can be seen without using it up."""
+def main_input(model: nn.Module | None) -> str:
+    """Return what a model calls its main input."""
+    found = getattr(model, "main_input_name", None)
+    return found if isinstance(found, str) else "input_ids"
+
+
+def is_tokenised(source: Any, model: nn.Module | None = None) -> bool:
+    """Return whether a source holds a model's inputs, as far as can be seen without using it up."""
     if isinstance(source, Mapping):
         return "input_ids" in source
     if isinstance(source, DataLoader):
         return True
     if hasattr(source, "column_names"):
-        return not isinstance(source.column_names, Mapping) and "input_ids" in (source.column_names or ())
-    return isinstance(source, list | tuple) and bool(source) and _tokens(source[0])
+        columns = source.column_names or ()
+        return not isinstance(columns, Mapping) and bool({"input_ids", main_input(model)} & set(columns))
+    return isinstance(source, list | tuple) and bool(source) and _tokens(source[0], main_input(model))
 
 
 def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -38,6 +47,7 @@ def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
     Args:
         source: as `is_tokenised` knows it. Batches are mappings of tensors (n, T, …), examples of sequences (T,) and
             numbers; `label` is called `labels`. Of a data set only what the model takes is kept (`inputs.columns`).
+            In a list, of inputs other than token ids, the number of axes tells examples from batches.
         model: its padding token pads `input_ids`, and its `forward` says what it takes.
 
     Raises:
@@ -50,12 +60,15 @@ def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
     if isinstance(source, DataLoader):
         check_order(source)
     parts: Iterable[Any] = [source] if isinstance(source, Mapping) else source
-    columns = None
+    columns, main = None, main_input(model)
+    single: bool | None = True if hasattr(source, "column_names") else None
+    if isinstance(source, DataLoader | Mapping):
+        single = isinstance(source, DataLoader) and source.batch_size is None and source.batch_sampler is None
     batches = []
     for i, part in enumerate(parts):
         if i == 0 and hasattr(source, "column_names") and isinstance(part, Mapping):
-            columns = input_columns(part, _PADDING, model)
-        batches.append(_batch(part, f"batch {i}", columns))
+            columns = input_columns(part, {main, *_PADDING}, model)
+        batches.append(_batch(part, f"batch {i}", columns, main, single))
     if not batches:
         msg = "inputs: expected at least one batch, got none"
         raise InputError(msg)
@@ -64,7 +77,7 @@ def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
         if batch.keys() != first.keys():
             msg = f"batch {i}: expected {', '.join(first)} like batch 0, got {', '.join(batch)}"
             raise InputError(msg)
-    widths = [int(batch["input_ids"].shape[1]) for batch in batches]
+    widths = [int(batch["input_ids"].shape[1]) for batch in batches if "input_ids" in batch]
     if len(set(widths)) > 1:
         for i, batch in enumerate(batches):
             _can_pad(batch, f"batch {i}")
@@ -106,16 +119,28 @@ def _ragged(source: Mapping[str, Any]) -> bool:
     return all(isinstance(v, list | tuple) for v in source.values()) and len({len(v) for v in source.values()}) == 1
 
 
-def _tokens(part: Any) -> bool:
-    return isinstance(part, Mapping) and ("input_ids" in part or any(isinstance(v, Tensor) for v in part.values()))
+def _tokens(part: Any, main: str) -> bool:
+    if not isinstance(part, Mapping):
+        return False
+    return "input_ids" in part or main in part or any(isinstance(v, Tensor) for v in part.values())
 
 
-def _batch(part: Any, where: str, columns: set[str] | None) -> dict[str, Tensor]:
-    """Return a batch, or an example as a batch of one, as tensors; all columns, or those."""
-    if not isinstance(part, Mapping) or "input_ids" not in part:
+def _batch(part: Any, where: str, columns: set[str] | None, main: str, single: bool | None) -> dict[str, Tensor]:
+    """Return a batch, or an example as a batch of one, as tensors; all columns, or those.
+
+    Args:
+        part: the batch or example.
+        where: it is, for messages.
+        columns: that are inputs; None for all.
+        main: the model's main input, where there are no `input_ids`.
+        single: whether it is an example; None where its axes must tell.
+    """
+    if not isinstance(part, Mapping) or not {"input_ids", main} & part.keys():
         got = f"a mapping of {', '.join(map(str, part))}" if isinstance(part, Mapping) else type(part).__name__
-        msg = f"{where}: expected token ids, a mapping with input_ids, got {got}; `tokenize` makes them from texts"
-        raise InputError(msg)
+        what = "token ids, a mapping with input_ids" if main == "input_ids" else f"a mapping with {main}"
+        more = "; `tokenize` makes them from texts" if main == "input_ids" else ""
+        raise InputError(f"{where}: expected {what}, got {got}{more}")
+    main = "input_ids" if "input_ids" in part else main
     found = {}
     for name, value in part.items():
         if columns is not None and name not in columns:
@@ -129,16 +154,18 @@ def _batch(part: Any, where: str, columns: set[str] | None) -> dict[str, Tensor]
         except (TypeError, ValueError, RuntimeError) as error:
             msg = f"{where}: expected numbers of one length in {name} ({str(error).splitlines()[0]})"
             raise InputError(msg) from error
-    if found["input_ids"].ndim == 1:  # an example
+    axes = found[main].ndim
+    if axes == 1 if main == "input_ids" else axes == _AXES.get(main) if single is None else single:
         found = {name: value[None] for name, value in found.items()}
-        found.setdefault("attention_mask", torch.ones_like(found["input_ids"]))
-    ids = found["input_ids"]
-    if ids.ndim != 2 or not ids.numel():
-        msg = f"{where}: expected input_ids of shape (n, T), got {tuple(ids.shape)}"
+        if main == "input_ids":
+            found.setdefault("attention_mask", torch.ones_like(found[main]))
+    ids = found[main]
+    if (ids.ndim != 2 if main == "input_ids" else ids.ndim < 2) or not ids.numel():
+        msg = f"{where}: expected {main} of shape (n, {'T' if main == 'input_ids' else '…'}), got {tuple(ids.shape)}"
         raise InputError(msg)
     for name, value in found.items():
         if value.ndim == 0 or len(value) != len(ids):
-            msg = f"{where}: expected {len(ids)} examples in {name} as in input_ids, got shape {tuple(value.shape)}"
+            msg = f"{where}: expected {len(ids)} examples in {name} as in {main}, got shape {tuple(value.shape)}"
             raise InputError(msg)
     return found
 

@@ -18,7 +18,7 @@ _META: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("parameters", "blocks", "resumed"), (int,)),
     **dict.fromkeys(("unused_parameters", "negligible_parameters"), (list,)),
     **dict.fromkeys(("seconds", "pass_seconds", "contract_seconds", "noise_relative", "outputs_error"), _NUMBER),
-    **dict.fromkeys(("checked", "one_by_one"), (bool,)),
+    **dict.fromkeys(("checked", "one_by_one", "head_fitted"), (bool,)),
     **dict.fromkeys(("versions", "settings", "sketch", "module_trace", "ranks"), (dict,)),
 }
 _SKETCH: dict[str, tuple[type, ...]] = {"features": (int,), "parameters": (int,), "relative_error": _NUMBER}

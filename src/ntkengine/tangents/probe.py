@@ -207,8 +207,16 @@ def _assign(
         for segment in range(stack.head + 1):
             if not verifier.segment(segment):
                 return None
+    if not any(r.depends for r in alone):
+        verifier.used.clear()
     structure.unused = [name for name in selected if name not in verifier.used]
     structure.negligible = [name for name in selected if name in verifier.used - verifier.felt]
+    if not agrees:
+        log.warning(
+            "model: f of an example depends on the others of its batch (by %.1e): this is the kernel of each example "
+            "alone",
+            float((batch.f - f).norm()),
+        )
     return structure
 
 

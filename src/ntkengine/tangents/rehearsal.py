@@ -68,6 +68,7 @@ class Rehearsal:
 
     Attributes:
         f: (n, C), detached.
+        depends: whether f depends on anything: not where the readout is detached.
         apart: whether segments share nothing but the hidden states: no other argument carries a gradient or a state,
             and no operation belongs to two of them, as a skip connection around the blocks would.
         whole: whether every segment's output has one row for each sample.
@@ -150,7 +151,7 @@ class Rehearsal:
                 handle.remove()
         self.expand = frozenset(recorder.expanded)
         self._note(out, stack.head)
-        self.f = out.detach()
+        self.f, self.depends = out.detach(), out.requires_grad
         self._kept[stack.head] = Scene(out, leaf, dict(recorder.calls))
 
     def _note(self, out: Tensor, segment: int) -> None:

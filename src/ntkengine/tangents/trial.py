@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, InputError
 from ntkengine.inputs.attributes import Attributes, held_tensors, plain_values
-from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.batches import TOKEN_KEYS, Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, coarsest, wanting_gradients
+from ntkengine.inputs.running import call_model, coarsest, explained, wanting_gradients
 from ntkengine.inputs.sources import Source, as_inputs
 from ntkengine.inputs.unrounded import watching
 from ntkengine.tangents.rehearsal import agreement, close, rounding
@@ -86,21 +86,20 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
     parameter = next(iter(selected.values()))
     inputs = one.inputs(chunk, parameter.device, parameter.dtype)
     before, left, found = Attributes(model), [held_tensors(model)], []
-    try:
-        with torch.no_grad(), watching() as libraries:
-            for _ in range(2):
-                found.append(readout(call_model(model, inputs), inputs))
-                left.append(held_tensors(model))
-    except (InputError, CheckFailed, NotImplementedError, torch.OutOfMemoryError):
-        raise
-    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        msg = f"model: {type(model).__name__} cannot be run on example {int(chunk.rows[0])} in {dtype}: {reason}"
-        if "labels" in inputs and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            msg += " (labels only reach the readout: give decoder_input_ids too)"
-        raise InputError(msg) from error
+    versions = [p._version for p in model.parameters()]
+    where = f"example {int(chunk.rows[0])} in {str(parameter.dtype).removeprefix('torch.')}"
+    bare = "labels" in inputs and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    hint = " (labels only reach the readout: give decoder_input_ids too)" if bare else ""
+    with explained(model, where, hint=hint), torch.no_grad(), watching() as libraries:
+        found.append(readout(call_model(model, inputs), inputs))
+        if [p._version for p in model.parameters()] != versions:  # RWKV's first call scales them, and notes it
+            before, left = Attributes(model), [held_tensors(model)]
+            found = [readout(call_model(model, inputs), inputs)]
+        left.append(held_tensors(model))
+        found.append(readout(call_model(model, inputs), inputs))
+        left.append(held_tensors(model))
     before.restore()
+    _run_suspects(model, samples, readout, parameter)
     start, once, twice = ({place: x for place, (_, x) in held.items()} for held in left)
     kept = [place for place, x in once.items() if x is twice.get(place) and x is not start.get(place)]
     if kept:
@@ -128,20 +127,58 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
     return bool(libraries)
 
 
+def _run_suspects(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
+    """Run what a model may not be able to: an example with ids beyond its table, two at once without a padding token.
+
+    Raises:
+        InputError: it cannot.
+    """
+    suspects = []
+    size = _table_size(model)
+    for g, group in enumerate(samples.groups):
+        ids = group.get("input_ids")
+        if ids is not None and ids.ndim == 2 and size is not None:
+            beyond = ((ids >= size) | (ids < 0)).any(1).nonzero()
+            suspects += [(g, beyond[:1, 0], f"example {samples.example(g, int(row))}") for row in beyond[:1, 0]]
+    if getattr(getattr(model, "config", None), "pad_token_id", 0) is None and samples.sizes[0] > 1:
+        suspects.append((0, torch.arange(2), "two examples at once"))
+    for g, rows, what in suspects:
+        few = Samples([{k: v[rows.to(v.device)] for k, v in samples.groups[g].items()}], microbatch=2, trim=False)
+        inputs = few.inputs(few.chunks[0], parameter.device, parameter.dtype)
+        before = Attributes(model)
+        with explained(model, what), torch.no_grad():
+            readout(call_model(model, inputs), inputs)
+        before.restore()
+
+
+def _table_size(model: nn.Module) -> int | None:
+    """Return how many ids a model has rows for, as far as it says; a multimodal one may take others, of images."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
 def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
-    """Return whether cutting padding columns leaves f, and the model's settings, unchanged: each group's shortest."""
+    """Return whether cutting padding columns leaves f, and the model's settings, unchanged.
+
+    On the shortest examples, and the narrowest microbatches, of each remainder by four: strided convolutions and pooled
+    attention may see padding at some widths only.
+    """
     if not any(samples.trim):
         return False
-    for group in samples.groups:
+    for group, row, width in _cuts(samples):
         before, state, f = Attributes(model), plain_values(model), []
-        for trim in (False, True):  # a model may change its attention for good when it meets a short input
-            one = Samples([group], microbatch=1, trim=trim)
-            inputs = one.inputs(one.chunks[0], parameter.device, parameter.dtype)
+        one = {k: v[row : row + 1] for k, v in samples.groups[group].items()}
+        for to in (None, width):  # a model may change its attention for good when it meets a short input
+            alone = Samples([{k: v[:, :to] if k in TOKEN_KEYS else v for k, v in one.items()}], trim=False)
+            inputs = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
             try:
                 with torch.no_grad():
                     f.append(readout(call_model(model, inputs), inputs))
             except (RuntimeError, IndexError, ValueError):
-                if not trim:
+                if to is None:
                     raise
                 return False  # the model wants this length
         if plain_values(model) != state:
@@ -153,6 +190,20 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
         if not off <= _CUT.get(f[0].dtype, 1e-2) * max(float(f[0].norm()), float(f[0].abs().max())):
             return False
     return True
+
+
+def _cuts(samples: Samples) -> list[tuple[int, int, int]]:
+    """Return (group, example, width) of the cuts to try."""
+    found = []
+    for g, trimmed in enumerate(samples.trim):
+        if not trimmed:
+            continue
+        lengths = samples.lengths[g]
+        alone = {int(lengths[row]) % 4: (g, int(row), int(lengths[row])) for row in samples.order[g][::-1]}
+        widths = [(c.rows, int(lengths[c.rows].max())) for c in samples.chunks if c.group == g]
+        together = {width % 4: (g, int(rows[0]), width) for rows, width in widths[::-1]}
+        found += [*alone.values(), *together.values()]
+    return found
 
 
 def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
