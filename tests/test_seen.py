@@ -24,7 +24,7 @@ def gram_of(model, inputs, **options):
     return ntk.compute_gram(model, inputs, params="*.layer.*.weight", readout="margin", **options)
 
 
-def test_risk_of_examples_that_the_head_has_seen_is_refused(tmp_path):
+def test_risk_of_examples_that_the_head_has_seen_is_refused(tmp_path, caplog):
     model, inputs, y, head = fitted()
     gram_of(model, inputs, out=tmp_path / "k.h5")
     gram = ntk.open_gram(tmp_path / "k.h5")
@@ -37,6 +37,10 @@ def test_risk_of_examples_that_the_head_has_seen_is_refused(tmp_path):
     )
     assert ntk.forecast(gram, y, head_fitted_on_targets=False).loo[0] > 0.0
     assert ntk.forecast(gram.values, y).loo[0] > 0.0  # an array says nothing
+    ntk.KernelRidge(ridge=1.0).fit(gram, y, offset=gram.outputs)
+    assert not caplog.text
+    ntk.KernelRidge(ridge="loo").fit(gram, y, offset=gram.outputs)
+    assert "the ridge they choose, are too small" in caplog.text
 
 
 def test_examples_are_known_by_their_tokens():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from ntkengine.ridge.tuning import RidgeCurve, choose, draw_folds, ridge_curve, 
 from ntkengine.spectrum import DenseOperator, noise_of
 from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, is_on_disk, operator_of
 from ntkengine.targets import refuse_bits
+
+log = logging.getLogger(__name__)
 
 SOLVERS = ("auto", "eigen", "cholesky", "out-of-core", "cg")
 
@@ -114,6 +117,11 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         if (getattr(X, "meta", None) or {}).get("readout") == "margin":
             refuse_bits("y", residual)
         if offset is not None:
+            if isinstance(self.ridge, str) and (getattr(X, "meta", None) or {}).get("head_fitted"):
+                log.warning(
+                    "offset: the head behind it was fitted on most of these examples, so leave-one-out errors, and the "
+                    "ridge they choose, are too small; forecast(..., cross_fit=cross_fit(...)) has honest ones"
+                )
             residual = residual - _like("offset", offset, targets.shape).reshape(residual.shape)
         flat = residual.reshape(rows, 1) if full else residual
         root = np.repeat(np.sqrt(self._weights(sample_weight, targets)), block)[:, None]
