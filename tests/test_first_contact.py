@@ -112,3 +112,81 @@ def test_a_model_without_a_padding_token_is_refused_in_one_line():
         ntk.fit_head(model, inputs, np.eye(3))
     alone = {k: v[:1] for k, v in inputs.items()}
     assert ntk.compute_gram(model, alone, params="all").shape == (1, 1)
+
+
+class Strided(torch.nn.Module):
+    """A convolution with a stride of eight over the tokens, and the masked mean of what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(30, 6), torch.nn.Linear(6, 2)
+        self.mixed = torch.nn.Conv1d(6, 6, 8, stride=8, padding=4)
+
+    def forward(self, input_ids, attention_mask):
+        x = torch.tanh(self.mixed(self.table(input_ids).transpose(1, 2)))
+        return self.head(x.mean(2) * attention_mask.sum(1, keepdim=True) / 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_padding_that_a_stride_of_eight_sees_is_not_cut(seed):
+    torch.manual_seed(seed)
+    lengths = np.random.default_rng(seed).choice([16, 24, 32, 40, 44], 40)
+    mask = (torch.arange(64) < torch.tensor(lengths)[:, None]).long()
+    inputs = {"input_ids": torch.randint(1, 30, (40, 64)) * mask, "attention_mask": mask}
+    model = Strided()
+    gram = ntk.compute_gram(model, inputs, params="all", readout=lambda out, _: out)
+    with torch.no_grad():
+        assert max(relative_error(gram.outputs, model(**inputs).numpy())) < 1e-5
+
+
+def test_an_output_near_zero_does_not_keep_the_padding():
+    model = tiny_model("bert", num_labels=2)
+    inputs = tiny_inputs(model, [3 + i % 12 for i in range(36)], 48)
+    with torch.no_grad():
+        f = model(**{k: v[:1] for k, v in inputs.items()}).logits
+        model.classifier.bias[1] += f[0, 0] - f[0, 1]  # the first example's margin is nothing but rounding
+    plan = ntk.plan_gram(model, inputs, params="all", readout="margin")
+    assert plan.microbatches == 1
+
+
+def test_training_a_model_whose_first_call_changes_its_weights():
+    torch.manual_seed(0)
+    model = RwkvClassifier()
+    inputs = {"input_ids": torch.randint(0, 40, (6, 5))}
+    with pytest.raises(
+        InputError, match="the first call of RwkvClassifier writes to its weights; call it once in eval"
+    ):
+        ntk.linearize(copy.deepcopy(model), "all", readout=lambda out, _: out)(inputs)
+    recipe = {"optimizer": "sgd", "learning_rate": 1e-3, "epochs": 1}
+    run = ntk.fine_tune(model, inputs, np.zeros((6, 2)), recipe, params="all", readout=lambda out, _: out)
+    for _ in range(2):
+        with torch.no_grad():
+            assert max(relative_error(model.eval()(**inputs).numpy(), run.outputs)) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "value"), [("token_type_ids", 7), ("position_ids", 700)])
+def test_other_ids_that_a_model_has_no_row_for(name, value):
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, [5] * 4, 5)
+    inputs[name] = torch.zeros_like(inputs["input_ids"])
+    inputs[name][2, 1] = value
+    with pytest.raises(InputError, match="cannot be run on example 2: "):
+        ntk.compute_gram(model, inputs, params="all")
+
+
+class Wrapped(torch.nn.Module):
+    """What hands its arguments on by name."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, {}
+
+    def forward(self, **given):
+        return self.model(**given)
+
+
+def test_a_wrapper_gets_its_inputs_by_name():
+    model = tiny_model("bert")
+    ids = {"input_ids": tiny_inputs(model, [5] * 4, 5)["input_ids"]}
+    wrapped = ntk.compute_gram(Wrapped(model), ids, params="all")
+    assert max(relative_error(wrapped.values, ntk.compute_gram(model, ids, params="all").values)) < 1e-5

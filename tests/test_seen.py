@@ -7,6 +7,7 @@ import pytest
 
 import ntkengine as ntk
 from ntkengine.errors import InputError
+from ntkengine.gramfiles import forecast_file, report_files
 from tests.brute import tiny_inputs, tiny_model
 
 N = 24
@@ -28,7 +29,9 @@ def test_risk_of_examples_that_the_head_has_seen_is_refused(tmp_path, caplog):
     model, inputs, y, head = fitted()
     gram_of(model, inputs, out=tmp_path / "k.h5")
     gram = ntk.open_gram(tmp_path / "k.h5")
-    with pytest.raises(InputError, match="a head fitted on these .* on other labels, head_fitted_on_targets=False$"):
+    with pytest.raises(
+        InputError, match="a head fitted on these .* not fitted on these labels, head_fitted_on_targets=False$"
+    ):
         ntk.forecast(gram, y)
     held_out = ntk.cross_fit(model, inputs, head, readout="margin", params="*.layer.*.weight")
     assert (
@@ -41,6 +44,18 @@ def test_risk_of_examples_that_the_head_has_seen_is_refused(tmp_path, caplog):
     assert not caplog.text
     ntk.KernelRidge(ridge="loo").fit(gram, y, offset=gram.outputs)
     assert "the ridge they choose, are too small" in caplog.text
+
+
+def test_commands_tell_of_a_file_without_held_out_heads(tmp_path):
+    model, inputs, y, _ = fitted()
+    gram_of(model, inputs, out=tmp_path / "k.h5", targets=y)
+    with pytest.raises(
+        InputError, match=r"k.h5: its head was fitted on its examples, .* compute it with `ntkengine gram`"
+    ):
+        forecast_file(tmp_path / "k.h5")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (section,) = report_files([tmp_path / "k.h5"])
+    assert section.notes == ["Its head was fitted on its examples: without held-out heads there is no forecast."]
 
 
 def test_examples_are_known_by_their_tokens():

@@ -159,6 +159,9 @@ def test_recipes_are_checked():
             Recipe.of(fields)
     given = Recipe(np.float32(0.5), epochs=np.int64(2), batch_size=np.int32(8))
     assert given == Recipe(0.5, epochs=2, batch_size=8)
+    assert Recipe.of({"learning_rate": 0.5, "betas": np.array([0.9, 0.99]), "selective": np.False_}) == Recipe(
+        0.5, betas=(0.9, 0.99)
+    )
     assert [type(x) for x in (given.learning_rate, given.epochs, given.batch_size)] == [float, int, int]
 
 

@@ -214,6 +214,10 @@ def test_groups_of_an_optimizer():
     assert torch.allclose(known[named[-1][0]], 1 / ((last["exp_avg_sq"].double() / (1 - 0.999**3)).sqrt() + 1e-8))
     with pytest.raises(InputError, match="expected one of the model's parameters only"):
         Preconditioner.from_optimizer(optimizer, tiny_model("bert"))
+    with pytest.raises(InputError, match="expected an Adam or AdamW, got RAdam"):
+        Preconditioner.from_optimizer(torch.optim.RAdam(model.parameters()), model)
+    with pytest.raises(InputError, match="got AdamW with names, which it knows"):
+        Preconditioner.from_optimizer(optimizer, model, [n for n, _ in named])
     first = state["state"][len(decayed)]["exp_avg_sq"].double() / (1 - 0.999**3)
     assert torch.allclose(found.scale[plain[0][0]], 0.1 / (first.sqrt() + 1e-8))
     for group, rate in zip(state["param_groups"], (1e-3, 1e-4), strict=True):  # as a schedule leaves them at its end

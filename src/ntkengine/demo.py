@@ -103,7 +103,7 @@ def run_demo(
         gram = open_gram(path)
         forecasts[name] = found = forecast_file(gram)
         total = sum(gram.meta["module_trace"].values())
-        tables += [gram_table(gram), module_table(found.modules, total, top=10)]
+        tables += [gram_table(gram, job=False), module_table(found.modules, total, top=10)]
         summary += _summary(name, found, float(gram.meta["seconds"]))
     tables.append(comparison_table(forecasts))
     summary.append(_verdict(forecasts))

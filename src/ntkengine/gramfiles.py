@@ -51,11 +51,17 @@ def forecast_file(
         )
     if outputs != wanted:
         raise InputError(f"{name}: expected targets for {outputs} outputs, got {wanted}")
+    held_out = _cross_fit(gram)
+    if held_out is None and gram.meta.get("head_fitted"):
+        raise InputError(
+            f"{name}: its head was fitted on its examples, and it holds no kernels under held-out heads; compute it "
+            "with `ntkengine gram`, or call forecast() in Python with cross_fit=cross_fit(...)"
+        )
     fitted = ((gram.meta.get("settings") or {}).get("head") or {}).get("fitted")
     return forecast(
         gram,
         gram.targets,
-        cross_fit=_cross_fit(gram),
+        cross_fit=held_out,
         eval_targets=gram.eval_targets,
         head_fitted_on_targets=fitted,
         ridge=ridge,
@@ -95,7 +101,10 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
             continue
         gram = open_gram(path)
         facts = gram_table(gram)
-        if gram.targets is not None and gram.contraction != "sum-of-outputs":
+        reason = "Without class targets there is no forecast."
+        if gram.targets is not None and gram.meta.get("head_fitted") and _cross_fit(gram) is None:
+            reason = "Its head was fitted on its examples: without held-out heads there is no forecast."
+        elif gram.targets is not None and gram.contraction != "sum-of-outputs":
             found = forecasts[str(path)] = forecast_file(gram, ridge)
             tables = [facts, forecast_table(found)]
             if found.modules and gram.meta.get("module_trace"):
@@ -107,7 +116,7 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
         condition = condition_from_eigenvalues(values, noise_of(gram))
         figures = {"spectrum": spectrum_figure(values, condition.noise, str(condition))}
         table = spectrum_table(eigsh(gram, k=min(20, len(matrix))), condition, sketch_note(gram))
-        sections.append(Section(str(path), [facts, table], figures, ["Without class targets there is no forecast."]))
+        sections.append(Section(str(path), [facts, table], figures, [reason]))
     if len(forecasts) > 1:
         sections.insert(0, Section("Side by side", [comparison_table(forecasts)]))
     return sections

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from ntkengine.arguments import scalar, whole
+from ntkengine.arguments import flag, scalar, whole
 from ntkengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class Recipe:
             object.__setattr__(self, name, scalar(getattr(self, name)))
             if not is_number(getattr(self, name)):
                 raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
-        if not isinstance(self.selective, bool):
-            raise InputError(f"selective: expected true or false, got {self.selective!r}")
+        object.__setattr__(self, "selective", flag("selective", self.selective))
+        if isinstance(self.betas, tuple):
+            object.__setattr__(self, "betas", tuple(map(scalar, self.betas)))
         if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(map(is_number, self.betas)):
             raise InputError(f"betas: expected two numbers, got {self.betas!r}")
         within = {
@@ -137,7 +138,9 @@ class Recipe:
         if unknown or "learning_rate" not in given:
             what = f"no field {unknown[0]!r}" if unknown else "needs learning_rate"
             raise InputError(f"recipe: {what}; fields are {', '.join(known)}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if k == "betas" and hasattr(v, "__len__") else v for k, v in given.items()
+        }
         return cls(**fields)
 
 

@@ -100,6 +100,7 @@ class Linearized(nn.Module):
             raise InputError("linearize: derivatives cannot be taken inside torch.inference_mode()")
         few = {k: v[sorted({0, n - 1})] for k, v in inputs.items()}
         generator = torch.Generator().manual_seed(0)
+        versions = [p._version for p in self.origin.values()]
         with torch.no_grad(), evaluation(model), sdpa_kernel(SDPBackend.MATH):
             leaves = {name: p.detach().requires_grad_(True) for name, p in self.origin.items()}
             f = self._f(few)(leaves)
@@ -115,6 +116,11 @@ class Linearized(nn.Module):
                 delta[name] = (torch.randn(p.shape, generator=generator) / max(size, least)).to(p)
                 shares.append(float((g.double() * delta[name].double()).sum()))
             value, tangent = self._expanded(few, delta)
+        if [p._version for p in self.origin.values()] != versions:
+            raise InputError(
+                f"linearize: the first call of {type(model).__name__} writes to its weights; call it once in eval "
+                "mode before"
+            )
         if float((value - f.detach()).norm()) > (agreement(dtype) + rounding(dtype)) * float(f.detach().norm()):
             msg = (
                 f"linearize: {type(model).__name__} gives another output on the same input: it is drawn, or kept state"

@@ -65,7 +65,8 @@ def forecast(
         eval_offset: (M, C), f0 on the eval examples; default `gram.eval_outputs`. Needed with an `offset` other than
             `gram.outputs`.
         head_fitted_on_targets: the head behind `offset` was fitted on these labels. Then `cross_fit`, or at least
-            `held_out_offset`, must be given. Default: whether `fit_head` has seen most of the Gram's examples.
+            `held_out_offset`, must be given. Default: whether `fit_head` has seen most of the Gram's examples,
+            which the model knows until it is saved.
         cross_fit: of `cross_fit`: kernels and starts of heads that did not see each fold. Leave-one-out and GCV then
             score each example in the system of its own fold, and `held_out_offset` is not needed.
         ridge: "loo", "gcv", or a number in the unit of K, not below the noise.
@@ -102,7 +103,8 @@ def forecast(
         raise InputError(
             "held_out_offset: expected outputs of heads that did not see each example, got none: a head fitted on "
             "these targets makes leave-one-out and GCV too small; pass cross_fit=cross_fit(...), or out-of-fold "
-            "outputs (N, C)" + ("" if told else "; where it was fitted on other labels, head_fitted_on_targets=False")
+            "outputs (N, C)"
+            + ("" if told else "; where the head was not fitted on these labels, head_fitted_on_targets=False")
         )
     given = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
     y_eval = None if given is None else targets_of("eval_targets", given, C)

@@ -30,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 # Share of the whole gradient below which one parameter's may be nothing but rounding.
 FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
-TURNED = {"fast": 3e-2}  # likewise, by precision
+TURNED = {"exact": 1e-12, "fast": 3e-2}  # likewise, by the precision it was computed in
 DEVIATIONS = 10.0  # of a sketched entry; a wrong sketch is off by all of it
 _PASSES = 8  # through the model; where a budget would need more, only as many parameters, drawn, are compared
 _TILE = 1 << 16  # entries in float64 that stay in cache
@@ -109,11 +109,10 @@ class Check:
                 return
             size = G.abs()
             mean = size.square().sum(2, keepdim=True) / self.selected[name].numel()
-            unsure = size <= UNSURE * mean.sqrt()
-            unsure |= size <= 2 * ZERO.get(G.dtype, 1e-3) * size.amax(2, keepdim=True)
-            unsure &= size > 0
+            nothing = size <= 2 * ZERO.get(G.dtype, 1e-3) * size.amax(2, keepdim=True)
+            unsure = (nothing | (size <= UNSURE * mean.sqrt())) & (size > 0)
             sign, one = signed(G), torch.ones_like(G)
-            turned = (unsure | (size <= self.turned * mean.sqrt())) & (size > 0)
+            turned = (nothing | (size <= self.turned * mean.sqrt())) & (size > 0)
             if self.frame.transform == "sign":
                 G, H = sign, sign
                 maybe = self._products(unsure.to(G), one)
@@ -133,7 +132,8 @@ class Check:
         """Return what signs that rounding may have turned do to the job's Gram, ‖E‖_F (`turned`)."""
         compared, every = (sum(self.selected[n].numel() for n in names) for names in (self.compared, self.selected))
         left = self.left.diagonal(dim1=1, dim2=2)
-        return turned_norm(self.changed, left, self.frame, len(self.drawn), compared, every)
+        seen = min(1.0, self.turned / UNSURE)
+        return turned_norm(self.changed, left, self.frame, len(self.drawn), compared, every, seen)
 
     def _products(self, G: Tensor, H: Tensor) -> Tensor:
         """Return (layers, m·w, m·w) inner products in float64, tile by tile."""

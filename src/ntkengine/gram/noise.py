@@ -15,6 +15,7 @@ from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.tiles import Frame
+from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.structure import Structure
@@ -112,6 +113,8 @@ def estimate_noise(
             picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
     if frame.symmetric and len(picked) == 1 and rows < samples.sizes[picked[0][0]]:
         picked[0] = picked[0][0], _with_largest(picked[0][1], sums.diagonal(), samples.unsort(picked[0][0]))
+    if frame.transform in SIGNS:
+        picked = [(g, _with_flattest(r, sums.outputs[slice(*samples.span(g))][samples.unsort(g)])) for g, r in picked]
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
     layout = layout or Layout(keeps=True)
     tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
@@ -142,6 +145,11 @@ def estimate_noise(
     noise = Noise(max(norm, floor), relative, len(picked[0][1]), float(off.max()))
     worst = max(0.0 if sketched else relative, float(off.max() / (np.abs(true).max() or 1.0)))
     if worst > limit:
+        if frame.transform in SIGNS:
+            raise CheckFailed(
+                f"recomputed in float64, in other batches, the Gram differs by a relative {worst:.0e}: rounding turns "
+                "too many signs, as where a loss is nearly zero; precision='exact' settles them"
+            )
         constant = ", or the sum of its outputs is a constant" if frame.contraction == "sum-of-outputs" else ""
         msg = (
             f"recomputed in float64, in other batches, the Gram or f differs by a relative {worst:.0e}, which is no "
@@ -172,6 +180,18 @@ def _with_largest(drawn: np.ndarray, diagonal: np.ndarray, place: np.ndarray) ->
     rest = np.setdiff1d(drawn, largest)
     kept = np.random.default_rng(len(place)).permutation(rest)[: len(drawn) - len(largest)]
     return np.sort(np.r_[largest, kept])
+
+
+def _with_flattest(drawn: np.ndarray, f: np.ndarray) -> np.ndarray:
+    """Return the draw with half of it replaced by the examples of least |f|, (n, C) of all.
+
+    A loss that is nearly zero has a gradient that is nearly zero, whose every sign rounding may turn.
+    """
+    if len(drawn) == len(f):
+        return drawn
+    least = np.argsort(np.abs(f).max(1), kind="stable")[: len(drawn) // 2]
+    kept = np.random.default_rng(len(f)).permutation(np.setdiff1d(drawn, least))[: len(drawn) - len(least)]
+    return np.sort(np.r_[least, kept])
 
 
 def _carried(error: np.ndarray, exact: np.ndarray, sums: Sums | Spread, rows: np.ndarray) -> list[float]:

@@ -69,6 +69,10 @@ class Preconditioner:
             InputError: not an Adam state, an order that cannot be known, shapes that do not fit.
         """
         if isinstance(state, torch.optim.Optimizer):
+            inner = getattr(state, "optimizer", state)  # accelerate wraps it
+            if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW) or names is not None:
+                got = type(inner).__name__ + ("" if names is None else " with names, which it knows")
+                raise InputError(f"optimizer: expected an Adam or AdamW, got {got}")
             known = {id(p): name for name, p in model.named_parameters()}
             stepped = [p for group in state.param_groups for p in group["params"]]
             if not all(id(p) in known for p in stepped):

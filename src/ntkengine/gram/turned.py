@@ -10,7 +10,9 @@ from ntkengine.gram.tiles import Frame
 _UNSEEN = 3.0  # none among m samples still leaves 3/m for each, at 95 %
 
 
-def turned_norm(changed: Tensor, left: Tensor, frame: Frame, samples: int, entries: int, of: int) -> float:
+def turned_norm(
+    changed: Tensor, left: Tensor, frame: Frame, samples: int, entries: int, of: int, scale: float
+) -> float:
     """Return ‖E‖_F, in the mean over draws and from above, of what turned signs may do to a Gram.
 
     A sign of column j turned in an entry p changes K_ij by twice G_ip, by independent amounts for every p. Those of the
@@ -23,13 +25,14 @@ def turned_norm(changed: Tensor, left: Tensor, frame: Frame, samples: int, entri
         samples: m.
         entries: compared.
         of: so many selected.
+        scale: of the entries that none of the samples may have shown: finer arithmetic turns fewer.
     """
     w = frame.width
     others = torch.ones_like(changed[0, ::w, ::w]) - (torch.eye(samples).to(changed) if samples > 1 else 0)
     others = others.repeat_interleave(w, 0).repeat_interleave(w, 1)
     mean = (changed * others).sum((1, 2)) / others.sum()
     outputs = frame.outputs if frame.contraction == "trace" else 1
-    unseen = _UNSEEN / samples * left.mean(1) / (entries * outputs)
+    unseen = scale * _UNSEEN / samples * left.mean(1) / (entries * outputs)
     rows, columns = ((stop - start) * w for start, stop in (frame.rows, frame.columns))
     sides = 2 if frame.transform == "sign" else 1
     return float((4.0 * sides * rows * columns * of / entries * (mean + unseen)).max().sqrt())

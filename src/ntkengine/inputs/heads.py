@@ -57,6 +57,8 @@ class HeadFit:
             if linear.bias is not None:
                 linear.bias.copy_(torch.from_numpy(b))
         model.ntk_head_new, model.ntk_head_seen = False, self.seen  # type: ignore[assignment]
+        if hasattr(model, "get_base_model"):  # what an adapter is merged into
+            model.get_base_model().ntk_head_seen = self.seen  # type: ignore[operator]
 
     def each_fold(self, model: nn.Module, work: Callable[[int], T]) -> list[T]:
         """Return work(k) with the head fitted without fold k in the model, for each k; the fitted head is put back."""

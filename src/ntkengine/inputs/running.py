@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -21,6 +22,8 @@ from ntkengine.products import full_rate
 log = logging.getLogger(__name__)
 
 _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
+# What models note in their attributes when their first call writes to their weights.
+FIRST_CALLS: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, str, Any]]] = weakref.WeakKeyDictionary()
 _UNUSABLE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError)
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
 
@@ -35,7 +38,10 @@ def arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Ten
 
 def _unnamed(model: nn.Module, name: str) -> bool:
     """Return whether a module, not of transformers, has no such input: the name is ours, for its only one."""
-    return not hasattr(model, "main_input_name") and name not in inspect.signature(model.forward).parameters
+    if hasattr(model, "main_input_name"):
+        return False
+    taken = inspect.signature(model.forward).parameters
+    return name not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
@@ -181,7 +187,8 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
         for owner, key, was in settings:
             setattr(owner, key, was)
         written = [name for name, version in versions.items() if unsaved[name]._version != version]
-        noted = changed_values(model, was_plain) if written else []  # what goes with weights as they are now
+        noted = FIRST_CALLS.pop(model, [])  # what goes with weights as they are now
+        noted = changed_values(model, was_plain) if written else noted
         before.restore()
         for module, key, value in noted:
             vars(module)[key] = value

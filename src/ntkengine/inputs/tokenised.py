@@ -63,7 +63,8 @@ def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
     columns, main = None, main_input(model)
     single: bool | None = True if hasattr(source, "column_names") else None
     if isinstance(source, DataLoader | Mapping):
-        single = isinstance(source, DataLoader) and source.batch_size is None and source.batch_sampler is None
+        bare = isinstance(source, DataLoader) and source.batch_size is None and source.batch_sampler is None
+        single = None if bare else False
     batches = []
     for i, part in enumerate(parts):
         if i == 0 and hasattr(source, "column_names") and isinstance(part, Mapping):
@@ -154,8 +155,12 @@ def _batch(part: Any, where: str, columns: set[str] | None, main: str, single: b
         except (TypeError, ValueError, RuntimeError) as error:
             msg = f"{where}: expected numbers of one length in {name} ({str(error).splitlines()[0]})"
             raise InputError(msg) from error
-    axes = found[main].ndim
-    if axes == 1 if main == "input_ids" else axes == _AXES.get(main) if single is None else single:
+    if main == "input_ids":
+        single = found[main].ndim == 1
+    elif single is None:
+        label = found.get("labels")
+        single = found[main].ndim == _AXES.get(main) if label is None else label.ndim == 0
+    if single:
         found = {name: value[None] for name, value in found.items()}
         if main == "input_ids":
             found.setdefault("attention_mask", torch.ones_like(found[main]))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ntkengine.digits import above, measured, nearest, with_error
-from ntkengine.report.tables import Table
+from ntkengine.report.tables import Table, shortened
 
 RIDGE_ROWS = 16
 _UNITS = "mse: mean over examples and outputs; loss: half of the squared error, mean over examples"
@@ -77,7 +77,8 @@ def module_table(shares: Mapping[str, float], trace: float, top: int | None = No
     told, rest = ordered[:top], ordered[len(ordered[:top]) :]
     if rest:
         told.append((f"{len(rest)} others", sum(share for _, share in rest)))
-    rows = [(name, f"{share * trace:.5g}", f"{share:.2%}") for name, share in told]
+    names = shortened([name for name, _ in told[:top]]) + [name for name, _ in told[len(told[:top]) :]]
+    rows = [(name, f"{x * trace:.5g}", f"{x:.2%}") for name, (_, x) in zip(names, told, strict=True)]
     return Table("Trace by module", ("module", "trace (gradient²)", "share"), rows, "summed over the examples")
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.inputs.attributes import Attributes, held_tensors, plain_values
+from ntkengine.inputs.attributes import Attributes, changed_values, held_tensors, plain_values
 from ntkengine.inputs.batches import TOKEN_KEYS, Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, coarsest, explained, wanting_gradients
+from ntkengine.inputs.running import FIRST_CALLS, call_model, coarsest, explained, wanting_gradients
 from ntkengine.inputs.sources import Source, as_inputs
 from ntkengine.inputs.unrounded import watching
 from ntkengine.tangents.rehearsal import agreement, close, rounding
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # Relative change of f that rounding explains when the width changes; more, and padding is looked at.
 _CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
+_SIZES = {"token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings"}
+_LENGTHS, _WIDTHS = 12, 4  # at which cuts are tried
 
 
 def settled(model: nn.Module, inputs: Source, readout: Readout, selected: Mapping[str, nn.Parameter]) -> Samples:
@@ -86,7 +88,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
     parameter = next(iter(selected.values()))
     inputs = one.inputs(chunk, parameter.device, parameter.dtype)
     before, left, found = Attributes(model), [held_tensors(model)], []
-    versions = [p._version for p in model.parameters()]
+    versions, plain = [p._version for p in model.parameters()], plain_values(model)
     where = f"example {int(chunk.rows[0])} in {str(parameter.dtype).removeprefix('torch.')}"
     bare = "labels" in inputs and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     hint = " (labels only reach the readout: give decoder_input_ids too)" if bare else ""
@@ -94,6 +96,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         found.append(readout(call_model(model, inputs), inputs))
         if [p._version for p in model.parameters()] != versions:  # RWKV's first call scales them, and notes it
             before, left = Attributes(model), [held_tensors(model)]
+            FIRST_CALLS[model] = changed_values(model, plain)
             found = [readout(call_model(model, inputs), inputs)]
         left.append(held_tensors(model))
         found.append(readout(call_model(model, inputs), inputs))
@@ -134,12 +137,13 @@ def _run_suspects(model: nn.Module, samples: Samples, readout: Readout, paramete
         InputError: it cannot.
     """
     suspects = []
-    size = _table_size(model)
+    sizes = _table_sizes(model)
     for g, group in enumerate(samples.groups):
-        ids = group.get("input_ids")
-        if ids is not None and ids.ndim == 2 and size is not None:
-            beyond = ((ids >= size) | (ids < 0)).any(1).nonzero()
-            suspects += [(g, beyond[:1, 0], f"example {samples.example(g, int(row))}") for row in beyond[:1, 0]]
+        for name in sizes.keys() & group.keys():
+            ids = group[name]
+            if ids.ndim == 2:
+                beyond = ((ids >= sizes[name]) | (ids < 0)).any(1).nonzero()[:1, 0]
+                suspects += [(g, beyond, f"example {samples.example(g, int(row))}") for row in beyond]
     if getattr(getattr(model, "config", None), "pad_token_id", 0) is None and samples.sizes[0] > 1:
         suspects.append((0, torch.arange(2), "two examples at once"))
     for g, rows, what in suspects:
@@ -151,23 +155,28 @@ def _run_suspects(model: nn.Module, samples: Samples, readout: Readout, paramete
         before.restore()
 
 
-def _table_size(model: nn.Module) -> int | None:
-    """Return how many ids a model has rows for, as far as it says; a multimodal one may take others, of images."""
+def _table_sizes(model: nn.Module) -> dict[str, int]:
+    """Return how many ids a model has rows for, by input, as far as it says; a multimodal one may take others."""
+    config = getattr(model, "config", None)
+    found = {name: getattr(config, key, None) for name, key in _SIZES.items()}
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
-        return None
-    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+        table = None
+    if isinstance(table, nn.Embedding):
+        found |= dict.fromkeys(("input_ids", "decoder_input_ids"), table.num_embeddings)
+    return {name: size for name, size in found.items() if isinstance(size, int)}
 
 
 def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
     """Return whether cutting padding columns leaves f, and the model's settings, unchanged.
 
-    On the shortest examples, and the narrowest microbatches, of each remainder by four: strided convolutions and pooled
-    attention may see padding at some widths only.
+    On examples of a dozen lengths, and in the widths of four microbatches: strided convolutions and pooling may see
+    padding at some widths only.
     """
     if not any(samples.trim):
         return False
+    pairs: list[list[Tensor]] = []
     for group, row, width in _cuts(samples):
         before, state, f = Attributes(model), plain_values(model), []
         one = {k: v[row : row + 1] for k, v in samples.groups[group].items()}
@@ -180,16 +189,22 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
             except (RuntimeError, IndexError, ValueError):
                 if to is None:
                     raise
-                return False  # the model wants this length
+                return _uncut("the model wants the width it is given")
         if plain_values(model) != state:
             before.restore()
-            return False
+            return _uncut("the model changes for good when it meets a short input")
         if f[0].shape != f[1].shape:
-            return False
-        off = float((f[0] - f[1]).norm())
-        if not off <= _CUT.get(f[0].dtype, 1e-2) * max(float(f[0].norm()), float(f[0].abs().max())):
-            return False
+            return _uncut("the outputs' shape depends on it")
+        pairs.append(f)
+    scale = max((float(f.norm()) for f, _ in pairs), default=0.0)
+    if not all(float((f - cut).norm()) <= _CUT.get(f.dtype, 1e-2) * scale for f, cut in pairs):
+        return _uncut("f depends on it")
     return True
+
+
+def _uncut(reason: str) -> bool:
+    log.info("padding is kept, which takes longer: %s", reason)
+    return False
 
 
 def _cuts(samples: Samples) -> list[tuple[int, int, int]]:
@@ -199,10 +214,12 @@ def _cuts(samples: Samples) -> list[tuple[int, int, int]]:
         if not trimmed:
             continue
         lengths = samples.lengths[g]
-        alone = {int(lengths[row]) % 4: (g, int(row), int(lengths[row])) for row in samples.order[g][::-1]}
-        widths = [(c.rows, int(lengths[c.rows].max())) for c in samples.chunks if c.group == g]
-        together = {width % 4: (g, int(rows[0]), width) for rows, width in widths[::-1]}
-        found += [*alone.values(), *together.values()]
+        alone = {int(lengths[row]): int(row) for row in samples.order[g][::-1]}
+        together = {int(lengths[c.rows].max()): int(c.rows[0]) for c in samples.chunks if c.group == g}
+        for widths, most in ((alone, _LENGTHS), (together, _WIDTHS)):
+            tried = sorted(widths)
+            places = {round(i * (len(tried) - 1) / max(1, most - 1)) for i in range(most)}
+            found += [(g, widths[tried[i]], tried[i]) for i in sorted(places)]
     return found
 
 
