@@ -176,26 +176,32 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
     """
     if not any(samples.trim):
         return False
-    pairs: list[list[Tensor]] = []
-    for group, row, width in _cuts(samples):
-        before, state, f = Attributes(model), plain_values(model), []
-        one = {k: v[row : row + 1] for k, v in samples.groups[group].items()}
-        for to in (None, width):  # a model may change its attention for good when it meets a short input
-            alone = Samples([{k: v[:, :to] if k in TOKEN_KEYS else v for k, v in one.items()}], trim=False)
-            inputs = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
-            try:
-                with torch.no_grad():
-                    f.append(readout(call_model(model, inputs), inputs))
-            except (RuntimeError, IndexError, ValueError):
-                if to is None:
-                    raise
-                return _uncut("the model wants the width it is given")
-        if plain_values(model) != state:
-            before.restore()
-            return _uncut("the model changes for good when it meets a short input")
-        if f[0].shape != f[1].shape:
-            return _uncut("the outputs' shape depends on it")
-        pairs.append(f)
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def outputs(one: Samples) -> Tensor:
+        found = []
+        for chunk in one.chunks:
+            inputs = one.inputs(chunk, parameter.device, parameter.dtype)
+            with torch.no_grad():
+                found.append(readout(call_model(model, inputs), inputs))
+        return torch.cat(found)[torch.from_numpy(one.unsort(0))]
+
+    for group, tried in _cuts(samples).items():
+        before, state = Attributes(model), plain_values(model)
+        rows = torch.tensor([row for row, _ in tried])
+        few = {k: v[rows.to(v.device)] for k, v in samples.groups[group].items()}
+        try:
+            whole = outputs(Samples([few], trim=False))
+            for i, (_, width) in enumerate(tried):
+                cut = {k: v[i : i + 1, :width] if k in TOKEN_KEYS else v[i : i + 1] for k, v in few.items()}
+                pairs.append((whole[i : i + 1], outputs(Samples([cut], trim=False))))
+                if plain_values(model) != state:  # its attention, for good, when it meets a short input
+                    before.restore()
+                    return _uncut("the model changes with the width of its inputs")
+                if pairs[-1][0].shape != pairs[-1][1].shape:
+                    return _uncut("the outputs' shape depends on it")
+        except (RuntimeError, IndexError, ValueError):
+            return _uncut("the model wants the width it is given")
     scale = max((float(f.norm()) for f, _ in pairs), default=0.0)
     if not all(float((f - cut).norm()) <= _CUT.get(f.dtype, 1e-2) * scale for f, cut in pairs):
         return _uncut("f depends on it")
@@ -207,9 +213,9 @@ def _uncut(reason: str) -> bool:
     return False
 
 
-def _cuts(samples: Samples) -> list[tuple[int, int, int]]:
-    """Return (group, example, width) of the cuts to try."""
-    found = []
+def _cuts(samples: Samples) -> dict[int, list[tuple[int, int]]]:
+    """Return (example, width) of the cuts to try, by group."""
+    found: dict[int, list[tuple[int, int]]] = {}
     for g, trimmed in enumerate(samples.trim):
         if not trimmed:
             continue
@@ -219,7 +225,7 @@ def _cuts(samples: Samples) -> list[tuple[int, int, int]]:
         for widths, most in ((alone, _LENGTHS), (together, _WIDTHS)):
             tried = sorted(widths)
             places = {round(i * (len(tried) - 1) / max(1, most - 1)) for i in range(most)}
-            found += [(g, widths[tried[i]], tried[i]) for i in sorted(places)]
+            found.setdefault(g, []).extend((widths[tried[i]], tried[i]) for i in sorted(places))
     return found
 
 
