@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from ntkengine.cluster.launch import launched, one_voice
-from ntkengine.console import answered, open_streams, print_json, say, show, showing_progress
+from ntkengine.console import answered, open_streams, print_json, remark, say, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.filecommands import Json, described, info, merge, verify
 from ntkengine.finetunecommand import finetune
@@ -220,12 +220,9 @@ def demo(
 ) -> None:
     """Run the whole job on a real model and real text: MiniLM on movie review snippets (downloads 86 MB once)."""
     from ntkengine.demo import run_demo
-    from ntkengine.report.text import make_console
 
     with showing_progress() as progress:
         result = run_demo(out, train, evaluate, seed, progress)
     for table in result.tables:
         show(table)
-    console = make_console()
-    for line in result.summary:
-        console.print(line, markup=False)
+    remark(result.summary, mark="")

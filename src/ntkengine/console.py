@@ -78,13 +78,13 @@ def show(table: Any) -> None:
         print_table(table, make_console())
 
 
-def remark(lines: Iterable[str]) -> None:
-    """Print sentences below a table, folded between words on a terminal."""
+def remark(lines: Iterable[str], mark: str = "- ") -> None:
+    """Print sentences below a table, each after the mark, folded between words on a terminal."""
     from ntkengine.report.text import make_console
 
     console = make_console()
     for line in lines:
-        console.print(f"- {line}", markup=False)
+        console.print(f"{mark}{line}", markup=False)
 
 
 @contextmanager

@@ -111,10 +111,11 @@ def estimate_noise(
         start, stop = samples.span(g)
         if start < frame.columns[1] and frame.columns[0] < stop or not frame.square:
             picked.append((g, np.sort(rng.choice(n, size=min(n, rows), replace=False))))
-    if frame.symmetric and len(picked) == 1 and rows < samples.sizes[picked[0][0]]:
-        picked[0] = picked[0][0], _with_largest(picked[0][1], sums.diagonal(), samples.unsort(picked[0][0]))
-    if frame.transform in SIGNS:
-        picked = [(g, _with_flattest(r, sums.outputs[slice(*samples.span(g))][samples.unsort(g)])) for g, r in picked]
+    if frame.symmetric and len(picked) == 1:
+        g, drawn = picked[0]
+        picked = [(g, _with_least(drawn, -_sizes(sums.diagonal(), samples.unsort(g))))]
+    if frame.transform in SIGNS:  # a loss that is nearly zero has a gradient whose every sign rounding may turn
+        picked = [(g, _with_least(r, np.abs(_of_group(sums.outputs, samples, g)).max(1))) for g, r in picked]
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
     layout = layout or Layout(keeps=True)
     tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
@@ -123,7 +124,7 @@ def estimate_noise(
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
     again = sum_gram(model, selected, structure, few, readout, small, roots=roots, keep_bytes=layout.keep_bytes)
     exact = again.total.finish().cpu().numpy()
-    f = np.concatenate([sums.outputs[samples.span(g)[0] + samples.unsort(g)[r]] for g, r in picked])
+    f = np.concatenate([_of_group(sums.outputs, samples, g)[r] for g, r in picked])
     true = np.concatenate([again.outputs[slice(*few.span(i))][few.unsort(i)] for i in range(len(picked))])
     off = np.abs(f - true)
 
@@ -167,30 +168,28 @@ def estimate_noise(
     return noise
 
 
-def _with_largest(drawn: np.ndarray, diagonal: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return the draw with half of it, at random, replaced by the examples of the largest diagonal entries.
+def _of_group(outputs: np.ndarray, samples: Samples, group: int) -> np.ndarray:
+    """Return the outputs, in sweep order, of a group's examples in their own."""
+    return outputs[slice(*samples.span(group))][samples.unsort(group)]
+
+
+def _sizes(diagonal: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return each example's diagonal entries, (layers, rows) in sweep order, added up; place[i] is where i is."""
+    return np.asarray(np.abs(diagonal).sum(0).reshape(len(place), -1).sum(1)[place])
+
+
+def _with_least(drawn: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return the draw with half of it, at random, replaced by the examples of the least key.
 
     Args:
-        drawn: sorted examples, fewer than there are.
-        diagonal: (layers, rows) of the Gram, in sweep order.
-        place: (examples,) where each is in it.
+        drawn: sorted examples; if they are all, none is replaced.
+        key: of every example.
     """
-    size = np.abs(diagonal).sum(0).reshape(len(place), -1).sum(1)[place]
-    largest = np.argsort(-size, kind="stable")[: len(drawn) // 2]
-    rest = np.setdiff1d(drawn, largest)
-    kept = np.random.default_rng(len(place)).permutation(rest)[: len(drawn) - len(largest)]
-    return np.sort(np.r_[largest, kept])
-
-
-def _with_flattest(drawn: np.ndarray, f: np.ndarray) -> np.ndarray:
-    """Return the draw with half of it replaced by the examples of least |f|, (n, C) of all.
-
-    A loss that is nearly zero has a gradient that is nearly zero, whose every sign rounding may turn.
-    """
-    if len(drawn) == len(f):
+    if len(drawn) == len(key):
         return drawn
-    least = np.argsort(np.abs(f).max(1), kind="stable")[: len(drawn) // 2]
-    kept = np.random.default_rng(len(f)).permutation(np.setdiff1d(drawn, least))[: len(drawn) - len(least)]
+    least = np.argsort(key, kind="stable")[: len(drawn) // 2]
+    rest = np.setdiff1d(drawn, least)
+    kept = np.random.default_rng(len(key)).permutation(rest)[: len(drawn) - len(least)]
     return np.sort(np.r_[least, kept])
 
 

@@ -51,6 +51,19 @@ class Attributes:
                 container.clear()
                 container.extend(before) if isinstance(container, list) else container.update(before)
 
+    def changed(self) -> list[tuple[nn.Module, str, Any]]:
+        """Return (module, attribute, value) of the plain values that are others now, but for the mode."""
+        return [
+            (module, key, value)
+            for module, own, _, _ in self._held
+            for key, value in _own(module).items()
+            if _is_plain(value) and key != "training" and not (_is_plain(own.get(key, _OTHER)) and own[key] == value)
+        ]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, _PLAIN)
+
 
 def _own(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in _BOOKKEEPING}
@@ -75,17 +88,7 @@ def stored_weight(module: nn.Module) -> Any:
 
 def plain_values(model: nn.Module) -> list[dict[str, Any]]:
     """Return every module's attributes that are plain values, for comparison."""
-    return [{k: v for k, v in vars(m).items() if v is None or isinstance(v, _PLAIN)} for m in model.modules()]
-
-
-def changed_values(model: nn.Module, before: list[dict[str, Any]]) -> list[tuple[nn.Module, str, Any]]:
-    """Return (module, attribute, value) of plain values that are others than `plain_values` found, but for the mode."""
-    return [
-        (module, key, value)
-        for module, old, new in zip(model.modules(), before, plain_values(model), strict=True)
-        for key, value in new.items()
-        if key != "training" and (key not in old or old[key] != value)
-    ]
+    return [{k: v for k, v in vars(m).items() if _is_plain(v)} for m in model.modules()]
 
 
 def settings(model: nn.Module) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def settings(model: nn.Module) -> dict[str, Any]:
 
 def _frozen(value: Any) -> Any:
     """Return a plain value, or a container's plain parts; `_OTHER` for anything else."""
-    if value is None or isinstance(value, _PLAIN):
+    if _is_plain(value):
         return value
     if type(value) not in (dict, list, tuple, set) or len(value) > _LONGEST:
         return _OTHER

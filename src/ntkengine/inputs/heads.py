@@ -56,9 +56,7 @@ class HeadFit:
             linear.weight.copy_(torch.from_numpy(W))
             if linear.bias is not None:
                 linear.bias.copy_(torch.from_numpy(b))
-        model.ntk_head_new, model.ntk_head_seen = False, self.seen  # type: ignore[assignment]
-        if hasattr(model, "get_base_model"):  # what an adapter is merged into
-            model.get_base_model().ntk_head_seen = self.seen  # type: ignore[operator]
+        _note(model, new=False, seen=self.seen)
 
     def each_fold(self, model: nn.Module, work: Callable[[int], T]) -> list[T]:
         """Return work(k) with the head fitted without fold k in the model, for each k; the fitted head is put back."""
@@ -70,6 +68,13 @@ class HeadFit:
             return found
         finally:
             self.write(model, -1)
+
+
+def _note(model: nn.Module, *, new: bool, seen: frozenset[bytes] | None) -> None:
+    """Note on a model whether its head is random, and what it was fitted on: there too where an adapter is merged."""
+    model.ntk_head_new, model.ntk_head_seen = new, seen  # type: ignore[assignment]
+    if hasattr(model, "get_base_model"):
+        model.get_base_model().ntk_head_seen = seen  # type: ignore[operator]
 
 
 def warn_of_new_head(model: nn.Module, readout: object) -> None:
@@ -120,6 +125,7 @@ def fit_head(
     if n < 2:
         msg = f"fit_head: expected at least 2 examples, got {n}"
         raise InputError(msg)
+    seen = marks_of(inputs)
     for part in (samples, Samples([inputs], trim=False)):
         name, features = head_features(model, part)
         linear: Any = model.get_submodule(name)
@@ -129,7 +135,7 @@ def fit_head(
         if targets.shape[1] != linear.out_features:
             msg = f"targets: expected {linear.out_features} columns, one for each logit, got {targets.shape[1]}"
             raise InputError(msg)
-        fit = _fit(name, linear, features, targets, ridge, folds, seed, marks_of(inputs))
+        fit = _fit(name, linear, features, targets, ridge, folds, seed, seen)
         wrong = _misfit(model, fit, features, inputs, samples)
         if wrong is None:
             return fit
@@ -185,7 +191,7 @@ def _misfit(
             with torch.no_grad():
                 for p, was in zip((linear.weight, linear.bias), old, strict=False):
                     p.copy_(was)
-            model.ntk_head_new, model.ntk_head_seen = new, seen  # type: ignore[assignment]
+            _note(model, new=new, seen=seen)
             return (
                 f"fit_head: with the fitted weights of {fit.module} the model gives {got} for example {n}, and its "
                 f"features times those weights {fit.fitted[n]}: it is no plain Linear; fit the head yourself"

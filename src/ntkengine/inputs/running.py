@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.inputs.attributes import Attributes, changed_values, plain_values, stored_weight
+from ntkengine.inputs.attributes import Attributes, stored_weight
 from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.products import full_rate
@@ -174,7 +174,7 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
     """After the block make the model what it was; say which large tensors its forward pass wrote to."""
     grads = [(p, p.requires_grad) for p in model.parameters()]
     settings = [(owner, key, getattr(owner, key)) for owner, key, _ in _unwanted(model)]
-    before, was_plain = Attributes(model), plain_values(model)
+    before = Attributes(model)
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel() <= _SMALL]
     unsaved = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.numel() > _SMALL}}
     known = {id(p) for p in trained}
@@ -187,8 +187,8 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
         for owner, key, was in settings:
             setattr(owner, key, was)
         written = [name for name, version in versions.items() if unsaved[name]._version != version]
-        noted = FIRST_CALLS.pop(model, [])  # what goes with weights as they are now
-        noted = changed_values(model, was_plain) if written else noted
+        first = FIRST_CALLS.pop(model, [])
+        noted = before.changed() if written else first  # what goes with weights as they are now
         before.restore()
         for module, key, value in noted:
             vars(module)[key] = value

@@ -61,10 +61,8 @@ def collated(source: Any, model: nn.Module | None = None) -> dict[str, Tensor]:
         check_order(source)
     parts: Iterable[Any] = [source] if isinstance(source, Mapping) else source
     columns, main = None, main_input(model)
-    single: bool | None = True if hasattr(source, "column_names") else None
-    if isinstance(source, DataLoader | Mapping):
-        bare = isinstance(source, DataLoader) and source.batch_size is None and source.batch_sampler is None
-        single = None if bare else False
+    batched = isinstance(source, Mapping) or (isinstance(source, DataLoader) and source.batch_sampler is not None)
+    single = False if batched else True if hasattr(source, "column_names") else None
     batches = []
     for i, part in enumerate(parts):
         if i == 0 and hasattr(source, "column_names") and isinstance(part, Mapping):

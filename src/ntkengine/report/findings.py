@@ -75,10 +75,10 @@ def module_table(shares: Mapping[str, float], trace: float, top: int | None = No
     """Return each module's part of the trace, largest first; those after the first `top` in one row."""
     ordered = sorted(shares.items(), key=lambda item: -item[1])
     told, rest = ordered[:top], ordered[len(ordered[:top]) :]
+    named = list(zip(shortened([name for name, _ in told]), (share for _, share in told), strict=True))
     if rest:
-        told.append((f"{len(rest)} others", sum(share for _, share in rest)))
-    names = shortened([name for name, _ in told[:top]]) + [name for name, _ in told[len(told[:top]) :]]
-    rows = [(name, f"{x * trace:.5g}", f"{x:.2%}") for name, (_, x) in zip(names, told, strict=True)]
+        named.append((f"{len(rest)} others", sum(share for _, share in rest)))
+    rows = [(name, f"{share * trace:.5g}", f"{share:.2%}") for name, share in named]
     return Table("Trace by module", ("module", "trace (gradient²)", "share"), rows, "summed over the examples")
 
 

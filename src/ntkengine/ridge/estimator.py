@@ -114,10 +114,11 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         full = outputs > 1 and len(targets) * outputs == rows and len(targets) != rows
         block, examples = (outputs, len(targets)) if full else (1, rows)
         residual = as_columns("y", y, examples)
-        if (getattr(X, "meta", None) or {}).get("readout") == "margin":
+        meta = getattr(X, "meta", None) or {}
+        if meta.get("readout") == "margin":
             refuse_bits("y", residual)
         if offset is not None:
-            if isinstance(self.ridge, str) and (getattr(X, "meta", None) or {}).get("head_fitted"):
+            if isinstance(self.ridge, str) and meta.get("head_fitted"):
                 log.warning(
                     "offset: the head behind it was fitted on most of these examples, so leave-one-out errors, and the "
                     "ridge they choose, are too small; forecast(..., cross_fit=cross_fit(...)) has honest ones"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.inputs.attributes import Attributes, changed_values, held_tensors, plain_values
+from ntkengine.inputs.attributes import Attributes, held_tensors, plain_values
 from ntkengine.inputs.batches import TOKEN_KEYS, Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import FIRST_CALLS, call_model, coarsest, explained, wanting_gradients
@@ -48,12 +48,7 @@ def settled(model: nn.Module, inputs: Source, readout: Readout, selected: Mappin
     few = {k: v[rows.to(v.device)] for k, v in inputs.items()}
 
     def outputs(size: int, *, trim: bool) -> Tensor:
-        part, found = Samples([few], microbatch=size, trim=trim), []  # the shortest comes first, as in rows
-        with torch.no_grad():
-            for chunk in part.chunks:
-                batch = part.inputs(chunk, parameter.device, parameter.dtype)
-                found.append(readout(call_model(model, batch), batch))
-        return torch.cat(found)
+        return _outputs(model, Samples([few], microbatch=size, trim=trim), readout, parameter)
 
     f = outputs(1, trim=False)
     dtype, alone = coarsest(model, f), f.double()
@@ -88,15 +83,15 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
     parameter = next(iter(selected.values()))
     inputs = one.inputs(chunk, parameter.device, parameter.dtype)
     before, left, found = Attributes(model), [held_tensors(model)], []
-    versions, plain = [p._version for p in model.parameters()], plain_values(model)
+    versions = [p._version for p in model.parameters()]
     where = f"example {int(chunk.rows[0])} in {str(parameter.dtype).removeprefix('torch.')}"
     bare = "labels" in inputs and getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     hint = " (labels only reach the readout: give decoder_input_ids too)" if bare else ""
     with explained(model, where, hint=hint), torch.no_grad(), watching() as libraries:
         found.append(readout(call_model(model, inputs), inputs))
         if [p._version for p in model.parameters()] != versions:  # RWKV's first call scales them, and notes it
+            FIRST_CALLS[model] = before.changed()
             before, left = Attributes(model), [held_tensors(model)]
-            FIRST_CALLS[model] = changed_values(model, plain)
             found = [readout(call_model(model, inputs), inputs)]
         left.append(held_tensors(model))
         found.append(readout(call_model(model, inputs), inputs))
@@ -178,23 +173,15 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
         return False
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    def outputs(one: Samples) -> Tensor:
-        found = []
-        for chunk in one.chunks:
-            inputs = one.inputs(chunk, parameter.device, parameter.dtype)
-            with torch.no_grad():
-                found.append(readout(call_model(model, inputs), inputs))
-        return torch.cat(found)[torch.from_numpy(one.unsort(0))]
-
     for group, tried in _cuts(samples).items():
         before, state = Attributes(model), plain_values(model)
         rows = torch.tensor([row for row, _ in tried])
         few = {k: v[rows.to(v.device)] for k, v in samples.groups[group].items()}
         try:
-            whole = outputs(Samples([few], trim=False))
+            whole = _outputs(model, Samples([few], trim=False), readout, parameter)
             for i, (_, width) in enumerate(tried):
                 cut = {k: v[i : i + 1, :width] if k in TOKEN_KEYS else v[i : i + 1] for k, v in few.items()}
-                pairs.append((whole[i : i + 1], outputs(Samples([cut], trim=False))))
+                pairs.append((whole[i : i + 1], _outputs(model, Samples([cut], trim=False), readout, parameter)))
                 if plain_values(model) != state:  # its attention, for good, when it meets a short input
                     before.restore()
                     return _uncut("the model changes with the width of its inputs")
@@ -206,6 +193,16 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
     if not all(float((f - cut).norm()) <= _CUT.get(f.dtype, 1e-2) * scale for f, cut in pairs):
         return _uncut("f depends on it")
     return True
+
+
+def _outputs(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> Tensor:
+    """Return f of the examples of one group, (n, C), in their order."""
+    found = []
+    for chunk in samples.chunks:
+        inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
+        with torch.no_grad():
+            found.append(readout(call_model(model, inputs), inputs))
+    return torch.cat(found)[torch.from_numpy(samples.unsort(0))]
 
 
 def _uncut(reason: str) -> bool:
