@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.fresh import FailedError
-from bench.peers import PEERS, Peer, contender, engine, environments, run
+from bench.peers import PEERS, Peer, blocks, contender, engine, environments, run
 from bench.peers.work import WORKS, build, outputs, selected, tiny
 from bench.timing import WrongError
 
@@ -47,6 +47,39 @@ def test_peers_agree_with_float64_and_the_engine(tmp_path, reference, module, wo
     told = run.differences(K.astype(np.float64), np.load(tmp_path / "engine.npy"))
     assert told["largest_difference"] < 1e-5
     assert told["relative_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("module", ["autograd", "torch_func"])
+@pytest.mark.parametrize("sides", ["1", "2"])
+def test_a_gram_in_blocks_is_that_of_all_at_once(tmp_path, reference, module, sides, monkeypatch):
+    truth = reference("sentences")
+    grams = []
+    for held, streamed in ((128, 32), (8, 4), (6, 6), (2, 2)):  # of two outputs each; N = 10
+        monkeypatch.setattr(blocks, "HELD", held)
+        monkeypatch.setattr(blocks, "STREAMED", streamed)
+        contender.main(job(tmp_path, module, "sentences", truth, attention="eager", sides=sides))
+        grams.append(np.load(tmp_path / f"{module}.npy"))
+    for other in grams[1:]:
+        assert np.abs(other - grams[0]).max() < 1e-5 * grams[0].max()
+        assert np.array_equal(other, other.T)
+
+
+def test_blocks_take_as_few_gradients_as_memory_allows(monkeypatch):
+    monkeypatch.setattr(blocks, "HELD", 8)
+    monkeypatch.setattr(blocks, "STREAMED", 4)
+    X = torch.arange(30.0).view(10, 3)
+    for twice, expected in (
+        (False, [(0, 4), (4, 8), (0, 2), (2, 4), (8, 10), (0, 2), (2, 4), (4, 6), (6, 8)]),
+        (True, [(0, 4), (0, 2), (2, 4), (4, 8), *((k, k + 2) for k in range(0, 8, 2)), (8, 10)]),
+    ):
+        asked = []
+
+        def gradients(part, asked=asked):
+            asked.append((part.start, part.stop))
+            return {"a": X[part, :1], "b": X[part, 1:]}
+
+        assert torch.equal(blocks.blocked(10, 2, gradients, twice=twice), X @ X.T)
+        assert asked[: len(expected)] == expected
 
 
 @pytest.mark.parametrize("work", WORKS)

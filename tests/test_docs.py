@@ -122,7 +122,7 @@ def shards(tmp_path_factory) -> Path:
 def test_file_format_names_all_that_is_written(format_page, job_folder, shards):
     whole, whole_root = found_in(job_folder / "all.h5")
     assert {name for name, _ in whole.items() if name.startswith("/extras/")} == {
-        f"/extras/{name}" for name in ("fold", "fold_grams", "fold_outputs")
+        f"/extras/{name}" for name in ("fold", "fold_grams", "fold_outputs", "head_weights")
     }
     over, over_root = found_in(shards)
     inside, _ = described(format_page, "## Datasets and groups")

@@ -15,6 +15,8 @@ from torch.utils.data import TensorDataset
 
 from bench.peers.work import Config
 
+TRAIN = 64  # gradients in a batch beside those of the queries, which are held all at once: 10 GiB of 256
+
 
 class Output(Task):
     """An output f_c, as loss and as measurement."""
@@ -50,7 +52,7 @@ def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], n
                     query_dataset=data,
                     train_dataset=data,
                     per_device_query_batch_size=len(data),
-                    per_device_train_batch_size=len(data),
+                    per_device_train_batch_size=TRAIN,
                     score_args=ScoreArguments(),
                 )
                 K += analyzer.load_pairwise_scores(f"scores{task.c}")["all_modules"].numpy()

@@ -13,6 +13,7 @@ import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
+from bench.peers.blocks import blocked
 from bench.peers.work import Config
 
 
@@ -24,15 +25,20 @@ def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], n
     wrapped = GradSampleModule(model.train(), loss_reduction="sum")
 
     def gram(inputs: dict[str, Tensor]) -> np.ndarray:
-        ids = inputs["input_ids"]
-        shared = {"position_ids": torch.arange(ids.shape[1]).expand(ids.shape), "token_type_ids": torch.zeros_like(ids)}
-        K = torch.zeros(len(ids), len(ids))
+        every = inputs["input_ids"]
+        K = torch.zeros(len(every), len(every))
         for c in range(config["C"]):
-            wrapped(input_ids=ids, **shared).logits[:, c].sum().backward()
-            for p in wrapped.parameters():
-                flat = p.grad_sample.flatten(1)
-                K += flat @ flat.T
-            wrapped.zero_grad(set_to_none=True)
+
+            def gradients(part: slice, c: int = c) -> dict[str, Tensor]:
+                ids = every[part]
+                positions = torch.arange(ids.shape[1]).expand(ids.shape)
+                f = wrapped(input_ids=ids, position_ids=positions, token_type_ids=torch.zeros_like(ids)).logits
+                f[:, c].sum().backward()
+                found = {name: p.grad_sample.flatten(1) for name, p in wrapped.named_parameters()}
+                wrapped.zero_grad(set_to_none=True)
+                return found
+
+            K += blocked(len(every), 1, gradients)
         return K.numpy()
 
     return gram

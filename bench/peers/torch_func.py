@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.peers.blocks import blocked
 from bench.peers.work import Config
 
 CHUNK = 8
@@ -20,7 +21,7 @@ CHUNK = 8
 def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], np.ndarray]:
     """Return the call."""
     params = {k: v.detach() for k, v in model.named_parameters()}
-    sides = int(config.get("sides", 2))
+    twice = int(config.get("sides", 2)) == 2
 
     def f(p: dict[str, Tensor], ids: Tensor) -> Tensor:
         return torch.func.functional_call(model, p, (), {"input_ids": ids[None]}).logits[0]
@@ -29,12 +30,17 @@ def prepare(model: nn.Module, config: Config) -> Callable[[dict[str, Tensor]], n
 
     def gram(inputs: dict[str, Tensor]) -> np.ndarray:
         ids = inputs["input_ids"]
-        store: dict[str, Tensor] = {}
-        for start in [*range(0, len(ids), CHUNK)] * sides:  # x2's overwrite x1's, equal
-            for key, j in jacobian(params, ids[start : start + CHUNK]).items():
-                if key not in store:
-                    store[key] = torch.empty(len(ids), config["C"], j[0, 0].numel())
-                store[key][start : start + CHUNK] = j.flatten(2)
-        return sum(torch.einsum("Naf,Maf->NM", store[key], store.pop(key)) for key in list(store)).numpy()
+
+        def gradients(part: slice) -> dict[str, Tensor]:
+            store: dict[str, Tensor] = {}
+            for a in range(part.start, part.stop, CHUNK):
+                b = min(a + CHUNK, part.stop)
+                for key, j in jacobian(params, ids[a:b]).items():
+                    if key not in store:
+                        store[key] = torch.empty(part.stop - part.start, j[0].numel())
+                    store[key][a - part.start : b - part.start] = j.flatten(1)
+            return store
+
+        return blocked(len(ids), config["C"], gradients, twice=twice).numpy()
 
     return gram

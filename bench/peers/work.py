@@ -12,7 +12,8 @@ Config = dict[str, Any]
 _BERT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 _SAME: Config = {"N": 64, "C": 1, "contraction": "trace", "dtype": "float32"}
 _CLASSIFIER: Config = {"model": "bert", "shape": _BERT, "T": 32, **_SAME}
-_SENTENCES: Config = _CLASSIFIER | {"T": 12, "C": 2}  # as CoLA: 11.3 tokens in the mean, the logits of two classes
+# As CoLA: 11.3 tokens in the mean, the logits of two classes; more than whose gradients fit in 24 GiB.
+_SENTENCES: Config = _CLASSIFIER | {"N": 256, "T": 12, "C": 2}
 WORKS: dict[str, Config] = {
     "bert": _CLASSIFIER | {"params": "all"},
     "bert-linear": _CLASSIFIER | {"params": "linear"},

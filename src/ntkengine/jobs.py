@@ -38,6 +38,7 @@ def run_gram(
     """
     from ntkengine.cluster.comm import together
     from ntkengine.gram.engine import compute_gram
+    from ntkengine.inputs.keptheads import HEAD, head_array
 
     tell, began = progress or quiet, time.perf_counter()
     with together(team):
@@ -52,6 +53,9 @@ def run_gram(
             fit.write(prepared.model, -1)
     settings |= {"head": settings["head"] | {"fitted": fit is not None}, "classes": list(prepared.train.label_names)}
     part, whole = job.gram, None if progress is None else Whole(progress, prepared.folds)
+    extras: list[Any] = []
+    if fit is not None:
+        extras = [{HEAD: head_array(fit)}, lambda: prepared.cross_fit(fit, whole, team) if prepared.folds else {}]
     prepared_s = time.perf_counter() - began
     gram = compute_gram(
         prepared.model,
@@ -68,7 +72,7 @@ def run_gram(
         example_ids=prepared.train.ids,
         eval_ids=None if prepared.eval is None else prepared.eval.ids,
         job=settings,
-        extras=None if fit is None or not prepared.folds else lambda: prepared.cross_fit(fit, whole, team),
+        extras=extras,
         comm=team,
     )
     gram.meta |= {"prepare_seconds": prepared_s, "wall_seconds": time.perf_counter() - began}

@@ -108,9 +108,11 @@ class Prepared:
         return min(self.job.head.folds, len(self.train)) if scored else 0
 
     def fit_head(self, tell: Progress) -> HeadFit | None:
-        """Fit the head where the job wants it."""
+        """Fit the head where the job wants it; one that its file or parts keep is taken again."""
         from ntkengine.inputs.heads import fit_head
+        from ntkengine.inputs.keptheads import HEAD, as_kept
         from ntkengine.inputs.readout import encode_targets
+        from ntkengine.store import read_extra
 
         if not self.fits or self.train.labels is None:
             return None
@@ -119,7 +121,12 @@ class Prepared:
         # Logits of ±1/2 make a margin of ±1, which is what its targets are.
         goal = encode_targets(self.train.labels, "logits", self.num_labels) * (0.5 if margin else 1.0)
         part = self.job.head
-        return fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
+        fit = fit_head(self.model, self.inputs, goal, ridge=part.ridge, folds=part.folds, seed=part.seed)
+        kept = None if self.job.out is None else read_extra(self.job.out, HEAD)
+        if kept is not None:
+            fit = as_kept(fit, kept)
+            fit.write(self.model, -1)
+        return fit
 
     def cross_fit(self, fit: HeadFit, whole: Whole | None, team: Team | None = None) -> dict[str, Any]:
         """Return the train Gram and outputs under each fold's head, which did not see that fold.

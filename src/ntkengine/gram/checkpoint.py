@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from ntkengine import store
 from ntkengine.arguments import number
 from ntkengine.errors import CheckFailed, InputError, NonFinite, Stopped
@@ -54,6 +56,7 @@ class Checkpoints:
         ranks: how many there are.
         agree: whether any rank says yes; every rank asks it at the same points of its sweep.
         run: of the ranks that share the job, unlike that of any others before or after them.
+        arrays: further ones, in every file of rank 0's.
 
     Attributes:
         folder: of the parts.
@@ -74,6 +77,7 @@ class Checkpoints:
         agree: Callable[[bool], bool] = bool,
         run: str = "",
         versions: Mapping[str, str] | None = None,
+        arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.rank, self.ranks, self.agree = rank, ranks, agree
         self.folder, self.resume, self.every_s = store.Folder(out), resume, every_s
@@ -84,6 +88,7 @@ class Checkpoints:
         self._began, self._before_s, self._cost_s = time.time(), 0.0, 0.0
         self._generation = self._attempts = 0
         self._run, self._versions = run or new_run(), dict(versions or {})
+        self._arrays = {store.extra_name(name): array for name, array in (arrays or {}).items()} if rank == 0 else {}
         self._newest: Path | None = None
         self._found: list[store.Saved] = []  # until one of its files is written over
         self._others = False  # whether it is of another number of ranks
@@ -225,7 +230,7 @@ class Checkpoints:
         self._attempts += 1
         full |= {"generation": self._generation + 1, "attempt": f"{self._run}-{self._attempts}"}
         try:
-            store.save_parts(target, full, parts(), arrays)
+            store.save_parts(target, full, parts(), self._arrays | arrays)
         except OSError as error:
             level = logging.WARNING if self._again is None else logging.INFO
             log.log(level, "a checkpoint could not be written (%s): the job goes on, the one before it stays", error)

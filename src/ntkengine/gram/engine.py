@@ -46,6 +46,8 @@ from ntkengine.targets import refuse_bits
 
 log = logging.getLogger(__name__)
 Progress = Callable[[float, float, str], None]
+Maker = Callable[[], Mapping[str, np.ndarray]]
+Extras = Mapping[str, np.ndarray] | Maker
 
 
 def compute_gram(
@@ -73,7 +75,7 @@ def compute_gram(
     example_ids: Sequence[str] | None = None,
     eval_ids: Sequence[str] | None = None,
     job: Mapping[str, Any] | None = None,
-    extras: Mapping[str, np.ndarray] | Callable[[], Mapping[str, np.ndarray]] | None = None,
+    extras: Extras | Sequence[Extras] | None = None,
     seed: int = 0,
     sketch: int | None = None,
 ) -> Gram:
@@ -121,8 +123,8 @@ def compute_gram(
         example_ids: N names kept in the file.
         eval_ids: M names.
         job: a mapping kept in the file.
-        extras: further arrays kept in the file; or a function that makes them from what the job already names, called
-            after the sweep.
+        extras: further arrays kept in the file, and in the checkpoints; or a function that makes them from what the job
+            already names, called after the sweep; or several of these.
         seed: of the drawn checks, and of a sketch.
         sketch: keep at most this many random projections of each parameter's gradient: an approximation, for more
             samples or parameters than exact products can take. Still symmetric and positive semi-definite, right in
@@ -148,6 +150,7 @@ def compute_gram(
     root = team is None or team.root
     wanted: dict[str, Any] = {}
     with together(team):
+        given_arrays, makers = _further(extras)
         refuse(transform, precision, backend, contraction, inputs2, eval_inputs, sketch, check)
         check_settings(memory_gib, seed, per_module=per_module, check=check, resume=resume)
         called("progress", progress)
@@ -175,11 +178,11 @@ def compute_gram(
             settings |= {"per_module": per_module, "check": check, "seed": seed, "sketch": sketch}
             arrays = {"targets": targets, "eval_targets": eval_targets}
             arrays |= {f"d of {name}": d.double().cpu().numpy() for name, d in (task.roots or {}).items()}
-            arrays |= {} if extras is None or callable(extras) else extras
+            arrays |= given_arrays
             wanted = identity(model, task, settings, arrays, job)
     here = versions(model, task.readout)
     if team is not None:
-        given = {"memory_gib": memory_gib, "out": str(out), "extras": callable(extras), "versions": here}
+        given = {"memory_gib": memory_gib, "out": str(out), "extras": len(makers), "versions": here}
         team.same(wanted | given, "every rank must be given the same")
 
     def made(checkpoints: Checkpoints | None) -> tuple[Gram, Sums | Spread, Samples]:
@@ -190,7 +193,9 @@ def compute_gram(
         gram.targets, gram.eval_targets = as_float(targets), as_float(eval_targets)
         began = time.perf_counter()
         with together(team):
-            gram.extras = dict((extras() if callable(extras) else extras) or {})
+            gram.extras = given_arrays.copy()
+            for make in makers:
+                gram.extras |= make()
         gram.meta["extras_seconds"] = time.perf_counter() - began
         gram.meta["settings"] = dict(job or {})
         gram.meta["seconds"] = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
@@ -208,7 +213,8 @@ def compute_gram(
             there = existing(path, wanted, resume, here, names) if root else None
         return shared(team, there)
     written = None
-    with checkpointing(path, wanted, team, resume=resume, every_s=checkpoint_s, versions=here) as checkpoints:
+    keeps: dict[str, Any] = {"every_s": checkpoint_s, "versions": here, "arrays": given_arrays}
+    with checkpointing(path, wanted, team, resume=resume, **keeps) as checkpoints:
         if checkpoints.repairs:
             again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
             again |= {"transform": transform, "per_module": per_module, "precision": precision, "backend": backend}
@@ -228,6 +234,18 @@ def compute_gram(
     if written is not None:  # of the file itself, which therefore cannot hold it
         found.meta["write_seconds"] = written
     return found
+
+
+def _further(extras: Extras | Sequence[Extras] | None) -> tuple[dict[str, np.ndarray], list[Maker]]:
+    """Return the arrays given, and the functions that make more."""
+    several = () if extras is None else extras if isinstance(extras, list | tuple) else (extras,)
+    arrays: dict[str, np.ndarray] = {}
+    for part in several:
+        if not callable(part) and not isinstance(part, Mapping):
+            msg = f"extras: expected arrays by name, a function that makes them, or several of these, got {part!r:.200}"
+            raise InputError(msg)
+        arrays |= {} if callable(part) else part
+    return arrays, [part for part in several if callable(part)]
 
 
 def plan_gram(

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ntkengine import store
 from ntkengine.cluster.comm import Team
 from ntkengine.errors import InputError, Stopped
@@ -27,6 +29,7 @@ def checkpointing(
     resume: bool,
     every_s: float,
     versions: Mapping[str, str] | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[Checkpoints]:
     """Hold a job's checkpoints for the time of the block; of several ranks rank 0 comes first and holds the folder.
 
@@ -37,6 +40,7 @@ def checkpointing(
         resume: go on from what there is.
         every_s: seconds between checkpoints.
         versions: of the libraries that take part.
+        arrays: as `Checkpoints`.
 
     A signal to stop waits for the end of a block of the model, where all ranks hear of it.
 
@@ -44,12 +48,12 @@ def checkpointing(
         InputError: as `Checkpoints`; on all ranks.
     """
     if team is None:
-        with Checkpoints(out, job, resume=resume, every_s=every_s, versions=versions) as alone:
+        with Checkpoints(out, job, resume=resume, every_s=every_s, versions=versions, arrays=arrays) as alone:
             yield alone
         return
     ranks: dict[str, Any] = {"rank": team.rank, "ranks": team.size, "agree": lambda yes: any(team.exchange(yes))}
-    ranks["run"] = team.broadcast(new_run())
-    mine, mark = Checkpoints(out, job, resume=resume, every_s=every_s, versions=versions, **ranks), ""
+    ranks |= {"run": team.broadcast(new_run()), "versions": versions, "arrays": arrays}
+    mine, mark = Checkpoints(out, job, resume=resume, every_s=every_s, **ranks), ""
     with ExitStack() as entered:
         for first in (True, False):
             with team.together():

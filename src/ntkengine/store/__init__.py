@@ -30,6 +30,7 @@ from ntkengine.store.checking import Damage, find_damage, verify_gram
 from ntkengine.store.checkpoints import (
     Part,
     Saved,
+    extra_name,
     load,
     load_newest,
     read_parts,
@@ -41,7 +42,7 @@ from ntkengine.store.folder import Folder, followed, parts_of, read_progress, st
 from ntkengine.store.merging import merge_gram
 from ntkengine.store.overlay import overlay
 from ntkengine.store.placing import place, refuse_shards, tidy
-from ntkengine.store.reading import first_difference, open_gram, read_job
+from ntkengine.store.reading import first_difference, open_gram, read_extra, read_job
 from ntkengine.store.repair import differences, fill_tiles, open_damaged, repair_gram
 from ntkengine.store.schema import SCHEMA, is_cross
 from ntkengine.store.shards import Shard, link_shards, shard_path, writing_shard
@@ -57,6 +58,7 @@ __all__ = [
     "Saved",
     "Shard",
     "differences",
+    "extra_name",
     "fill_tiles",
     "find_damage",
     "first_difference",
@@ -71,6 +73,7 @@ __all__ = [
     "overlay",
     "parts_of",
     "place",
+    "read_extra",
     "read_job",
     "read_parts",
     "read_progress",

@@ -184,6 +184,22 @@ def saved_states(out: str | Path) -> list[dict[str, Any]]:
     return found
 
 
+def extra_name(name: str) -> str:
+    """Return what a further array of the Gram file is called in a checkpoint."""
+    return f"extra-{name}"
+
+
+def saved_extra(out: str | Path, name: str) -> np.ndarray | None:
+    """Return a further array that an unfinished Gram keeps, None where no file of it has it."""
+    for path in sorted(parts_of(Path(out)).glob("rank-0000-*")):
+        with (
+            suppress(OSError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile),
+            zipfile.ZipFile(path) as archive,
+        ):
+            return _read(archive, extra_name(name))
+    return None
+
+
 def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     array = np.ascontiguousarray(array)
     header = io.BytesIO()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from ntkengine.arguments import file_path
 from ntkengine.errors import InputError
 from ntkengine.gram.result import Gram
 from ntkengine.store.checked import CheckedArray, CheckedTiles
-from ntkengine.store.folder import followed
+from ntkengine.store.checkpoints import saved_extra
+from ntkengine.store.folder import followed, parts_of
 from ntkengine.store.metadata import read_meta, read_plan
 from ntkengine.store.opening import opened, understood
 from ntkengine.store.schema import ARRAYS, matches, matrices, module_of, read_json, root
@@ -116,6 +119,15 @@ def _all_done(file: h5py.File, path: Path) -> None:
         if flags in file and not file[flags][...].all():
             msg = f"{path}: has tiles of /{name} that are not done; run the job again"
             raise InputError(msg)
+
+
+def read_extra(out: Path, name: str) -> np.ndarray | None:
+    """Return a further array of a Gram file, complete, damaged or unfinished; None where it has none that is sound."""
+    for path in (followed(out), parts_of(out) / "damaged.h5"):
+        if path.is_file():
+            with suppress(InputError), opened(path) as file, understood(file, path):
+                return np.asarray(_extra(file, name, path)) if f"extras/{name}" in file else None
+    return saved_extra(out, name)
 
 
 def _whole(dataset: h5py.Dataset, path: Path) -> Any:
