@@ -60,7 +60,7 @@ def test_refusals():
         (np.zeros((2, 2)), {}, r"targets: expected \(3, C\)"),
         (np.zeros((3, 3)), {}, "expected 2 columns"),
         (np.zeros((3, 2)), {"folds": 1}, "folds: expected an integer >= 2"),
-        (np.zeros((3, 2)), {"ridge": -1.0}, "ridge: expected 'loo' or a positive number"),
+        (np.zeros((3, 2)), {"ridge": -1.0}, "ridge: expected 'loo' or a number > 0, got -1.0"),
     ]:
         with pytest.raises(InputError, match=message):
             fit_head(model, inputs, targets, **options)

@@ -184,8 +184,8 @@ def test_what_cannot_be_rehearsed_is_refused():
         rehearse(factors, y, Recipe(1e-3), ["nothing"])
     other = np.full((9, 1), np.nan)
     for given, match in (
-        ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
-        ({"rank": 2.5}, "rank: expected an integer >= 1, got 2.5"),
+        ({"rank": 0}, "rank: expected an integer from 1 to 1073741824, got 0"),
+        ({"rank": 2.5}, "rank: expected an integer from 1 to 1073741824, got 2.5"),
         ({"repeats": "2"}, "repeats: expected an integer >= 1, got '2'"),
         ({"alpha": "x"}, "alpha: expected a number > 0, got 'x'"),
         ({"alpha": float("nan")}, "alpha: expected a number > 0, got nan"),

@@ -8,6 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from scipy.stats import t as student
 
 import ntkengine as ntk
 from ntkengine.errors import InputError, NonFinite
@@ -223,9 +224,13 @@ def share_covered(repeats, examples, between, own, draws):
     return covered / draws
 
 
-@pytest.mark.parametrize("repeats", [2, 3, 4, 8])
+@pytest.mark.parametrize("repeats", [1, 2, 3, 4, 8])
 def test_an_interval_of_few_repeats_covers_the_next_run(repeats):
-    # Between runs no, some, as much, or nearly all of the variance.
+    # Between runs no, some, as much, or nearly all of the variance; one run alone cannot tell.
+    if repeats == 1:
+        for examples in (2, 3, 5, 10, 50):
+            assert share_covered(1, examples, 0.0, 0.3, 3000) > 0.88, examples
+        return
     for examples, between in ((20, 0.0), (100, 0.07), (50, 0.2), (100, 0.45), (5, 2.0), (50, 30.0)):
         assert share_covered(repeats, examples, between, 0.3, 1500) > 0.88, (examples, between)
 
@@ -233,7 +238,7 @@ def test_an_interval_of_few_repeats_covers_the_next_run(repeats):
 def test_one_repeat_says_nothing_of_chance():
     losses = np.random.default_rng(0).random((1, 40))
     found = outcome(losses, losses, None, 0.5)
-    half = 1.6448536 * np.sqrt(2 * losses.var(ddof=1) / 40 + (0.06 * 0.5) ** 2)
+    half = np.sqrt(2 * student.ppf(0.95, 39) ** 2 * losses.var(ddof=1) / 40 + (1.6448536 * 0.06 * 0.5) ** 2)
     assert found.eval_loss[2] - found.eval_loss[0] == pytest.approx(half, rel=1e-6)
     assert found.chance == 0.0
 

@@ -108,7 +108,7 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
             found = forecasts[str(path)] = forecast_file(gram, ridge)
             tables = [facts, forecast_table(found)]
             if found.modules and gram.meta.get("module_trace"):
-                tables.append(module_table(found.modules, float(sum(gram.meta["module_trace"].values()))))
+                tables.append(module_table(found.modules, float(found.trace)))
             sections.append(Section(str(path), tables, forecast_figures(found), found.assumptions))
             continue
         matrix = as_matrix(gram)

@@ -11,7 +11,7 @@ from ntkengine.errors import InputError
 from ntkengine.targets import refuse_bits
 
 
-def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -> Tensor:
+def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int, beside: object = None) -> Tensor:
     """Return targets as (N, C) float64 for "squared", (N,) int64 classes for "cross-entropy".
 
     Args:
@@ -21,6 +21,7 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
         loss: of the recipe.
         rows: N.
         outputs: C.
+        beside: the others of a train and eval set, not looked at but to tell numbers from classes.
 
     Raises:
         InputError: another shape, numbers that are not finite, classes out of range, 0 and 1 as squared-loss targets
@@ -43,7 +44,7 @@ def as_targets(name: str, targets: object, loss: str, rows: int, outputs: int) -
         raise InputError(f"{name}: expected ({rows}, {outputs}) finite numbers, got NaN or infinity")
     y = y if classes else y.double()
     if loss == "squared":
-        refuse_bits(name, y)
+        refuse_bits(name, y, beside if beside is None or isinstance(beside, Tensor) else real_array(name, beside))
         return y
     if not classes and outputs > 1:
         top = y.topk(2, dim=1).values
@@ -81,10 +82,10 @@ def slopes(f: Tensor, y: Tensor, loss: str) -> Tensor:
 
 
 def correct(f: Tensor, y: Tensor) -> Tensor:
-    """Return whether each example's largest output (with one output: its sign) is the target's, (n,) bool."""
+    """Return whether each example's largest output (with one output: its sign, 0 is a miss) is the target's, (n,)."""
     if f.shape[1] > 1:
         return f.argmax(1) == (y if y.ndim == 1 else y.argmax(1))
-    return (f[:, 0] > 0) == ((y if y.ndim == 1 else y[:, 0]) > 0)
+    return ((f[:, 0] > 0) == ((y if y.ndim == 1 else y[:, 0]) > 0)) & (f[:, 0] != 0)
 
 
 def divergence(f: Tensor, g: Tensor) -> float:

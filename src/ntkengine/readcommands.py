@@ -15,7 +15,9 @@ from ntkengine.filecommands import GramFile, Json
 RidgeChoice = Annotated[
     str | None,
     typer.Option(
-        help="loo, gcv, or a number in the unit of K.", show_default="loo", autocompletion=completing("--ridge")
+        help="loo, gcv, or a number in the unit of K/C, C outputs.",
+        show_default="loo",
+        autocompletion=completing("--ridge"),
     ),
 ]
 

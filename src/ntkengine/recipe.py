@@ -93,10 +93,14 @@ class Recipe:
         Args:
             n: examples.
             seed: of the order, other than the recipe's.
+
+        Raises:
+            InputError: no examples, or a seed below 0.
         """
         import numpy as np  # here: a job file is read without it
 
-        rng = np.random.default_rng(self.seed if seed is None else seed)
+        n = whole("n", n, 1)
+        rng = np.random.default_rng(self.seed if seed is None else whole("seed", seed))
         size = min(self.batch_size or n, n)
         for _ in range(self.epochs):
             order = rng.permutation(n)
@@ -104,11 +108,13 @@ class Recipe:
                 yield order[at : at + size]
 
     def steps(self, n: int) -> int:
-        """Return the steps of the whole run over n examples."""
+        """Return the steps of the whole run over n examples, at least 1."""
+        n = whole("n", n, 1)
         return self.epochs * -(-n // min(self.batch_size or n, n))
 
     def rate(self, step: int, n: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0, of a run over n examples."""
+        step = whole("step", step, 0, self.steps(n) - 1)
         return self.learning_rate * (1.0 if self.schedule == "constant" else 1.0 - step / self.steps(n))
 
     def pulls(self, gradients: Sequence[Any], moved: Sequence[Any]) -> bool:

@@ -7,17 +7,18 @@ from typing import Any
 from ntkengine.errors import InputError
 
 
-def refuse_bits(name: str, targets: Any) -> None:
+def refuse_bits(name: str, targets: Any, beside: Any = None) -> None:
     """Refuse classes as 0 and 1 for one output, whose sign is the class everywhere.
 
     Args:
         name: what messages call them.
         targets: (N, C) array or tensor.
+        beside: other targets of the same kind; more than two values among them are no classes.
 
     Raises:
         InputError: one column of zeros and ones, both of them.
     """
-    if targets.shape[1] != 1:
+    if targets.shape[1] != 1 or (beside is not None and len(set(beside.reshape(-1).tolist())) > 2):
         return
     ones, zeros = targets == 1, targets == 0
     if bool((ones | zeros).all()) and bool(ones.any()) and bool(zeros.any()):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ntkengine.arguments import listed, number, whole
 from ntkengine.descent import norm
 from ntkengine.errors import InputError
 from ntkengine.finetune.linearize import Linearized
@@ -87,12 +88,9 @@ class LinearityCallback(TrainerCallback):
         every: int = 10,
         threshold: float = 0.5,
     ) -> None:
-        if not isinstance(every, int) or every < 1:
-            raise InputError(f"every: expected a number of steps >= 1, got {every!r}")
-        if not threshold > 0:
-            raise InputError(f"threshold: expected a number > 0, got {threshold!r}")
-        self.inputs, self.every, self.threshold = inputs, every, threshold
-        self.params: str | list[str] = params if isinstance(params, str) else list(params)
+        self.inputs, self.every = inputs, whole("every", every, 1)
+        self.threshold = number("threshold", threshold, above=0, what="a number")
+        self.params: str | list[str] = params if isinstance(params, str) else listed("params", params, "globs")
         self.readout = resolve_readout(readout, "full")
         self.history: list[Linearity] = []
         self.left_at: int | None = None

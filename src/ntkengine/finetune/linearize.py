@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from reprlib import repr as shown
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,7 @@ class Linearized(nn.Module):
         Cost: about two forward passes and one reading of the weights; backwards about two more passes.
             The first call compares the two modes on two examples.
         """
-        if not isinstance(inputs, Mapping) or not inputs:
-            raise InputError(f"inputs: expected a mapping of tensors, got {type(inputs).__name__}")
+        _check_batch(inputs)
         model, origin = self._model[0], self.origin
         for before, now, what in (
             (self._frozen, _states(model, self.names), ", and is no parameter of this one"),
@@ -95,6 +95,7 @@ class Linearized(nn.Module):
             CheckFailed: they differ, as where a part under `torch.no_grad`, a hook or a custom function has another
                 derivative in the one mode than in the other.
         """
+        _check_batch(inputs)
         model, n = self._model[0], len(next(iter(inputs.values())))
         if torch.is_inference_mode_enabled():
             raise InputError("linearize: derivatives cannot be taken inside torch.inference_mode()")
@@ -154,6 +155,13 @@ class Linearized(nn.Module):
         args, kwargs = arguments(model, inputs)
         buffers = {name: b.clone() for name, b in self._statistics.items()}  # some models write to theirs
         return lambda given: self._readout(functional_call(model, {**buffers, **given}, args, kwargs), inputs)
+
+
+def _check_batch(inputs: object) -> None:
+    """Refuse what is no mapping of tensors with examples."""
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else []
+    if not values or not all(isinstance(v, Tensor) and v.ndim and len(v) for v in values):
+        raise InputError(f"inputs: expected a mapping of tensors with a leading sample axis, got {shown(inputs)}")
 
 
 def linearize(

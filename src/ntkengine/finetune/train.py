@@ -91,7 +91,7 @@ def fine_tune(
         stepper = Stepper(model, selected, resolve_readout(readout, "full"), chosen, linear)
         groups = {"train": _group(stepper, "targets", inputs, targets)}
         if eval_inputs is not None:
-            groups["eval"] = _group(stepper, "eval_targets", eval_inputs, eval_targets)
+            groups["eval"] = _group(stepper, "eval_targets", eval_inputs, eval_targets, groups["train"][1])
         try:
             run = _trained(stepper, groups, measure_every, progress)
         except NonFinite:
@@ -116,11 +116,13 @@ def check_trainable(selected: Mapping[str, nn.Parameter]) -> None:
         check_elements(name, p)
 
 
-def _group(stepper: Stepper, name: str, inputs: Source, targets: Any) -> tuple[Examples, Tensor]:
+def _group(
+    stepper: Stepper, name: str, inputs: Source, targets: Any, beside: Tensor | None = None
+) -> tuple[Examples, Tensor]:
     examples = Examples(stepper.settled(inputs), stepper.parameters[0])
     with torch.no_grad():
         outputs = stepper.f(examples.batch(np.arange(1))).shape[1]
-    y = as_targets(name, targets, stepper.recipe.loss, examples.n, outputs)
+    y = as_targets(name, targets, stepper.recipe.loss, examples.n, outputs, beside)
     return examples, y.to(stepper.parameters[0].device)
 
 

@@ -10,13 +10,16 @@ Shapes: N examples, C outputs, F folds, R ridges.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
 from ntkengine.forecast.system import Kernel, cut
 from ntkengine.ridge import RidgePath
+from ntkengine.ridge.solve import SINGULAR
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from ntkengine.inputs.heads import HeadFit
     from ntkengine.inputs.sources import Source
 
+_APART = 0.05  # of the largest output; rounding in half precision is below
 _DEFAULTS = {"readout": "logits", "contraction": "trace"}
 _OTHERS = ("inputs2", "eval_inputs", "comm", "out", "targets", "eval_targets", "extras")
 
@@ -38,16 +42,39 @@ class CrossFit:
         grams: (F, …) float64, each in the layout of the Gram's values.
         outputs: (F, N, C) float64, f0 of every example under each fold's head.
         kind: what the Grams are of, by name; empty when not known.
+        start: (N, C), f0 of every example under the head fitted on all, the Gram's own; None when not known.
     """
 
     fold: np.ndarray
     grams: np.ndarray
     outputs: np.ndarray
     kind: dict[str, Any] = field(default_factory=dict)
+    start: np.ndarray | None = None
 
-    def check(self, gram: Any) -> None:
-        """Refuse a Gram of another readout, contraction, transform or of other parameters, as far as is known."""
-        theirs = _kind(gram)
+    def check(self, gram: Any, N: int, C: int) -> None:
+        """Refuse what does not fit a Gram of N examples and C outputs, as far as is known: shapes, kind, examples.
+
+        Raises:
+            InputError: naming it.
+        """
+        shapes = [np.shape(x) for x in (self.fold, self.grams, self.outputs)]
+        F = shapes[1][0] if shapes[1] else 0
+        if shapes[0] != (N,) or len(shapes[1]) < 3 or shapes[2] != (F, N, C):
+            raise InputError(
+                f"cross_fit: expected fold ({N},), grams (F, …) and outputs (F, {N}, {C}), got shapes "
+                f"{', '.join(map(str, shapes))}"
+            )
+        fold = real_array("cross_fit.fold", self.fold)
+        if fold.dtype.kind not in "iu" or not set(fold.tolist()) <= set(range(F)):
+            raise InputError(f"cross_fit: expected a fold in 0..{F - 1} of each example, got {shown(fold.tolist())}")
+        theirs, own = _kind(gram), getattr(gram, "outputs", None)
+        if self.start is not None and own is not None and np.shape(own) == self.start.shape:
+            off = np.abs(np.asarray(own) - self.start).max(axis=1)
+            if off.max() > _APART * np.abs(self.start).max():
+                raise InputError(
+                    "cross_fit: expected the Gram's examples in its order, under the head it was made with; the "
+                    f"outputs of example {int(off.argmax())} differ"
+                )
         for name in self.kind.keys() & theirs.keys():
             here, there = self.kind[name], theirs[name]
             if here != there:
@@ -57,7 +84,7 @@ class CrossFit:
 
     def held_out(self) -> np.ndarray:
         """Return (N, C): each example's f0 from the head of its own fold."""
-        return np.asarray(self.outputs)[self.fold, np.arange(len(self.fold))]  # a file has no such index
+        return np.asarray(self.outputs)[np.asarray(self.fold), np.arange(len(self.fold))]  # a file has no such index
 
 
 def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -> CrossFit:
@@ -105,7 +132,10 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
         return found
 
     grams, outputs = held_out_grams(model, tensors, head, under, options, options.get("memory_gib"))
-    return CrossFit(head.fold, np.asarray(grams), outputs, kind)
+    readout = options.get("readout", "logits")
+    start = head.fitted[:, 1:] - head.fitted[:, :1] if readout == "margin" else head.fitted
+    same = readout in ("logits", "margin") and start.shape == outputs.shape[1:]
+    return CrossFit(head.fold, np.asarray(grams), outputs, kind, start if same else None)
 
 
 def _kind(gram: Any) -> dict[str, Any]:
@@ -129,27 +159,12 @@ class Systems:
 
     @classmethod
     def of(cls, gram: Any, cross_fit: CrossFit, targets: np.ndarray) -> Systems:
-        """Decompose every fold's kernel; cost F eigendecompositions.
-
-        Raises:
-            InputError: shapes that do not fit.
-        """
+        """Decompose every fold's kernel, of a cross-fit that was checked; cost F eigendecompositions."""
         N, C = targets.shape
-        F = len(cross_fit.grams)
-        if (
-            cross_fit.fold.shape != (N,)
-            or cross_fit.outputs.shape != (F, N, C)
-            or not set(cross_fit.fold) <= set(range(F))
-        ):
-            msg = (
-                f"cross_fit: expected fold ({N},) below {F} and outputs ({F}, {N}, {C}), "
-                f"got {cross_fit.fold.shape} and {cross_fit.outputs.shape}"
-            )
-            raise InputError(msg)
         parts = []
-        for k in range(F):
+        for k in range(len(cross_fit.grams)):
             kernel = cut(_Like(cross_fit.grams[k], gram), N, C, None)
-            parts.append((kernel, kernel.paths(targets - cross_fit.outputs[k]), cross_fit.fold == k))
+            parts.append((kernel, kernel.paths(targets - cross_fit.outputs[k]), np.asarray(cross_fit.fold) == k))
         return cls(parts)
 
     def left_out(self, ridge: float) -> np.ndarray:
@@ -159,6 +174,11 @@ class Systems:
         for (_, _, rows), residuals in zip(self.parts, joined, strict=True):
             out[rows] = residuals[rows]
         return out
+
+    def least_ridge(self, share: float) -> float:
+        """Return the least ridge that every system can be solved with, where noise is a share of its λ_max."""
+        ends = [(float(p.eigenvalues[0]), float(p.eigenvalues[-1])) for _, paths, _ in self.parts for p in paths]
+        return max(max(-2.0 * low, max(share, 2.0 * SINGULAR) * high) for low, high in ends)
 
     def gcv(self, ridge: float) -> float:
         """Return GCV: the mean over examples and outputs of (residual of the fit / mean leverage left)²."""

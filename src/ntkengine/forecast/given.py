@@ -14,13 +14,13 @@ from ntkengine.spectrum.operators import EPS
 from ntkengine.targets import refuse_bits
 
 
-def targets_of(name: str, values: ArrayLike, outputs: int | None = None) -> np.ndarray:
-    """Return targets, (N, C) float64; InputError for another number of columns, or 0 and 1 of one output."""
+def targets_of(name: str, values: ArrayLike, beside: np.ndarray | None = None) -> np.ndarray:
+    """Return targets, (N, C) float64; InputError for other columns than those beside, or 0 and 1 of one output."""
     given = real_array(name, values)
     array = as_columns(name, given, len(given) if given.ndim else 1)
-    if outputs is not None and array.shape[1] != outputs:
-        raise InputError(f"{name}: expected {outputs} columns, as in targets, got {array.shape[1]}")
-    refuse_bits(name, array)
+    if beside is not None and array.shape[1] != beside.shape[1]:
+        raise InputError(f"{name}: expected {beside.shape[1]} columns, as in targets, got {array.shape[1]}")
+    refuse_bits(name, array, beside)
     return array
 
 

@@ -119,7 +119,7 @@ def rehearse(
     if len(set(names)) < len(names):
         raise InputError(f"modules: expected each once, got {max(names, key=names.count)} twice")
     names = [n for n in factors.maps if n in names]  # A is drawn map by map: their order must not matter
-    rank, repeats, seed = whole("rank", rank, 1), whole("repeats", repeats, 1), whole("seed", seed)
+    rank, repeats, seed = whole("rank", rank, 1, RANK), whole("repeats", repeats, 1), whole("seed", seed)
     alpha = 2.0 * rank if alpha is None else number("alpha", alpha, above=0, what="a number")
     total, C = factors.outputs.shape
     train = np.arange(factors.train) if rows is None else _positions("rows", rows, total)
@@ -129,8 +129,8 @@ def rehearse(
     f0 = torch.from_numpy(factors.outputs if offset is None else real_array("offset", offset).astype(np.float64))
     if f0.shape != (total, C) or not bool(torch.isfinite(f0).all()):
         raise InputError(f"offset: expected {(total, C)} finite numbers, got shape {tuple(f0.shape)}")
-    y = as_targets("targets", targets, recipe.loss, len(train), C)
-    y_eval = None if eval_targets is None else as_targets("eval_targets", eval_targets, recipe.loss, len(held), C)
+    y = as_targets("targets", targets, recipe.loss, len(train), C, eval_targets)
+    y_eval = None if eval_targets is None else as_targets("eval_targets", eval_targets, recipe.loss, len(held), C, y)
     scale = alpha / rank
     runs = [
         _Run(factors, names, rank, scale, recipe, f0, seed + k).trained(train, y, recipe.seed + k)
@@ -159,13 +159,16 @@ def rehearse(
     )
 
 
+RANK = 1 << 30  # at most
+
+
 def _positions(name: str, given: object, total: int) -> np.ndarray:
     rows = np.asarray(given)
     if rows.ndim != 1 or not len(rows) or not np.issubdtype(rows.dtype, np.integer):
         raise InputError(f"{name}: expected a list of whole numbers, got shape {rows.shape} of {rows.dtype}")
     if rows.min() < 0 or rows.max() >= total:
         raise InputError(f"{name}: expected positions in 0..{total - 1}, got {rows.min()}..{rows.max()}")
-    return rows
+    return rows.astype(np.int64)  # torch takes uint8 for a mask
 
 
 def _width(factors: TangentFactors, name: str) -> int:

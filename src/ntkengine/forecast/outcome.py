@@ -88,8 +88,8 @@ def half_width(
     """Return half a 90 % interval, for one more run, of three independent errors.
 
     Sampling counts twice, for the eval draw and the one to come; chance for the run to come and, 1/R of its variance,
-    for the mean of R. With R > 1 each of the two has Student's quantile of its own degrees of freedom: one quantile for
-    their sum (Welch and Satterthwaite) falls to 82 % at R = 2, where a few repeats agree by luck.
+    for the mean of R. Each of the two has Student's quantile of its own degrees of freedom: one quantile for their sum
+    (Welch and Satterthwaite) falls to 82 % at R = 2, where a few repeats agree by luck.
 
     Args:
         sampling: standard error over eval examples.
@@ -98,9 +98,7 @@ def half_width(
         repeats: R.
         examples: M.
     """
-    among, between = Z90, 0.0
-    if repeats > 1:
-        among, between = (float(student.ppf(0.95, max(count - 1, 1))) for count in (examples, repeats))
+    among, between = (float(student.ppf(0.95, max(count - 1, 1))) for count in (examples, repeats))
     drawn = 2 * np.square(among * np.asarray(sampling))
     return np.sqrt(
         drawn + (1 + 1 / repeats) * np.square(between * np.asarray(chance)) + np.square(Z90 * np.asarray(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ntkengine.arguments import whole
 from ntkengine.digits import above
 from ntkengine.display import html_facts
 from ntkengine.forecast.outcome import Outcome
@@ -65,7 +66,11 @@ class Ranking:
 
         Args:
             which: its place; 0 is the best.
+
+        Raises:
+            InputError: no such place.
         """
+        which = whole("which", which, 0, len(self.choices) - 1)
         return {
             "peft_type": "LORA",
             "r": self.rank,

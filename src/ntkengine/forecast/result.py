@@ -38,14 +38,14 @@ class Forecast:
         outputs: C.
         contraction: how outputs enter the Gram.
         noise: error of each eigenvalue: the Gram's noise, the solver's rounding, and at least the size of the most
-            negative eigenvalue. Unit of K.
+            negative eigenvalue. In the unit of the matrix used.
         eigenvalues: descending, of the matrix used (the trace kernel is divided by C; C separate kernels are joined).
         condition: λ_max/λ_min of it, or a lower bound.
         trace: sum of `eigenvalues`, not divided.
         effective_rank: (Σλ)²/Σλ².
         effective_dimension: tr K(K + ridge·I)⁻¹ at the chosen ridge, summed over systems.
         alignment: centred kernel-target alignment of the kernel over examples; None for constant targets.
-        ridges: (R,) ascending, in the unit of K.
+        ridges: (R,) ascending, in the unit of the matrix used: C times as large for `KernelRidge` on a trace kernel.
         train_mse: (R,) after ridge regression, from the real start.
         loo_mse: (R,) leave-one-example-out.
         loo_accuracy: (R,) or None where targets name no class.

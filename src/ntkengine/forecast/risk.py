@@ -69,7 +69,7 @@ def forecast(
             which the model knows until it is saved.
         cross_fit: of `cross_fit`: kernels and starts of heads that did not see each fold. Leave-one-out and GCV then
             score each example in the system of its own fold, and `held_out_offset` is not needed.
-        ridge: "loo", "gcv", or a number in the unit of K, not below the noise.
+        ridge: "loo", "gcv", or a number in the unit of the kernel used (K/C for "trace"), not below the noise.
         times: (T,) > 0, learning rate × full-batch steps; default 121 on a log grid from 0.01·N/λ_max to 100·N/λ_min,
             or to N/noise where λ_min is unresolved, within ten decades.
         recipe: of the training that will be done, or a mapping of its fields: it is simulated step by step on the
@@ -92,7 +92,7 @@ def forecast(
     if cross_fit is not None:
         if not isinstance(cross_fit, CrossFit):
             raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
-        cross_fit.check(gram)
+        cross_fit.check(gram, N, C)
         held = cross_fit.held_out()
     told = head_fitted_on_targets is not None
     fitted = flag(
@@ -107,7 +107,7 @@ def forecast(
             + ("" if told else "; where the head was not fitted on these labels, head_fitted_on_targets=False")
         )
     given = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
-    y_eval = None if given is None else targets_of("eval_targets", given, C)
+    y_eval = None if given is None else targets_of("eval_targets", given, y)
     kernel = cut(gram, N, C, None if y_eval is None else len(y_eval))
     flow = Flow.of(kernel, kernel.paths(y - f0))
     f0_eval = None if y_eval is None else eval_offset_of(gram, eval_offset, offset, f0, y_eval.shape)
@@ -117,18 +117,19 @@ def forecast(
     condition = condition_from_eigenvalues(values, given)
     noise = condition.noise
     refuse_indefinite(values, given)
-    ridges = ridge_grid(values, noise)
-    if not isinstance(ridge, str):
-        ridges = np.unique(np.append(ridges, ridge_of(ridge, noise)))
-    elif ridge not in ("loo", "gcv"):
-        raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {ridge!r}")
-
     # Honest residuals for leave-one-out and GCV; the flow keeps those of the real start.
     if cross_fit is not None:
         tested = Systems.of(gram, cross_fit, y)
     else:
         paths = flow.paths if held is None else _retargeted(kernel, flow.paths, y - held)
         tested = Systems([(kernel, paths, np.ones(N, dtype=bool))])
+    least = noise if cross_fit is None else max(noise, tested.least_ridge(noise / condition.lambda_max))
+    ridges = ridge_grid(values, least)
+    if not isinstance(ridge, str):
+        ridges = np.unique(np.append(ridges, ridge_of(ridge, noise)))
+    elif ridge not in ("loo", "gcv"):
+        raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {ridge!r}")
+
     left_out = np.stack([tested.left_out(r) for r in ridges])  # (R, N, C)
     loo_mse = (left_out**2).mean(axis=(1, 2))
     gcv = np.array([tested.gcv(r) for r in ridges])

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
     """Return (label, value with its error) rows."""
-    start = found.start
+    start, C = found.start, found.outputs
+    shared = f", K/{C} for each output" if found.contraction == "trace" and C > 1 else ""
     rows = [
         ("examples", f"{found.n} train, {found.n_eval} eval, {found.outputs} output{'s' * (found.outputs > 1)}"),
-        ("contraction", found.contraction),
+        ("contraction", found.contraction + shared),
         ("largest eigenvalue", measured(found.eigenvalues[0], found.noise)),
         ("smallest eigenvalue", measured(found.eigenvalues[-1], found.noise)),
         ("condition number", str(found.condition)),

@@ -101,11 +101,12 @@ def simulate(
     recipe = Recipe.of(recipe)
     f0 = _outputs("offset", offset)
     N, C = f0.shape
-    if not isinstance(grams, Sequence | np.ndarray) or not len(grams):
+    every = list(grams) if isinstance(grams, Sequence) or (isinstance(grams, np.ndarray) and grams.ndim) else []
+    if not every:
         raise InputError(f"grams: expected at least one matrix in a list, got {shown(grams)}")
-    K = [_symmetric(_checked("grams", G, N, N, C)) for G in grams]
+    K = [_symmetric(_checked("grams", G, N, N, C)) for G in every]
     if recipe.optimizer == "adam":
-        listed = sizes if isinstance(sizes, Sequence | np.ndarray) and not isinstance(sizes, str) else ()
+        listed = sizes if isinstance(sizes, Sequence | np.ndarray) and np.ndim(sizes) == 1 else ()
         P = np.asarray([number("sizes", size, above=0) for size in listed])
         if len(P) != len(K):
             raise InputError(f"sizes: expected the parameters of each of {len(K)} modules for Adam, got {shown(sizes)}")
@@ -136,7 +137,7 @@ def simulate(
         raise NonFinite("simulate: outputs are not finite after the last step; a lower learning rate may help")
     y_eval = None
     if eval_targets is not None and after is not None:
-        y_eval = as_targets("eval_targets", eval_targets, recipe.loss, len(after), C)
+        y_eval = as_targets("eval_targets", eval_targets, recipe.loss, len(after), C, y)
     scored = None if after is None or y_eval is None else torch.from_numpy(after)
     start = f0 if after is None or f0_eval is None else f0_eval
     return Simulation(

@@ -17,7 +17,7 @@ from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.candidates import grouped, kind_of, layer_of, named_subsets
 from ntkengine.forecast.crossed import rehearse_folds
-from ntkengine.forecast.lora import rehearse
+from ntkengine.forecast.lora import RANK, rehearse
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.ranking import Choice, Ranking
 from ntkengine.forecast.scores import centred_alignment
@@ -75,7 +75,7 @@ def rank_subsets(
     """
     if size is not None:
         size = whole("size", size, 1)
-    rank, repeats, seed = whole("rank", rank, 1), whole("repeats", repeats, 1), whole("seed", seed)
+    rank, repeats, seed = whole("rank", rank, 1, RANK), whole("repeats", repeats, 1), whole("seed", seed)
     alpha = 2.0 * rank if alpha is None else number("alpha", alpha, above=0, what="a number")
     judge = _Judge(gram, targets, Recipe.of(recipe), factors, fold, rank, alpha, eval_targets, repeats, seed)
     if subsets == "greedy":
@@ -112,6 +112,9 @@ class _Judge:
         if getattr(gram, "transform", "sgd") != "sgd":
             raise InputError(f"gram: expected the plain inner product, transform 'sgd', got {gram.transform!r}")
         by_fold = isinstance(factors, Sequence)
+        for part in factors if isinstance(factors, Sequence) else () if factors is None else (factors,):
+            if not hasattr(part, "maps"):
+                raise InputError(f"factors: expected those of tangent_factors, got {type(part).__name__}")
         if by_fold and fold is None:
             raise InputError("fold: expected the fold of each example, as factors are given by fold, got none")
         if fold is not None and not by_fold:
@@ -122,6 +125,8 @@ class _Judge:
         if self.eval_targets is None and fold is None:
             raise InputError("eval_targets: expected held-out examples to rank by, got none")
         self.shapes = _shapes(gram, factors[0] if isinstance(factors, Sequence) else factors)
+        if gram is not None and factors is not None:
+            _refuse_apart(gram, factors[0] if isinstance(factors, Sequence) else factors, alike=not by_fold)
         self.names = [n for n in self.shapes if not modules or n in modules]
         if not self.names:
             raise InputError(
@@ -219,6 +224,9 @@ class _Judge:
         return y if y.ndim == 2 else np.eye(max(2, C))[y]
 
 
+_APART = 0.05  # of the largest output; rounding in half precision is below
+
+
 def _loss(choice: Choice) -> float:
     """Return the forecast eval loss, which every choice has: without held-out examples there is no ranking."""
     assert choice.outcome.eval_loss is not None
@@ -232,6 +240,22 @@ def _shapes(gram: Any, factors: TangentFactors | None) -> dict[str, tuple[int, i
     plan = getattr(gram, "plan", None)
     rows = [] if plan is None else plan.parameters
     return {r.module: (r.rows, r.columns) for r in rows if r.path == "outer" and min(r.rows, r.columns) > 1}
+
+
+def _refuse_apart(gram: Any, factors: TangentFactors, *, alike: bool) -> None:
+    """Refuse a Gram and factors of other maps, or of other examples or another model, whose outputs differ.
+
+    Args:
+        gram: with modules.
+        factors: of one model.
+        alike: whether it should be the Gram's, head and all.
+    """
+    missing = next((n for n in factors.maps if n not in gram.modules), None)
+    if missing is not None:
+        raise InputError(f"gram: expected every map of the factors among its modules, {missing} is not there")
+    here, there = np.asarray(gram.outputs), factors.outputs[: factors.train]
+    if here.shape != there.shape or (alike and np.abs(here - there).max() > _APART * np.abs(there).max()):
+        raise InputError("factors: expected those of the Gram's model and examples, the outputs of the two differ")
 
 
 def _refuse_more_than_weights(gram: Any, names: Sequence[str]) -> None:

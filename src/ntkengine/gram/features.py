@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.arguments import choice
+from ntkengine.arguments import choice, real_array
 from ntkengine.errors import InputError
 from ntkengine.gram.check import Check
 from ntkengine.gram.engine import compute_gram
@@ -131,7 +132,10 @@ class Landmarks:
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Return columns `index` of K, (N, len(index)) float64."""
-        rows = torch.from_numpy(np.ascontiguousarray(index))
+        index = real_array("index", index)
+        if index.ndim != 1 or index.dtype.kind not in "iu" or not np.isin(index, np.arange(len(self.diagonal))).all():
+            raise InputError(f"index: expected a list of examples in 0..{len(self.diagonal) - 1}, got {shown(index)}")
+        rows = torch.from_numpy(index.astype(np.int64))  # torch takes uint8 for a mask
         chosen = {name: value[rows.to(value.device)] for name, value in self.inputs.items()}
         gram = compute_gram(self.model, self.inputs, chosen, **{**self.options, "check": self._check})
         self._check = False

@@ -15,7 +15,7 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkengine.arguments import choice, whole
+from ntkengine.arguments import choice, real_array, whole
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.gram.alone import Alone, flat
 from ntkengine.gram.noise import LIMIT
@@ -163,9 +163,12 @@ class TangentProducts:
         """Return K X, (rows, k) float64, of X (rows, k), k >= 1.
 
         Raises:
-            InputError: X of another shape.
+            InputError: X of another shape, or with entries that are no finite numbers.
             NonFinite: a gradient is not finite.
         """
+        X = real_array("X", X).astype(np.float64)
+        if not np.isfinite(X).all():
+            raise InputError("X: expected finite numbers, got NaN or infinity")
         if X.ndim != 2 or X.shape[0] != self.rows or not X.shape[1]:
             raise InputError(f"X: expected shape ({self.rows}, k), got {X.shape}")
         with self._running() as task:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ntkengine.arguments import called
 from ntkengine.errors import InputError
 from ntkengine.gram.check import Check
 from ntkengine.gram.planning import planned
@@ -102,8 +103,9 @@ def tangent_factors(
     Cost: one sweep: two forward passes, C backward passes; tokens·(d_in + C·d_out) numbers a map.
     """
     check_settings(memory_gib, seed, check=check)
+    called("progress", progress)
     task = Task.prepare(model, inputs, None, eval_inputs, readout, params, "full", "sgd", "high")
-    adapter = next((n for n in task.selected if module_of(n) != n.rpartition(".")[0]), None)
+    adapter = next((n for n in task.selected if module_of(n) != (n.rpartition(".")[0] or n)), None)
     if adapter is not None:
         raise InputError(f"params: expected a model before adapters are put on, {adapter} is an adapter's")
     warn_of_new_head(model, readout)

@@ -142,6 +142,9 @@ def _groups(state: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], Mapping[
     if not all("betas" in g and "eps" in g for g in groups) or not all("exp_avg_sq" in m for m in moments.values()):
         msg = "optimizer state: has no second moments (exp_avg_sq); expected Adam or AdamW"
         raise InputError(msg)
+    if not all("amsgrad" in g for g in groups):  # RAdam and NAdam have the same moments, and another step
+        msg = f"optimizer state: expected that of Adam or AdamW, whose groups tell amsgrad, got {sorted(groups[0])}"
+        raise InputError(msg)
     return groups, moments
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.arguments import real_array, whole
+from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
@@ -49,7 +49,12 @@ class HeadFit:
     seen: frozenset[bytes] = field(repr=False)
 
     def write(self, model: nn.Module, fold: int) -> None:
-        """Put one fold's head into the model; −1 puts back the head fitted on all."""
+        """Put one fold's head into the model; −1 puts back the head fitted on all.
+
+        Raises:
+            InputError: no such fold.
+        """
+        whole("fold", fold, -1, len(self.weights) - 2)
         linear: Any = model.get_submodule(self.module)
         W, b = self.weights[fold]
         with torch.no_grad():
@@ -105,7 +110,8 @@ def fit_head(
         model: a sequence classifier whose logits come from an `nn.Linear`; nothing else of it is changed.
         inputs: examples, as for `compute_gram`.
         targets: (N, C), C the number of logits.
-        ridge: the penalty, or `"loo"` for the best leave-one-out error on a grid.
+        ridge: the penalty, or `"loo"` for the best leave-one-out error on a grid, up to 10 times the largest eigenvalue
+            of the features' Gram: where they tell nothing of the targets, more would leave a head of zeros, and K = 0.
         folds: for the held-out outputs; at most N.
         seed: of the folds.
 
@@ -122,6 +128,7 @@ def fit_head(
         msg = f"targets: expected ({n}, C) finite numbers, got shape {targets.shape}"
         raise InputError(msg)
     check_fit(ridge, folds)
+    seed = whole("seed", seed)
     if n < 2:
         msg = f"fit_head: expected at least 2 examples, got {n}"
         raise InputError(msg)
@@ -205,9 +212,8 @@ def check_fit(ridge: float | str, folds: int) -> None:
     Raises:
         InputError: naming it.
     """
-    if ridge != "loo" and not (isinstance(ridge, int | float) and 0 < ridge < np.inf):
-        msg = f"ridge: expected 'loo' or a positive number, got {ridge!r}"
-        raise InputError(msg)
+    if not isinstance(ridge, str) or ridge != "loo":
+        number("ridge", ridge, above=0, what="'loo' or a number")
     whole("folds", folds, 2)
 
 

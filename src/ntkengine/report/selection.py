@@ -48,7 +48,7 @@ def _row(choice: dict[str, Any]) -> tuple[str, ...]:
         str(choice["name"]),
         f"{int(choice['parameters']):,}",
         span(_three(choice["eval_loss"])),
-        span(_three(choice["eval_accuracy"])),
+        "" if choice["eval_accuracy"] is None else span(_three(choice["eval_accuracy"])),
         f"{float(choice['train_loss']):.4g}",
         "" if kernel is None else str(kernel["condition"]),
     )

@@ -80,6 +80,8 @@ def with_classes(class_weight: Any, labels: np.ndarray, weights: np.ndarray) -> 
     words = class_weight is None or isinstance(class_weight, Mapping) or (class_weight == "balanced") is True
     if not words or not all(isinstance(w, Real) for w in told):
         raise InputError(f"class_weight: expected None, 'balanced' or numbers by class, got {shown(class_weight)}")
+    if told and (unknown := [label for label in class_weight if label not in labels.tolist()]):
+        raise InputError(f"class_weight: expected weights of classes among y, got one of {unknown[0]!r}")
     if class_weight is None or told:
         found = weights * compute_sample_weight(class_weight, labels)
         if not np.isfinite(found).all() or (found < 0).any():

@@ -109,15 +109,20 @@ def effective_rank(gram: Any) -> Estimate:
         The participation ratio of the spectrum; `.error` is what the noise and rounding do to it.
 
     Raises:
-        InputError: the matrix is zero.
+        InputError: the matrix is zero, or its trace lies further below ‖K‖_F than noise explains, as no Gram's does.
 
     Cost: one pass over N² entries.
     """
     matrix = as_matrix(gram)
-    norm = float(np.linalg.norm(matrix))
+    norm, trace, noise = float(np.linalg.norm(matrix)), float(np.trace(matrix)), noise_of(gram)
     if norm == 0.0:
         raise InputError("gram: expected a non-zero matrix, got all zeros")
-    return rank_from_sums(float(np.trace(matrix)), norm, len(matrix), noise_of(gram))
+    rows = len(matrix)
+    if trace + 2.0 * rows * noise < norm * (1.0 - 10.0 * rows * EPS):
+        raise InputError(
+            f"gram: expected no negative eigenvalue, and so a trace of at least the norm {norm:.6g}, got {trace:.6g}"
+        )
+    return rank_from_sums(trace, norm, rows, noise)
 
 
 def rank_from_sums(trace: float, norm: float, rows: int, noise: float) -> Estimate:

@@ -13,6 +13,7 @@ Shapes: N rows, k columns.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,7 @@ from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import SIZES, check_size
 
 EPS = float(np.finfo(np.float64).eps)
+_BFLOAT16 = 2.0**-7
 _TILE = 512  # symmetry is compared tile by tile: no second N×N array, and transposed reads stay in cache
 
 
@@ -71,7 +73,7 @@ def _symmetric(gram: Any) -> tuple[np.ndarray, float]:
     check_size("gram", largest)
     if skew == 0.0:
         return matrix, 0.0
-    if skew > max(100.0 * _eps(raw) * largest, 2.0 * (declared_noise(gram) or 0.0)):
+    if skew > max(100.0 * _eps(gram) * largest, 2.0 * (declared_noise(gram) or 0.0)):
         raise InputError(
             f"gram: expected a symmetric matrix, got max|K - K^T| = {skew:.3g} with max|K| = {largest:.3g}"
         )
@@ -140,7 +142,7 @@ def _told(gram: Any) -> float:
         norm = float(np.linalg.norm(matrix))
     if matrix.size and not SIZES[0] <= norm <= SIZES[1]:
         check_size("gram", float(np.abs(matrix).max()))  # squares that are no numbers
-    return 0.5 * _eps(raw) * norm
+    return 0.5 * _eps(gram) * norm
 
 
 def eigenvalues_of(gram: Any) -> np.ndarray:
@@ -259,8 +261,13 @@ def _first_bad(matrix: np.ndarray) -> int:
     return int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])
 
 
-def _eps(raw: np.ndarray) -> float:
-    return float(np.finfo(raw.dtype).eps) if raw.dtype.kind == "f" else EPS
+def _eps(gram: Any) -> float:
+    """Return the eps of the type a Gram is stored in; NumPy has no bfloat16, a tensor tells."""
+    values = getattr(gram, "values", gram)
+    if "bfloat16" in str(getattr(gram if callable(values) else values, "dtype", "")):
+        return _BFLOAT16
+    dtype = _stored(gram).dtype
+    return float(np.finfo(dtype).eps) if dtype.kind == "f" else EPS
 
 
 def declared_noise(gram: Any) -> float | None:
@@ -268,4 +275,9 @@ def declared_noise(gram: Any) -> float | None:
     noise = getattr(gram, "noise", None)
     if noise is None:
         return None
+    if isinstance(noise, float) and math.isnan(noise) and hasattr(gram, "values"):
+        raise InputError(
+            "gram: its noise is not known, as it was computed with check=False; compute it with the check, or give its "
+            "`values` alone, which are then taken to be right to their last digit"
+        )
     return number("noise", noise, 0)
