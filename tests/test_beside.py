@@ -32,6 +32,9 @@ def test_cross_fit_is_a_gram_under_each_held_out_head():
         rounding = 1e-7 * np.abs(head.held_out).max()  # of a logit: a margin is the difference of two
         np.testing.assert_allclose(found.outputs[k], alone.outputs, rtol=1e-6, atol=rounding)
     y = np.where(np.arange(9) % 2, 1.0, -1.0)
+    with pytest.raises(InputError, match="cross_fit: expected the Gram's examples .* under the head it was made with"):
+        forecast(compute_gram(model, inputs, **options), y, cross_fit=found)  # with the last fold's head
+    head.write(model, -1)
     assert forecast(compute_gram(model, inputs, **options), y, cross_fit=found).loo[0] > 0
     for other, said in [
         (
@@ -44,7 +47,6 @@ def test_cross_fit_is_a_gram_under_each_held_out_head():
             forecast(compute_gram(model, inputs, **options | other), y, cross_fit=found)
     # Example n was scored by a head that did not see it: what fit_head itself foretold.
     np.testing.assert_allclose(found.held_out()[:, 0], head.held_out[:, 1] - head.held_out[:, 0], atol=1e-4)
-    head.write(model, -1)
     for wrong, said in [
         ({"inputs": {k: v[:8] for k, v in inputs.items()}}, "inputs: expected the 9 examples the head was fitted on"),
         ({"head": found}, "head: expected what fit_head returned, got CrossFit"),

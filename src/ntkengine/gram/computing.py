@@ -14,6 +14,7 @@ from torch import nn
 
 from ntkengine.cluster.comm import Team, together
 from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
+from ntkengine.gram.anew import compare_anew
 from ntkengine.gram.assembly import assemble, surroundings
 from ntkengine.gram.check import TURNED, UNSURE, Check
 from ntkengine.gram.checkpoint import Checkpoints
@@ -103,6 +104,7 @@ def computed(
             if truth is not None:
                 truth.allow(sketches)
                 truth.entries(sums, samples, swept.dtype)
+                compare_anew(swept, on, samples, sums, frame, layout, seed, sketched=bool(sketches))
             if truth is not None and double is not None:
                 noise = _noise(
                     task, structure, samples, frame, sums, seed, double, precision, layout, sketched=bool(sketches)

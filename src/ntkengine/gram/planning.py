@@ -21,6 +21,7 @@ from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.running import taken_apart
 from ntkengine.inputs.streaming import is_streamed
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.tangents.probe import probe
@@ -65,7 +66,8 @@ def planned(
     began = time.perf_counter()
     with together(team):
         keep_bytes = 0 if is_streamed(task.model) else before.keep_bytes
-        structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients, keep_bytes)
+        with taken_apart(task.model):
+            structure = probe(task.model, task.selected, task.samples, task.readout, seed, before.gradients, keep_bytes)
     if team is not None:
         team.same(structure.told(), "are the machines and versions the same?", CheckFailed)
     probed = time.perf_counter() - began

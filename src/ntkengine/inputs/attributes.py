@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -126,10 +126,22 @@ def _frozen(value: Any) -> Any:
 def held_tensors(model: nn.Module) -> dict[Place, tuple[str, Tensor]]:
     """Return floating-point tensors in attributes that are no parameters or buffers, with the attribute's full name."""
     found: dict[Place, tuple[str, Tensor]] = {}
+    known = {x.data_ptr() for x in model.buffers()}
     for owner, module in model.named_modules():
         for key, value in _own(module).items():
             inside = value.items() if type(value) is dict else enumerate(value) if type(value) in (list, tuple) else ()
             for at, x in [("", value), *inside]:
-                if isinstance(x, Tensor) and x.is_floating_point():
+                if isinstance(x, Tensor) and x.is_floating_point() and x.data_ptr() not in known:
                     found[id(module), key, str(at)] = f"{owner}.{key}".lstrip("."), x
     return found
+
+
+def empty(model: nn.Module, places: Iterable[Place]) -> None:
+    """Make the attributes at these places None, the containers there empty; `Attributes.restore` puts all back."""
+    modules = {id(module): module for module in model.modules()}
+    for owner, key, _ in places:
+        value = vars(modules[owner])[key]
+        if type(value) in (dict, list):
+            value.clear()
+        else:
+            setattr(modules[owner], key, None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from ntkengine.errors import CheckFailed, InputError
+from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.inputs.attributes import Attributes, stored_weight
 from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.weights import RESIDENT
@@ -73,6 +73,22 @@ def explained(
         reason = " ".join(str(error).split())[:200]
         more = " (set model.config.pad_token_id)" if "padding token" in reason else hint
         raise InputError(f"model: {type(model).__name__} cannot be run on {what}: {reason}{more}") from error
+
+
+@contextmanager
+def taken_apart(model: nn.Module) -> Iterator[None]:
+    """Within the block, make one line of what a model raises when it is run in parts and backwards.
+
+    Raises:
+        InputError: in place of it.
+    """
+    try:
+        yield
+    except (InputError, CheckFailed, NonFinite, torch.OutOfMemoryError):
+        raise
+    except (*_UNUSABLE, NotImplementedError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(f"model: {type(model).__name__} cannot be run in parts and backwards: {reason}") from error
 
 
 def coarsest(model: nn.Module, f: Tensor) -> torch.dtype:

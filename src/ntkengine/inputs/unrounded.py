@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 _FEWER = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 _OPERATIONS = frozenset({torch._ops.OpOverload, torch._ops.OpOverloadPacket})
-_OWN = frozenset({"aten", "prims"})  # torch's operations, which take any dtype or refuse it
+_OWN = frozenset({"aten", "prims", "higher_order"})  # torch's operations, which take any dtype or refuse it
 _BITS = frozenset({Tensor.view, torch.frombuffer, torch.asarray})  # what is there is read, nothing is rounded
 
 

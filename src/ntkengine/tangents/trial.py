@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.inputs.attributes import Attributes, held_tensors, plain_values
+from ntkengine.inputs.attributes import Attributes, Place, empty, held_tensors, plain_values
 from ntkengine.inputs.batches import TOKEN_KEYS, Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import FIRST_CALLS, call_model, coarsest, explained, wanting_gradients
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 _CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
 _SIZES = {"token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings"}
 _LENGTHS, _WIDTHS = 12, 4  # at which cuts are tried
+_PLACES = 8  # emptied one by one at most
 
 
 def settled(model: nn.Module, inputs: Source, readout: Readout, selected: Mapping[str, nn.Parameter]) -> Samples:
@@ -103,15 +104,22 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
     if kept:
         with wanting_gradients(selected.values()):
             call_model(model, inputs)
-        now = held_tensors(model)
+        _refuse_kept(held_tensors(model), kept)
         before.restore()
-        for name, x in (now[place] for place in kept if place in now):
-            if x.requires_grad:
-                msg = (
-                    f"model: {name} keeps what one call computed from the parameters for the calls after it, which "
-                    "then have no gradient; compute it in every call"
-                )
-                raise InputError(msg)
+    for places in [list(start), *([place] for place in list(start)[:_PLACES])] if start else ():
+        empty(model, places)  # a call before this one may have filled them
+        now = None
+        try:
+            with wanting_gradients(selected.values()):
+                call_model(model, inputs)
+            now = held_tensors(model)
+        except (RuntimeError, LookupError, TypeError, AttributeError, ValueError):
+            pass  # it needs them
+        finally:
+            before.restore()
+        if now is not None:
+            _refuse_kept(now, places)
+            break
     f, again = found
     if not f.is_floating_point() or not f.shape[1]:
         msg = f"readout {readout.name!r}: expected (N, C) real numbers with C ≥ 1, got {tuple(f.shape)} of {f.dtype}"
@@ -123,6 +131,17 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         )
         raise CheckFailed(msg)
     return bool(libraries)
+
+
+def _refuse_kept(now: Mapping[Place, tuple[str, Tensor]], places: Sequence[Place]) -> None:
+    """Refuse tensors in attributes that a call with gradients has made from parameters."""
+    for name, x in (now[place] for place in places if place in now):
+        if x.requires_grad:
+            msg = (
+                f"model: {name} keeps what one call computed from the parameters for the calls after it, which then "
+                "have no gradient; compute it in every call"
+            )
+            raise InputError(msg)
 
 
 def _run_suspects(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
@@ -191,6 +210,13 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
             return _uncut("the model wants the width it is given")
     scale = max((float(f.norm()) for f, _ in pairs), default=0.0)
     if not all(float((f - cut).norm()) <= _CUT.get(f.dtype, 1e-2) * scale for f, cut in pairs):
+        worst = max(float((f - cut).norm()) for f, cut in pairs) / scale if scale else 0.0
+        if worst > agreement(pairs[0][0].dtype):
+            log.warning(
+                "inputs: padding changes f, by a relative %.0e: this is the kernel of inputs as padded, and "
+                "a wider batch has another; pass examples of one length at a time for that without padding",
+                worst,
+            )
         return _uncut("f depends on it")
     return True
 
@@ -217,12 +243,17 @@ def _cuts(samples: Samples) -> dict[int, list[tuple[int, int]]]:
         if not trimmed:
             continue
         lengths = samples.lengths[g]
-        alone = {int(lengths[row]): int(row) for row in samples.order[g][::-1]}
+        rows: dict[int, list[int]] = {}
+        for row in samples.order[g][::-1]:
+            rows.setdefault(int(lengths[row]), []).append(int(row))
         together = {int(lengths[c.rows].max()): int(c.rows[0]) for c in samples.chunks if c.group == g}
-        for widths, most in ((alone, _LENGTHS), (together, _WIDTHS)):
-            tried = sorted(widths)
-            places = {round(i * (len(tried) - 1) / max(1, most - 1)) for i in range(most)}
-            found.setdefault(g, []).extend((widths[tried[i]], tried[i]) for i in sorted(places))
+        tried = found.setdefault(g, [])
+        for widths, most in ((sorted(rows), _LENGTHS), (sorted(together), _WIDTHS)):
+            places = {round(i * (len(widths) - 1) / max(1, most - 1)) for i in range(most)}
+            chosen = [widths[i] for i in sorted(places)]
+            tried.extend((rows[w].pop() if most == _LENGTHS else together[w], w) for w in chosen)
+            while most == _LENGTHS and len(tried) < _LENGTHS and any(rows[w] for w in chosen):  # of few lengths more
+                tried.extend((rows[w].pop(), w) for w in chosen if rows[w])
     return found
 
 
