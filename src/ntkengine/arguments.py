@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+SEEDS = (1 << 63) - 1  # the largest that torch's generators and NumPy's take
+
+
 def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
     """Return an integer as an int; true, false and 2.0 are none.
 

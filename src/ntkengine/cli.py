@@ -150,7 +150,8 @@ def _tell(found: Any, as_json: bool, seconds: float) -> None:
     show(gram_table(found, job=False))
     times = timing_table(found)
     if times is None:
-        print(f"{found.path} was complete already: nothing was computed")
+        done = "had damaged tiles, which were computed again" if found.meta.get("refilled") else ""
+        print(f"{found.path} {done or 'was complete already: nothing was computed'}")
         return
     show(times)
     if found.meta.get("ranks"):

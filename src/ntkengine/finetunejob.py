@@ -73,9 +73,9 @@ def run_finetune(
     if save is not None and save.exists():
         raise InputError(f"{save}: is there already; name a new folder for the model")
     check_apart(history=history, save=save)
-    for path in (history, save):
+    for path, mark in ((history, '{"recipe"'), (save, "")):
         if path is not None:
-            check_folder(path)
+            check_folder(path, mark)
     tell = progress or quiet
     job = replace(job, out=None)
     check_early(job)

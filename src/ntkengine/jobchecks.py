@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ntkengine.arguments import SEEDS, number, whole
 from ntkengine.errors import InputError
 from ntkengine.jobparts import Job
 from ntkengine.prompts import check_prompts
@@ -37,6 +38,12 @@ def check_early(job: Job) -> None:
     check_prompts(job)
     check_seconds(part.checkpoint_s)
     check_settings(part.memory_gib, part.seed)
+    for table, seed in (("model", model.seed), ("head", head.seed)):
+        whole(f"{table}.seed", seed, 0, SEEDS)
+    if not isinstance(job.forecast.ridge, str):
+        number("forecast.ridge", job.forecast.ridge, above=0, what="'loo', 'gcv' or a number")
+    elif job.forecast.ridge not in ("loo", "gcv"):
+        raise InputError(f"forecast.ridge: expected 'loo', 'gcv' or a number > 0, got {job.forecast.ridge!r}")
     check_model(1 if model.num_labels is None else model.num_labels, model.dtype, model.device)
     check_source(model.path, model.allow_pickle)
     check_fit(head.ridge, head.folds)

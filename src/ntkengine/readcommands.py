@@ -120,9 +120,10 @@ def report(
     """Write one self-contained HTML page over Gram files, rankings and fine-tunings."""
     from ntkengine.gramfiles import report_files
     from ntkengine.report import write_report
+    from ntkengine.report.html import PAGE
+    from ntkengine.textfile import check_folder
 
-    if not out.parent.is_dir():
-        raise InputError(f"report: folder {out.parent} does not exist")
+    check_folder(out, PAGE)
     print(write_report(out, report_files(paths, _ridge(ridge))))
 
 

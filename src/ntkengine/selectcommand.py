@@ -53,9 +53,9 @@ def select(
     if given["out"] is not None:
         raise InputError("--out: is for a Gram; name the file of the best configuration with --emit")
     check_apart(emit=emit, save=save)
-    for target in (emit, save):
+    for target, mark in ((emit, '"peft_type"'), (save, '"choices"')):
         if target is not None:
-            check_folder(target)
+            check_folder(target, mark)
     given["model"]["peft"] = {"peft_type": "LORA", **given["model"]["peft"]} if given["model"]["peft"] else {}
     given["finetune"] = {
         "learning_rate": learning_rate,

@@ -11,6 +11,7 @@ from typing import Any
 
 from ntkengine.errors import InputError
 
+_START = 4096  # bytes in which a result shows what it is
 _DEEPEST = 64  # what walks through nested values afterwards recurses
 
 
@@ -23,16 +24,24 @@ def reason_of(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, mark: str = "") -> None:
     """Refuse a file that could not be written, before anything is computed for it.
 
+    Args:
+        path: the file.
+        mark: text near the start of what is written: a file that is there and has it not is no earlier result.
+
     Raises:
-        InputError: its folder is not there or takes no file, or it is a folder itself.
+        InputError: its folder is not there or takes no file, it is a folder itself, or a file of another kind.
     """
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: folder {path.parent} does not exist")
     if path.is_dir():
         raise InputError(f"{path}: is a folder, expected the name of a file")
+    if mark and path.exists():
+        with path.open("rb") as file:
+            if mark.encode() not in file.read(_START):
+                raise InputError(f"{path}: is there already, and nothing this command wrote; name another file")
     try:
         with tempfile.TemporaryFile(dir=path.absolute().parent):
             pass

@@ -79,7 +79,7 @@ def one_voice(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
         yield
     except (Exception, Stopped) as error:
         # A stop is told once more where its checkpoints are left.
-        if not any(e is team.agreed for e in (error, error.__cause__)):
+        if not any(e is team.agreed for e in _chain(error)):
             team.abort(error, lambda line: _line(spoken, line))
         team.leave()
         raise
@@ -87,6 +87,13 @@ def one_voice(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
         os._exit(130)  # the launcher has told all of them
     finally:
         os.close(spoken)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and what it was raised from: a job within a job tells a stop once more each."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _redirect(where: str | Path) -> None:

@@ -239,6 +239,6 @@ def _module_shares(gram: Any) -> dict[str, float]:
     """Share of the trace by module, from per-module Grams or from the traces noted beside the Gram."""
     noted = (getattr(gram, "meta", None) or {}).get("module_trace") or {}
     grams = getattr(gram, "modules", None) or {}
-    traces = {name: float(np.einsum("...ii->", np.asarray(K))) for name, K in grams.items()} or dict(noted)
+    traces = {n: float(np.trace(np.asarray(K), axis1=-2, axis2=-1).sum()) for n, K in grams.items()} or dict(noted)
     total = sum(traces.values())
     return {name: value / total for name, value in traces.items()} if total > 0 else {}

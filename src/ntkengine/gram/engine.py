@@ -212,9 +212,10 @@ def compute_gram(
         with together(team):
             there = existing(path, wanted, resume, here, names) if root else None
         return shared(team, there)
-    written = None
+    written, refilled = None, False
     keeps: dict[str, Any] = {"every_s": checkpoint_s, "versions": here, "arrays": given_arrays}
     with checkpointing(path, wanted, team, resume=resume, **keeps) as checkpoints:
+        refilled = checkpoints.repairs
         if checkpoints.repairs:
             again: dict[str, Any] = {"readout": readout, "params": params, "contraction": contraction, "seed": seed}
             again |= {"transform": transform, "per_module": per_module, "precision": precision, "backend": backend}
@@ -231,6 +232,7 @@ def compute_gram(
                 checkpoints.write(lambda name: store.write_gram(path, gram, wanted, names, name))
             written = time.perf_counter() - began
     found = shared(team, store.open_gram(path) if root else None)
+    found.meta |= {"refilled": True} if refilled else {}
     if written is not None:  # of the file itself, which therefore cannot hold it
         found.meta["write_seconds"] = written
     return found

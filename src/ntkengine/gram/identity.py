@@ -26,6 +26,8 @@ from ntkengine.inputs.fingerprint import (
 
 log = logging.getLogger(__name__)
 
+_LONGEST = 220  # bytes of a file's name: it is part of the names of parts, shards and unfinished files, of up to 255
+
 
 def identity(
     model: nn.Module, task: Task, settings: Mapping[str, Any], arrays: Mapping[str, Any], job: Mapping[str, Any] | None
@@ -44,15 +46,18 @@ def identity(
     """
     names = sorted(task.selected)
     given = task.readout.given
+    hashes = {f"{name}_sha256": fingerprint_array(array) for name, array in arrays.items() if array is not None}
+    # The first that differs is told: a head fitted on other targets makes another model of the same one.
     return {
-        "model": fingerprint_model(model),
         "data": [fingerprint_inputs(g) for g in task.samples.groups],
         "two_inputs": task.two,
+        **{name: hashes.pop(name) for name in ("targets_sha256", "eval_targets_sha256") if name in hashes},
+        "model": fingerprint_model(model),
         "params": [len(names), fingerprint_array(np.array(names))],
         "readout": [task.readout.name, "" if given is None else fingerprint_function(given)],
         **settings,
         "settings": plain_json("job", dict(job or {})),
-        **{f"{name}_sha256": fingerprint_array(array) for name, array in arrays.items() if array is not None},
+        **hashes,
     }
 
 
@@ -78,6 +83,9 @@ def writable(path: Path) -> Path:
         raise InputError(msg)
     if path.is_dir():
         msg = f"out: {path} is a folder, expected a file name"
+        raise InputError(msg)
+    if len(os.fsencode(path.name)) > _LONGEST:
+        msg = f"out: expected a file name of at most {_LONGEST} bytes, got {len(os.fsencode(path.name))}"
         raise InputError(msg)
     if not path.exists() and not os.access(path.parent, os.W_OK):
         msg = f"out: folder {path.parent} cannot be written to"

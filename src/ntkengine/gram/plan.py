@@ -109,7 +109,8 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Estimate of the run's time: the probe, the passes, and all else at the contractions' measured rate."""
-        return self.probe_seconds + self.pass_seconds + (self.flops - self.pass_flops) / self.rate
+        rest = self.flops - self.pass_flops
+        return self.probe_seconds + self.pass_seconds + (rest / self.rate if self.rate else 0.0)  # no work, no rate
 
     def facts(self) -> list[tuple[str, str]]:
         """Return (label, value) rows of what matters most."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkengine.arguments import choice, flag, number, whole
+from ntkengine.arguments import SEEDS, choice, flag, number, whole
 from ntkengine.errors import InputError
 from ntkengine.gram.backend import BACKENDS, uses_kernels
 from ntkengine.gram.sketching import refuse_sketch
@@ -171,7 +171,7 @@ def check_settings(memory_gib: float | None, seed: int, **flags: bool) -> None:
     """
     if memory_gib is not None:
         number("memory_gib", memory_gib, above=0, what="a number")
-    whole("seed", seed)
+    whole("seed", seed, 0, SEEDS)
     for name, value in flags.items():
         flag(name, value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,6 +119,9 @@ def peft_config(given: Any) -> Any:
     if unknown:
         msg = f"peft.{unknown[0]}: {kind} has no such field; it has {', '.join(sorted(known))}"
         raise InputError(msg)
+    odd = next((name for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)), None)
+    if odd is not None:
+        raise InputError(f"peft.{odd}: expected a finite number, got {fields[odd]}")
     for item in dataclasses.fields(chosen):
         if item.name in fields:
             fields[item.name] = _checked(item, fields[item.name])

@@ -175,10 +175,10 @@ def _tokens(examples: Examples, tokenizer: Any, limit: int | None, *, truncate: 
     longest = int(np.argmax(lengths))
     if limit and lengths[longest] > limit:
         first = next(i for i, length in enumerate(lengths) if length > limit)
-        msg = (
-            f"{examples.ids[first]}: has {lengths[first]} tokens, over the limit of {limit}; pass truncate=True "
-            "(--truncate) to cut longer texts"
-        )
+        cure = "pass truncate=True (--truncate) to cut longer texts"
+        if truncate:
+            cure = "no fewer are left of a text that is cut"
+        msg = f"{examples.ids[first]}: has {lengths[first]} tokens, over the limit of {limit}; {cure}"
         raise InputError(msg)
     if not all(lengths):
         msg = f"{examples.ids[lengths.index(0)]}: the tokenizer makes no token of this text"

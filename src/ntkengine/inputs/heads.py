@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkengine.arguments import number, real_array, whole
+from ntkengine.arguments import SEEDS, number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
@@ -128,7 +128,7 @@ def fit_head(
         msg = f"targets: expected ({n}, C) finite numbers, got shape {targets.shape}"
         raise InputError(msg)
     check_fit(ridge, folds)
-    seed = whole("seed", seed)
+    seed = whole("seed", seed, 0, SEEDS)
     if n < 2:
         msg = f"fit_head: expected at least 2 examples, got {n}"
         raise InputError(msg)

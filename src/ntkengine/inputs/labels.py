@@ -11,6 +11,8 @@ import numpy as np
 
 from ntkengine.errors import InputError
 
+_UNREAL = frozenset({"nan", "inf", "infinity"})
+
 
 def class_indices(
     values: Sequence[Any],
@@ -39,6 +41,7 @@ def class_indices(
         if len(set(values)) > 1:
             label_names = label_names or given
     if label_names is None:
+        _refuse_unreal(values, where, column)
         _refuse_decimals(values, where, column)
         _refuse_spellings(values, where, column)
     names = [label_text(n) for n in label_names] if label_names is not None else _class_names(values)
@@ -54,6 +57,18 @@ def class_indices(
         msg = f"{source}: column {column!r} holds one class only ({names[0]!r}), expected two or more"
         raise InputError(msg)
     return np.array([index[label_text(v)] for v in values], dtype=np.int64), names
+
+
+def _refuse_unreal(values: Sequence[Any], where: Sequence[str], column: str) -> None:
+    """Refuse labels that are NaN or infinite, as numbers or beside numbers."""
+    texts = [str(value).strip().lower().lstrip("+-") for value in values]
+    odd = next((i for i, text in enumerate(texts) if text in _UNREAL), None)
+    if odd is None:
+        return
+    others = [text for text in texts if text not in _UNREAL]
+    if not isinstance(values[odd], str) or (others and _numbers(others) is not None):
+        msg = f"{where[odd]}: column {column!r} has {values[odd]!r} among numbers, expected a class"
+        raise InputError(msg)
 
 
 def label_text(value: Any) -> str:

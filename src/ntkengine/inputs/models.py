@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ntkengine.arguments import whole
+from ntkengine.arguments import SEEDS, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.adapters import adapted, peft_config, with_saved
 from ntkengine.inputs.hub import adapter_folder, check_source, hub_answers
@@ -70,6 +70,7 @@ def load_model(
     """
     _one_of("task", task, _TASKS)
     where = check_model(num_labels, dtype, device)
+    seed = whole("seed", seed, 0, SEEDS)
     source, tuned = check_source(path_or_id, allow_pickle), adapter_folder(path_or_id)
     if tuned is not None and peft is not None:
         raise InputError(f"peft: {tuned} holds an adapter already, expected a model for another")

@@ -10,9 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ntkengine.errors import InputError
 from ntkengine.report.tables import Table
-from ntkengine.textfile import write_text
+from ntkengine.textfile import check_folder, write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --paper: #fbfbf9; --soft: #6a737d; --line: #dfe2e5; --card: #fff; }
@@ -33,6 +32,7 @@ figure img { display: block; width: 100%; height: auto; }
 details { margin: 1rem 0; } summary { cursor: pointer; font-weight: 600; }
 ul { padding-left: 1.2rem; }
 """
+PAGE = "<!doctype html>"  # what a report starts with
 _FOLDED = 24  # rows above which a table starts closed
 
 
@@ -65,13 +65,10 @@ def write_report(path: str | Path, sections: Sequence[Section], title: str = "Ta
         The path.
 
     Raises:
-        InputError: the folder does not exist, or the path is one.
+        InputError: the folder does not exist, or the path is one, or a file that is no page.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(f"report: folder {path.parent} does not exist")
-    if path.is_dir():
-        raise InputError(f"report: {path} is a folder, expected a file name")
+    check_folder(path, PAGE)
     text = render_report(sections, title)
     write_text(path, text)
     return path
@@ -85,7 +82,7 @@ def render_report(sections: Sequence[Section], title: str = "Tangent kernel repo
     )
     body = "\n".join(_section(section) for section in sections)
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'{PAGE}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n{body}\n</body>\n</html>\n'

@@ -13,7 +13,7 @@ from ntkengine.arguments import file_path
 from ntkengine.errors import InputError
 from ntkengine.store.folder import followed
 from ntkengine.store.opening import opened
-from ntkengine.store.schema import SHARD_SCHEMA, matches, matrices, module_of, root
+from ntkengine.store.schema import SHARD_SCHEMA, matches, matrices, module_of, read_json, root
 from ntkengine.store.shards import check_shards, shards_of
 from ntkengine.store.tiles import Where, checksum, checksum_of, slabs, tile_places, tiles_name
 
@@ -100,7 +100,7 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
         try:
             check_shards(file, path)
         except InputError as error:
-            yield Damage(str(error))
+            yield Damage(str(error).removeprefix(f"{path}: "))
             return
     for shard, _ in shards:
         with opened(shard, SHARD_SCHEMA) as part:
@@ -132,10 +132,15 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
         if f"json/{name}" not in file:
             yield Damage(f"a dataset is missing or unreadable: /json/{name}")
     noise = float(file.attrs.get("noise", np.nan))
-    if not np.isfinite(noise):
+    if not np.isfinite(noise) and not (np.isnan(noise) and _unchecked(file)):
         yield Damage("the noise is not a finite number")
     if not matches(file, checksum_of(root(file))):
         yield Damage("the root's attributes do not match their checksum")
+
+
+def _unchecked(file: h5py.File) -> bool:
+    """Return whether a file says that its Gram was not checked, so that its noise is not known."""
+    return "json/meta" in file and read_json(file, "meta").get("checked") is False
 
 
 def _corner(dataset: h5py.Dataset, row: int) -> np.ndarray:

@@ -42,7 +42,8 @@ def merge_gram(path: str | Path, out: str | Path, *, compress: bool = False) -> 
     # An unknown noise is the file's own business.
     damage = [found for found in damage if found.text != "the noise is not a finite number"]
     if damage:
-        msg = f"{path}: {damage[0].text}; a copy would hide that (`ntkengine verify --repair`)"
+        cure = "" if damage[0].dataset is None else " (`ntkengine verify --repair`)"
+        msg = f"{path}: {damage[0].text}; a copy would hide that{cure}"
         raise InputError(msg)
     with opened(path) as source:
         check_shards(source, path)
