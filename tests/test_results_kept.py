@@ -118,12 +118,12 @@ def test_names_that_leave_no_room_for_those_of_parts_are_refused(tmp_path):
     assert writable(tmp_path / ("ü" * 108 + ".h5"))
 
 
-def test_another_label_is_told_as_such_and_not_as_another_model(folder):
+def test_other_data_are_told_as_such_and_not_as_another_model(folder):
     job = read_job(folder / "job.toml")
     jobs.run_gram(job)
     text = (folder / "train.tsv").read_text()
     (folder / "train.tsv").write_text(text.replace("bad\n", "good\n", 1))
-    with pytest.raises(InputError, match="holds another job: targets_sha256 is"):
+    with pytest.raises(InputError, match="holds another job: data is"):
         jobs.run_gram(job)
     (folder / "train.tsv").write_text(rows_of(("bad", "good"), seed=1))
     with pytest.raises(InputError, match="holds another job: data is"):
