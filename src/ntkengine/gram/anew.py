@@ -137,13 +137,14 @@ def _compare_f(task: Task, samples: Samples, g: int, rows: np.ndarray, f: Tensor
     dtype, found = coarsest(task.model, f), f.double().cpu().numpy()
     swept = outputs[slice(*samples.span(g))][samples.unsort(g)][rows]
     off = np.linalg.norm(found - swept, axis=1)
-    allowed = agreement(dtype) * np.linalg.norm(found, axis=1) + rounding(dtype) * np.abs(found).max()
-    if (bad := ~(off <= allowed)).any():
-        i = int(np.argmax(off * bad))
+    i = int(np.argmax(np.nan_to_num(off, nan=np.inf)))
+    # On the scale of all: a margin may be the small difference of large numbers.
+    if not off[i] <= (agreement(dtype) + rounding(dtype)) * np.linalg.norm(found, axis=1).max():
         what = "its padding, or on the examples beside it" if samples.trim[g] else "the examples beside it"
         raise CheckFailed(
             f"model: f of example {samples.example(g, int(rows[i]))} is off by {off[i]:.1e} when run again, as given "
-            f"and in another batch: it depends on {what}"
+            f"and in another batch: it depends on {what}; where rounding decides, as between two experts that are "
+            "nearly even, precision='exact' settles it"
         )
 
 
