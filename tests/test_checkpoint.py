@@ -53,7 +53,7 @@ def test_a_job_that_ended_early_goes_on_to_the_same_numbers(tmp_path, contracted
     if not call["check"]:  # which contracts by itself
         assert len(contracted) == len(every) - 14
     assert [p.name for p in tmp_path.iterdir()] == ["k.h5"]
-    assert store.verify_gram(tmp_path / "k.h5") == ([] if call["check"] else ["the noise is not a finite number"])
+    assert store.verify_gram(tmp_path / "k.h5") == []
 
 
 @pytest.mark.parametrize(("per_module", "into"), [(False, 0), (True, 0), (False, 5), (True, 5)])

@@ -103,8 +103,7 @@ def test_each_rank_writes_its_rows_and_nobody_gathers(done, truth, tmp_path):
     }
     for name in (*WRITTEN, "few rows"):
         path = done[0] / f"{name}.h5"
-        assert verify_gram(path) == [] or name != "high, checked"  # no noise in the others
-        assert all(text == "the noise is not a finite number" for text in verify_gram(path))
+        assert verify_gram(path) == []
         for copied in (path, tmp_path / path.name):
             if copied != path:
                 merge_gram(path, copied)

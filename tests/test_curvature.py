@@ -14,7 +14,7 @@ import ntkengine as ntk
 from ntkengine.finetune.bounds import linearity_bounds
 from ntkengine.finetune.curvature import gradient_lipschitz
 from tests.brute import tiny_inputs, tiny_model, with_lora
-from tests.test_finetune import Mean, Mixing, padded
+from tests.test_finetune_models import Mean, Mixing, padded
 from tests.test_linearize import TARGETS
 
 

@@ -146,8 +146,8 @@ def test_quotes_that_stand_in_a_tsv_s_text_are_read_as_they_stand(tmp_path, text
 
 
 def test_numbers_that_are_equal_only_when_rounded_are_classes():
-    rows = [{"text": "a", "label": 2**53}, {"text": "b", "label": 2**53 + 1}, {"text": "c", "label": "nan"}]
-    assert read_examples(rows).label_names == ["9007199254740992", "9007199254740993", "nan"]
+    rows = [{"text": "a", "label": 2**53}, {"text": "b", "label": 2**53 + 1}]
+    assert read_examples(rows).label_names == ["9007199254740992", "9007199254740993"]
     rows = [{"text": "a", "label": "1"}, {"text": "b", "label": "1.0"}]
     assert read_examples(rows, label_names=["1", "1.0"]).labels.tolist() == [0, 1]
 

@@ -299,7 +299,7 @@ def test_report_is_one_escaped_page_with_its_pictures(found, tmp_path):
 
 def test_report_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "r.html"
-    path.write_text("old")
+    path.write_text("<!doctype html>old")
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -308,7 +308,7 @@ def test_report_that_fails_keeps_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_report(path, [Section("a")])
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
-    assert path.read_text() == "old"
+    assert path.read_text() == "<!doctype html>old"
     with pytest.raises(InputError, match="folder .*none does not exist"):
         write_report(tmp_path / "none" / "r.html", [])
     with pytest.raises(InputError, match="is a folder"):

@@ -195,7 +195,7 @@ def compute_gram(
         with together(team):
             gram.extras = given_arrays.copy()
             for make in makers:
-                gram.extras |= make()
+                gram.extras |= make() or {}
         gram.meta["extras_seconds"] = time.perf_counter() - began
         gram.meta["settings"] = dict(job or {})
         gram.meta["seconds"] = time.perf_counter() - start if checkpoints is None else checkpoints.seconds
