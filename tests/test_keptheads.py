@@ -12,6 +12,7 @@ from ntkengine.errors import InputError
 from ntkengine.inputs import heads
 from ntkengine.inputs.keptheads import HEAD, as_kept, head_array
 from ntkengine.jobfile import read_job
+from tests.test_jobs import write_rows
 from tests.tiny import save_tiny, tiny_sentences
 
 JOB = """
@@ -38,8 +39,7 @@ checkpoint_s = 0
 @pytest.fixture
 def job(tmp_path):
     save_tiny(tmp_path / "model", kind="bert")
-    rows = [f"{text}\t{('bad', 'good')[i % 2]}" for i, text in enumerate(tiny_sentences(14, 0))]
-    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    write_rows(tmp_path / "train.tsv", 14, 0)
     (tmp_path / "job.toml").write_text(JOB)
     return read_job(tmp_path / "job.toml")
 

@@ -16,19 +16,15 @@ from ntkengine.gram.identity import writable
 from ntkengine.inputs.examples import read_examples
 from ntkengine.jobfile import read_job
 from ntkengine.textfile import check_folder
+from tests.test_jobs import write_rows
 from tests.test_keptheads import JOB
 from tests.tiny import save_tiny, tiny_sentences
-
-
-def rows_of(labels, n=14, seed=0):
-    rows = [f"{text}\t{labels[i % len(labels)]}" for i, text in enumerate(tiny_sentences(n, seed))]
-    return "sentence\tlabel\n" + "\n".join(rows) + "\n"
 
 
 @pytest.fixture
 def folder(tmp_path):
     save_tiny(tmp_path / "model", kind="bert")
-    (tmp_path / "train.tsv").write_text(rows_of(("bad", "good")), encoding="utf-8")
+    write_rows(tmp_path / "train.tsv", 14, 0)
     (tmp_path / "job.toml").write_text(JOB)
     return tmp_path
 
@@ -125,7 +121,7 @@ def test_other_data_are_told_as_such_and_not_as_another_model(folder):
     (folder / "train.tsv").write_text(text.replace("bad\n", "good\n", 1))
     with pytest.raises(InputError, match="holds another job: data is"):
         jobs.run_gram(job)
-    (folder / "train.tsv").write_text(rows_of(("bad", "good"), seed=1))
+    write_rows(folder / "train.tsv", 14, 1)
     with pytest.raises(InputError, match="holds another job: data is"):
         jobs.run_gram(job)
 

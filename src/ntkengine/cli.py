@@ -150,8 +150,11 @@ def _tell(found: Any, as_json: bool, seconds: float) -> None:
     show(gram_table(found, job=False))
     times = timing_table(found)
     if times is None:
-        done = "had damaged tiles, which were computed again" if found.meta.get("refilled") else ""
-        print(f"{found.path} {done or 'was complete already: nothing was computed'}")
+        refilled = found.meta.get("refilled", False)
+        told = (
+            "had damaged tiles, which were computed again" if refilled else "was complete already: nothing was computed"
+        )
+        print(f"{found.path} {told}")
         return
     show(times)
     if found.meta.get("ranks"):

@@ -17,6 +17,7 @@ import numpy as np
 
 from ntkengine.arguments import real_array
 from ntkengine.errors import InputError
+from ntkengine.forecast.given import differing
 from ntkengine.forecast.system import Kernel, cut
 from ntkengine.ridge import RidgePath
 from ntkengine.ridge.solve import SINGULAR
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ntkengine.inputs.heads import HeadFit
     from ntkengine.inputs.sources import Source
 
-_APART = 0.05  # of the largest output; rounding in half precision is below
 _DEFAULTS = {"readout": "logits", "contraction": "trace"}
 _OTHERS = ("inputs2", "eval_inputs", "comm", "out", "targets", "eval_targets", "extras")
 
@@ -69,11 +69,11 @@ class CrossFit:
             raise InputError(f"cross_fit: expected a fold in 0..{F - 1} of each example, got {shown(fold.tolist())}")
         theirs, own = _kind(gram), getattr(gram, "outputs", None)
         if self.start is not None and own is not None and np.shape(own) == self.start.shape:
-            off = np.abs(np.asarray(own) - self.start).max(axis=1)
-            if off.max() > _APART * np.abs(self.start).max():
+            row = differing(np.asarray(own), self.start)
+            if row is not None:
                 raise InputError(
                     "cross_fit: expected the Gram's examples in its order, under the head it was made with; the "
-                    f"outputs of example {int(off.argmax())} differ"
+                    f"outputs of example {row} differ"
                 )
         for name in self.kind.keys() & theirs.keys():
             here, there = self.kind[name], theirs[name]

@@ -13,6 +13,8 @@ from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.operators import EPS
 from ntkengine.targets import refuse_bits
 
+_APART = 0.05  # of the largest output
+
 
 def targets_of(name: str, values: ArrayLike, beside: np.ndarray | None = None) -> np.ndarray:
     """Return targets, (N, C) float64; InputError for other columns than those beside, or 0 and 1 of one output."""
@@ -22,6 +24,12 @@ def targets_of(name: str, values: ArrayLike, beside: np.ndarray | None = None) -
         raise InputError(f"{name}: expected {beside.shape[1]} columns, as in targets, got {array.shape[1]}")
     refuse_bits(name, array, beside)
     return array
+
+
+def differing(here: np.ndarray, there: np.ndarray) -> int | None:
+    """Return the example whose outputs (N, C) differ most, None where rounding, in half precision too, explains all."""
+    off = np.abs(here - there).max(axis=1)
+    return int(off.argmax()) if off.max() > _APART * np.abs(there).max() else None
 
 
 def offset_of(name: str, given: ArrayLike | None, default: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:

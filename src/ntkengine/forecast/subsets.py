@@ -17,6 +17,7 @@ from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.candidates import grouped, kind_of, layer_of, named_subsets
 from ntkengine.forecast.crossed import rehearse_folds
+from ntkengine.forecast.given import differing
 from ntkengine.forecast.lora import RANK, rehearse
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.ranking import Choice, Ranking
@@ -224,9 +225,6 @@ class _Judge:
         return y if y.ndim == 2 else np.eye(max(2, C))[y]
 
 
-_APART = 0.05  # of the largest output; rounding in half precision is below
-
-
 def _loss(choice: Choice) -> float:
     """Return the forecast eval loss, which every choice has: without held-out examples there is no ranking."""
     assert choice.outcome.eval_loss is not None
@@ -254,7 +252,7 @@ def _refuse_apart(gram: Any, factors: TangentFactors, *, alike: bool) -> None:
     if missing is not None:
         raise InputError(f"gram: expected every map of the factors among its modules, {missing} is not there")
     here, there = np.asarray(gram.outputs), factors.outputs[: factors.train]
-    if here.shape != there.shape or (alike and np.abs(here - there).max() > _APART * np.abs(there).max()):
+    if here.shape != there.shape or (alike and differing(here, there) is not None):
         raise InputError("factors: expected those of the Gram's model and examples, the outputs of the two differ")
 
 

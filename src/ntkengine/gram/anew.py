@@ -68,10 +68,10 @@ def compare_anew(
         return
     rng = np.random.default_rng(seed)
     drawn = [_drawn(samples, g, rng) for g in range(len(samples.sizes))]
-    v = [rng.standard_normal((len(rows), sums.outputs.shape[1])) for rows in drawn]
-    if frame.width == 1:
-        v = [np.repeat(x[:, :1], x.shape[1], axis=1) for x in v]
     C = sums.outputs.shape[1]
+    v = [rng.standard_normal((len(rows), C)) for rows in drawn]
+    if frame.width == 1:
+        v = [np.repeat(x[:, :1], C, axis=1) for x in v]
     alone_c = range(C) if frame.width == 1 else (-1,)  # an output at a time, or all of them in one
     entries = {name: p.numel() for name, p in task.selected.items()}
     parts = grouped(entries, layout.gradients // (2 * len(alone_c) * len(drawn)))
@@ -98,8 +98,7 @@ def compare_anew(
 def _drawn(samples: Samples, g: int, rng: np.random.Generator) -> np.ndarray:
     n, most = samples.sizes[g], samples.sizes[g]
     if samples.trim[g]:
-        width = int(Samples([samples.groups[g]], trim=False).widths(0)[0])
-        most = max(12, int(_WIDE * samples.lengths[g].sum() / width))
+        most = max(12, int(_WIDE * samples.lengths[g].sum() / samples.width(g)))
     return np.sort(rng.choice(n, min(n, most, max(_LEAST, n // _SHARE)), replace=False))
 
 
@@ -135,8 +134,7 @@ def _pulled(
 
 def _compare_f(task: Task, samples: Samples, g: int, rows: np.ndarray, f: Tensor, outputs: np.ndarray) -> None:
     dtype, found = coarsest(task.model, f), f.double().cpu().numpy()
-    swept = outputs[slice(*samples.span(g))][samples.unsort(g)][rows]
-    off = np.linalg.norm(found - swept, axis=1)
+    off = np.linalg.norm(found - outputs[samples.places(g, rows)], axis=1)
     i = int(np.argmax(np.nan_to_num(off, nan=np.inf)))
     # On the scale of all: a margin may be the small difference of large numbers.
     if not off[i] <= (agreement(dtype) + rounding(dtype)) * np.linalg.norm(found, axis=1).max():
@@ -181,8 +179,7 @@ def _pairs(
     w = frame.width
     places = []
     for g, rows in enumerate(drawn):
-        at = samples.span(g)[0] + samples.unsort(g)[rows]
-        places.append((g, (at[:, None] * w + np.arange(w)).reshape(-1)))
+        places.append((g, (samples.places(g, rows)[:, None] * w + np.arange(w)).reshape(-1)))
     for g, i in places:
         for h, j in places:
             spans = samples.span(g), samples.span(h)

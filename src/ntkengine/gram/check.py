@@ -241,7 +241,7 @@ class Check:
 
     def _places(self, samples: Samples) -> list[int]:
         """Return the drawn samples' positions in the sweep."""
-        return [samples.span(g)[0] + int(samples.unsort(g)[r]) for g, r in self.drawn]
+        return [int(samples.places(g, r)) for g, r in self.drawn]
 
     def _entries(self, got: Tensor, rows: Sequence[int], columns: Sequence[int], dtype: torch.dtype) -> None:
         """Compare the job's own entries between drawn samples, by their numbers."""

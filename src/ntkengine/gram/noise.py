@@ -115,7 +115,7 @@ def estimate_noise(
         g, drawn = picked[0]
         picked = [(g, _with_least(drawn, -_sizes(sums.diagonal(), samples.unsort(g))))]
     if frame.transform in SIGNS:  # a loss that is nearly zero has a gradient whose every sign rounding may turn
-        picked = [(g, _with_least(r, np.abs(_of_group(sums.outputs, samples, g)).max(1))) for g, r in picked]
+        picked = [(g, _with_least(r, np.abs(sums.outputs[samples.places(g)]).max(1))) for g, r in picked]
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
     layout = layout or Layout(keeps=True)
     tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
@@ -124,14 +124,14 @@ def estimate_noise(
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
     again = sum_gram(model, selected, structure, few, readout, small, roots=roots, keep_bytes=layout.keep_bytes)
     exact = again.total.finish().cpu().numpy()
-    f = np.concatenate([_of_group(sums.outputs, samples, g)[r] for g, r in picked])
-    true = np.concatenate([again.outputs[slice(*few.span(i))][few.unsort(i)] for i in range(len(picked))])
+    f = np.concatenate([sums.outputs[samples.places(g, r)] for g, r in picked])
+    true = np.concatenate([again.outputs[few.places(i)] for i in range(len(picked))])
     off = np.abs(f - true)
 
     def places(i: int) -> np.ndarray:
         g, r = picked[i]
         order = few.order[i]
-        at = samples.span(g)[0] + samples.unsort(g)[r[order]]
+        at = samples.places(g, r[order])
         return (at[:, None] * w + np.arange(w)).reshape(-1)
 
     error = sums.pick(places(0), places(len(picked) - 1)) - exact
@@ -166,11 +166,6 @@ def estimate_noise(
             noise.relative,
         )
     return noise
-
-
-def _of_group(outputs: np.ndarray, samples: Samples, group: int) -> np.ndarray:
-    """Return the outputs, in sweep order, of a group's examples in their own."""
-    return outputs[slice(*samples.span(group))][samples.unsort(group)]
 
 
 def _sizes(diagonal: np.ndarray, place: np.ndarray) -> np.ndarray:

@@ -98,7 +98,11 @@ class Samples:
 
     def widths(self, group: int) -> np.ndarray:
         """Return the tokens each sample of a group runs with: its own, or the group's width where padding stays."""
-        return self.lengths[group] if self.trim[group] else np.full(self.sizes[group], _width(self.groups[group]))
+        return self.lengths[group] if self.trim[group] else np.full(self.sizes[group], self.width(group))
+
+    def width(self, group: int) -> int:
+        """Return the tokens of a group's samples as they are given, padding and all."""
+        return _width(self.groups[group])
 
     def part(self, places: Sequence[tuple[int, np.ndarray]], **options: Any) -> Samples:
         """Return some of the samples, as groups of their own; empty ones are left out.
@@ -141,6 +145,10 @@ class Samples:
         inverse = np.empty(self.sizes[group], dtype=np.int64)
         inverse[self.order[group]] = np.arange(self.sizes[group])
         return inverse
+
+    def places(self, group: int, rows: Any = slice(None)) -> np.ndarray:
+        """Return where examples of a group, by default all in their own order, are on the sample axis."""
+        return np.asarray(self.span(group)[0] + self.unsort(group)[rows])
 
 
 def check_inputs(inputs: Mapping[str, Tensor]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -247,14 +247,18 @@ def _cuts(samples: Samples) -> dict[int, list[tuple[int, int]]]:
         for row in samples.order[g][::-1]:
             rows.setdefault(int(lengths[row]), []).append(int(row))
         together = {int(lengths[c.rows].max()): int(c.rows[0]) for c in samples.chunks if c.group == g}
-        tried = found.setdefault(g, [])
-        for widths, most in ((sorted(rows), _LENGTHS), (sorted(together), _WIDTHS)):
-            places = {round(i * (len(widths) - 1) / max(1, most - 1)) for i in range(most)}
-            chosen = [widths[i] for i in sorted(places)]
-            tried.extend((rows[w].pop() if most == _LENGTHS else together[w], w) for w in chosen)
-            while most == _LENGTHS and len(tried) < _LENGTHS and any(rows[w] for w in chosen):  # of few lengths more
-                tried.extend((rows[w].pop(), w) for w in chosen if rows[w])
+        tried, lone = found.setdefault(g, []), _spread(rows, _LENGTHS)
+        while len(tried) < _LENGTHS and any(rows[w] for w in lone):  # of few lengths several
+            tried.extend((rows[w].pop(), w) for w in lone if rows[w])
+        tried.extend((together[w], w) for w in _spread(together, _WIDTHS))
     return found
+
+
+def _spread(widths: Iterable[int], most: int) -> list[int]:
+    """Return at most so many of the widths, ascending, the least and the largest among them."""
+    every = sorted(widths)
+    places = {round(i * (len(every) - 1) / max(1, most - 1)) for i in range(most)}
+    return [every[i] for i in sorted(places)]
 
 
 def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
