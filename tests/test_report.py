@@ -131,7 +131,7 @@ def test_plan_table_folds_layers():
         parameters=[row("e.0.q.weight"), row("e.1.q.weight"), row("e.2.q.weight", "ghost"), row("head.weight")],
         samples=5, tokens=50, outputs=2, microbatches=1, pass_flops=2e9, flops=6e9, peak_bytes=2.0**21, seconds=3.0,
         rate=2e9, probe_seconds=0.5, pass_seconds=1.0, layout={"hidden": "disk", "factor_bytes": 2.0**20, "tile": 3},
-        sweeps=3, scaling=None, held_out_grams=5,
+        sweeps=3, scaling=None, held_out_grams=5, held_out_seconds=4.0, check_seconds=0.25, contract_seconds=1.25,
         unused=["pooler.bias"], negligible=["key.bias"], frozen=["e.weight", "f.weight"],
     )  # fmt: skip
     shown = plan_table(plan)
@@ -146,6 +146,8 @@ def test_plan_table_folds_layers():
         "hidden states wait on the disk; at most 1 MiB of factors at once; tiles of 3 examples, 3 sweeps" in shown.note
     )
     assert "2 parameters not selected (e.weight, …)" in shown.note
+    assert "about 3.0 s: probe 0.5, passes 1.0, checks 0.2, contractions 1.2 at 2 GFLOP/s" in shown.note
+    assert "then about 4.0 s for 5 more Grams of the train examples, under held-out heads" in shown.note
 
 
 def test_print_table_is_plain_and_whole_without_a_terminal():

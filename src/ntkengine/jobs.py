@@ -88,6 +88,7 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
         ranks: `ranks`, `gpus_per_node` and `network` of `plan_gram`.
     """
     from ntkengine.gram.engine import plan_gram
+    from ntkengine.gram.heldout import held_out_seconds
     from ntkengine.gram.scaling import check_ranks
 
     job = replace(job, out=None)
@@ -95,5 +96,10 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
     check_ranks(ranks.get("ranks", 1), ranks.get("gpus_per_node"), ranks.get("network"))
     prepared = Prepared(job, progress or quiet, None)
     call = prepared.arguments()
-    plan = plan_gram(prepared.model, prepared.inputs, **call, memory_gib=job.gram.memory_gib, **ranks)
-    return replace(plan, held_out_grams=prepared.folds)
+    part, inputs = job.gram, prepared.inputs
+    plan = plan_gram(prepared.model, inputs, **call, memory_gib=part.memory_gib, check=part.check, **ranks)
+    if not prepared.folds:
+        return plan
+    share = len(prepared.train) / plan.samples
+    seconds = held_out_seconds(plan, call, prepared.folds, prepared.num_labels, share)
+    return replace(plan, held_out_grams=prepared.folds, held_out_seconds=seconds)

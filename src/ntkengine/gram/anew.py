@@ -67,7 +67,7 @@ def compare_anew(
     if next(iter(task.selected.values())).dtype not in (torch.float32, torch.float64):
         return
     rng = np.random.default_rng(seed)
-    drawn = [_drawn(samples, g, rng) for g in range(len(samples.sizes))]
+    drawn = [np.sort(rng.choice(n, drawn_of(samples, g), replace=False)) for g, n in enumerate(samples.sizes)]
     C = sums.outputs.shape[1]
     v = [rng.standard_normal((len(rows), C)) for rows in drawn]
     if frame.width == 1:
@@ -95,11 +95,12 @@ def compare_anew(
         _compare_products(task, samples, sums, frame, drawn, v, found)
 
 
-def _drawn(samples: Samples, g: int, rng: np.random.Generator) -> np.ndarray:
+def drawn_of(samples: Samples, g: int) -> int:
+    """Return how many examples of a group run again."""
     n, most = samples.sizes[g], samples.sizes[g]
     if samples.trim[g]:
         most = max(12, int(_WIDE * samples.lengths[g].sum() / samples.width(g)))
-    return np.sort(rng.choice(n, min(n, most, max(_LEAST, n // _SHARE)), replace=False))
+    return min(n, most, max(_LEAST, n // _SHARE))
 
 
 def _pulled(

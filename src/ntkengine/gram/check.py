@@ -32,6 +32,7 @@ FLOOR = {torch.float64: 1e-5, torch.float32: 1e-4}
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
 TURNED = {"exact": 1e-12, "fast": 3e-2}  # likewise, by the precision it was computed in
 DEVIATIONS = 10.0  # of a sketched entry; a wrong sketch is off by all of it
+DRAWN = 2  # samples of each group
 _PASSES = 8  # through the model; where a budget would need more, only as many parameters, drawn, are compared
 _TILE = 1 << 16  # entries in float64 that stay in cache
 
@@ -41,7 +42,7 @@ class Check:
 
     Args:
         task: the job; its model frozen and in eval mode.
-        samples: the job's samples; at most two of each group are drawn.
+        samples: the job's samples; at most `DRAWN` of each group are drawn.
         frame: the job's frame.
         structure: from the probe.
         seed: of the draw.
@@ -70,7 +71,7 @@ class Check:
         self.frame, self.structure, self.roots = frame, structure, task.roots
         self.model, self.selected, self.readout = task.model, task.selected, task.readout
         self.drawn = [
-            (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, 2), replace=False)
+            (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, DRAWN), replace=False)
         ]
         self.inputs = [{k: v[r : r + 1] for k, v in samples.groups[g].items()} for g, r in self.drawn]
         parameter = next(iter(self.model.parameters()))

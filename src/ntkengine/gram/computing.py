@@ -118,7 +118,7 @@ def computed(
         row.strategy, row.tokens, row.flops, row.seconds = sums.done[row.parameter]
     contracting = sum(row.seconds or 0.0 for row in plan.parameters)
     plan.rate = sum(row.flops for row in plan.parameters) / max(1e-9, contracting)
-    plan.pass_seconds = sums.pass_seconds
+    plan.pass_seconds, plan.check_seconds = sums.pass_seconds, check_s
     gram = assemble(sums, samples, plan, two=task.two, gather=checkpoints is None)
     gram.noise = float("nan") if noise is None else noise.norm
     gram.meta = {

@@ -299,6 +299,8 @@ def plan_gram(
             task, precision, per_module, memory_gib, seed, sketch, shared_by=ranks
         )
         timed(task.fast(running) if precision == "fast" else task, structure, plan, layout, samples, sketches)
+    if not run_only.get("check", True):
+        plan.check_seconds = 0.0
     if ranks > 1:
         plan.scaling = predict(
             plan,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.gram.beside import Beside
 from ntkengine.gram.layout import GIB, bounds
+from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned
 from ntkengine.gram.result import Gram, Layers, Stacked
 from ntkengine.gram.task import Task
@@ -58,9 +59,7 @@ def held_out_grams(
     Cost: a Gram a fold, less all forward passes but one where one sweep does it.
     """
     readout = call.get("readout", "logits")
-    linear = readout == "logits" or (readout == "margin" and len(head.weights[0][0]) == 2)
-    plain = call.get("contraction", "trace") == "trace" and call.get("transform", "sgd") == "sgd"
-    if linear and plain and call.get("sketch") is None:
+    if side_by_side(call, len(head.weights[0][0])):
         beside = Beside(model, head, readout, call.get("params", "trainable"), call.get("precision", "high"))
         root = (lambda told: told) if team is None else team.broadcast  # all ranks go the same way
         entries = bounds(memory_gib, next(model.parameters()).element_size()).gradients
@@ -72,6 +71,35 @@ def held_out_grams(
                     return Layers(found.values, beside.rank), _foretold(outputs, model, head, call)
     each = head.each_fold(model, compute)
     return Stacked([g.values for g in each]), _foretold(np.stack([g.outputs for g in each]), model, head, call)
+
+
+def side_by_side(call: Mapping[str, Any], classes: int) -> bool:
+    """Whether one sweep may serve all heads: a trace kernel of plain gradients of what is linear in the logits.
+
+    Args:
+        call: arguments of `compute_gram`.
+        classes: outputs of the head.
+    """
+    readout = call.get("readout", "logits")
+    linear = readout == "logits" or (readout == "margin" and classes == 2)
+    plain = call.get("contraction", "trace") == "trace" and call.get("transform", "sgd") == "sgd"
+    return linear and plain and call.get("sketch") is None
+
+
+def held_out_seconds(plan: Plan, call: Mapping[str, Any], folds: int, classes: int, share: float) -> float:
+    """Return an estimate of what the Grams under all folds' heads take.
+
+    Args:
+        plan: of the job, with its times.
+        call: arguments of `compute_gram` for one fold.
+        folds: F.
+        classes: outputs of the head.
+        share: of the job's examples that are train examples.
+    """
+    if not side_by_side(call, classes):
+        return folds * (plan.probe_seconds + share * (plan.pass_seconds + plan.contract_seconds))
+    passes = (2 + folds * plan.outputs) / (2 + plan.outputs)  # forward, forward again, and one backward an output
+    return plan.probe_seconds + share * (passes * plan.pass_seconds + folds * plan.contract_seconds)
 
 
 def _foretold(outputs: np.ndarray, model: nn.Module, head: HeadFit, call: Mapping[str, Any]) -> np.ndarray:

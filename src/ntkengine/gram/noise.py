@@ -105,7 +105,7 @@ def estimate_noise(
     """
     rng = np.random.default_rng(seed)
     w = frame.width
-    rows = rows or (2 if sketched else 1) * min(16, max(8, samples.total // 8))
+    rows = rows or recomputed(samples.total, sketched=sketched)
     picked: list[tuple[int, np.ndarray]] = []
     for g, n in enumerate(samples.sizes):
         start, stop = samples.span(g)
@@ -166,6 +166,11 @@ def estimate_noise(
             noise.relative,
         )
     return noise
+
+
+def recomputed(samples: int, *, sketched: bool) -> int:
+    """Return how many samples of each group are recomputed."""
+    return (2 if sketched else 1) * min(16, max(8, samples // 8))
 
 
 def _sizes(diagonal: np.ndarray, place: np.ndarray) -> np.ndarray:

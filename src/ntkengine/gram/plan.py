@@ -70,11 +70,13 @@ class Plan:
         layout: where hidden states wait, and what is held at once (`gram.layout.Layout`).
         probe_seconds: time the probe took.
         pass_seconds: estimate of the passes' time, from one microbatch.
+        check_seconds: estimate of the time of the checks, and of the noise.
         projection_flops: of a sketch's projections.
         ranks: processes that share the job; memory is then that of each.
         scaling: what it takes on as many ranks as were asked for (`gram.scaling.Scaling`).
         held_out_grams: Grams of the train examples, under heads fitted without a fold of them, that a job computes
-            besides; no other figure counts them.
+            besides; no other figure but the next counts them.
+        held_out_seconds: estimate of their time.
     """
 
     parameters: list[PlanRow]
@@ -96,10 +98,12 @@ class Plan:
     layout: dict[str, Any] = field(default_factory=dict)
     probe_seconds: float = 0.0
     pass_seconds: float = 0.0
+    check_seconds: float = 0.0
     projection_flops: float = 0.0
     ranks: int = 1
     scaling: dict[str, Any] = field(default_factory=dict)
     held_out_grams: int = 0
+    held_out_seconds: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -108,9 +112,13 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimate of the run's time: the probe, the passes, and all else at the contractions' measured rate."""
-        rest = self.flops - self.pass_flops
-        return self.probe_seconds + self.pass_seconds + (rest / self.rate if self.rate else 0.0)  # no work, no rate
+        """Estimate of the run's time: probe, passes, checks, and all else at the contractions' measured rate."""
+        return self.probe_seconds + self.pass_seconds + self.contract_seconds + self.check_seconds
+
+    @property
+    def contract_seconds(self) -> float:
+        """Contractions and projections at the contractions' measured rate."""
+        return (self.flops - self.pass_flops) / self.rate if self.rate else 0.0  # no work, no rate
 
     def facts(self) -> list[tuple[str, str]]:
         """Return (label, value) rows of what matters most."""

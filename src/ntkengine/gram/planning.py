@@ -16,7 +16,7 @@ from ntkengine.gram.estimates import kept_microbatches, make_plan, needs_of, sho
 from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
 from ntkengine.gram.panels import entries, meetings
 from ntkengine.gram.plan import Plan
-from ntkengine.gram.rates import contraction_rate, page_seconds, sweep_seconds
+from ntkengine.gram.rates import checks_seconds, contraction_rate, page_seconds, sweep_seconds
 from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
@@ -177,6 +177,7 @@ def timed(
     on = structure.on(task.model)
     frame = task.frame(plan.outputs)
     seconds, tokens = sweep_seconds(task, on, plan, layout, samples, sketches, kept)
+    plan.check_seconds = checks_seconds(plan, samples, seconds)
     plan.pass_seconds = seconds * layout.tiles(plan.samples) + page_seconds(plan.peak_bytes, task.device)
     structure.tokens |= tokens
     shorten(plan, structure, frame, tokens)

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ntkengine.gram.anew import drawn_of
+from ntkengine.gram.check import DRAWN
 from ntkengine.gram.layout import Layout
+from ntkengine.gram.noise import recomputed
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.strategies import contract, outer_costs
 from ntkengine.gram.task import Task
@@ -81,6 +84,22 @@ def sweep_seconds(
             seconds += count * each * _best(run(keep), task.device, 2)
     width = int(samples.lengths[chunk.group][chunk.rows].max())
     return seconds, {name: found for name, found in tokens.items() if found < width}
+
+
+def checks_seconds(plan: Plan, samples: Samples, seconds: float) -> float:
+    """Return the seconds of the checks and the noise, whose tokens are taken to cost what the sweep's do.
+
+    Those in float64 cost twice as much; what a few single examples take besides is half of what the probe took.
+
+    Args:
+        plan: with its probe's time.
+        samples: the job's.
+        seconds: of the passes over all samples, once.
+    """
+    sizes = enumerate(samples.sizes)
+    rows = recomputed(samples.total, sketched=plan.projection_flops > 0) + DRAWN
+    tokens = sum(drawn_of(samples, g) * samples.width(g) + 2 * min(n, rows) * samples.mean_tokens for g, n in sizes)
+    return plan.probe_seconds / 2 + seconds * tokens / plan.tokens
 
 
 def page_seconds(peak_bytes: float, device: torch.device) -> float:

@@ -37,10 +37,11 @@ class Scaling:
 
     Attributes:
         ranks: R.
-        seconds: of the run: the probe, then what the busiest rank does.
+        seconds: of the run: the probe, what the busiest rank does, and the checks.
         probe_seconds: of that, in the probe, which every rank runs whole.
         pass_seconds: in passes.
         contract_seconds: in contractions.
+        check_seconds: in checks, which are rank 0's alone.
         wait_seconds: in communication that no contraction hides.
         sent_bytes: by rank, on the ring.
         communication_share: of the seconds.
@@ -52,6 +53,7 @@ class Scaling:
     probe_seconds: float
     pass_seconds: float
     contract_seconds: float
+    check_seconds: float
     wait_seconds: float
     sent_bytes: list[int]
     communication_share: float
@@ -126,9 +128,18 @@ def predict(
         waiting += (ahead[0] if ahead else 0.0) + sum(max(0.0, t - c) for t, c in zip(following, spent, strict=True))
     crowd = _crowd(min(ranks, gpus_per_node or ranks), device)
     probing, passes, contract = (crowd * x for x in (plan.probe_seconds, passes, sum(map(sum, contracting))))
-    seconds = probing + passes + contract + waiting
+    seconds = probing + passes + contract + waiting + plan.check_seconds
     return Scaling(
-        ranks, seconds, probing, passes, contract, waiting, [int(x) for x in sent], waiting / seconds, float(bandwidth)
+        ranks,
+        seconds,
+        probing,
+        passes,
+        contract,
+        plan.check_seconds,
+        waiting,
+        [int(x) for x in sent],
+        waiting / seconds,
+        float(bandwidth),
     )
 
 

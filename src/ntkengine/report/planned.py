@@ -19,8 +19,8 @@ def scaling_note(scaling: Mapping[str, Any]) -> str:
     return (
         f"on {scaling['ranks']} ranks like this one about {scaling['seconds']:.1f} s: probe "
         f"{scaling['probe_seconds']:.1f}, passes {scaling['pass_seconds']:.1f}, contractions "
-        f"{scaling['contract_seconds']:.1f}, communication {scaling['wait_seconds']:.2f} "
-        f"({scaling['communication_share']:.1%}); each sends up to "
+        f"{scaling['contract_seconds']:.1f}, checks {scaling['check_seconds']:.1f}, communication "
+        f"{scaling['wait_seconds']:.2f} ({scaling['communication_share']:.1%}); each sends up to "
         f"{max(scaling['sent_bytes']):.3g} bytes at {scaling['bandwidth']:.3g} bytes/s"
     )
 
@@ -48,11 +48,12 @@ def plan_table(plan: Any) -> Table:
         f"{many(plan.microbatches, 'microbatch', 'es')}; passes {plan.pass_flops / 1e9:,.1f} of "
         f"{plan.flops / 1e9:,.1f} GFLOP; peak {plan.peak_bytes / 2**20:,.0f} "
         f"MiB above the model; about {plan.seconds:.1f} s: probe {plan.probe_seconds:.1f}, passes "
-        f"{plan.pass_seconds:.1f}, contractions {plan.seconds - plan.probe_seconds - plan.pass_seconds:.1f} at "
+        f"{plan.pass_seconds:.1f}, checks {plan.check_seconds:.1f}, contractions {plan.contract_seconds:.1f} at "
         f"{plan.rate / 1e9:,.0f} GFLOP/s"
     )
     if plan.held_out_grams:
-        note += f"; not counted: {plan.held_out_grams} more Grams of the train examples, under held-out heads"
+        grams = f"{plan.held_out_grams} more Grams of the train examples, under held-out heads"
+        note += f"; then about {plan.held_out_seconds:.1f} s for {grams}"
     if plan.scaling:
         note += f"; {scaling_note(plan.scaling)}"
     layout = plan.layout
