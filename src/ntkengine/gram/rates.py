@@ -87,9 +87,10 @@ def sweep_seconds(
 
 
 def checks_seconds(plan: Plan, samples: Samples, seconds: float) -> float:
-    """Return the seconds of the checks and the noise, whose tokens are taken to cost what the sweep's do.
+    """Return the seconds of the checks and the noise, from what a token costs in the sweep.
 
-    Those in float64 cost twice as much; what a few single examples take besides is half of what the probe took.
+    Plain autograd has gradients of weights besides, and float64 takes twice as long; what a few single examples take is
+    half of what the probe took.
 
     Args:
         plan: with its probe's time.
@@ -99,7 +100,8 @@ def checks_seconds(plan: Plan, samples: Samples, seconds: float) -> float:
     sizes = enumerate(samples.sizes)
     rows = recomputed(samples.total, sketched=plan.projection_flops > 0) + DRAWN
     tokens = sum(drawn_of(samples, g) * samples.width(g) + 2 * min(n, rows) * samples.mean_tokens for g, n in sizes)
-    return plan.probe_seconds / 2 + seconds * tokens / plan.tokens
+    plain = (1 + 2 * plan.outputs) / (2 + plan.outputs)
+    return plan.probe_seconds / 2 + plain * seconds * tokens / plan.tokens
 
 
 def page_seconds(peak_bytes: float, device: torch.device) -> float:
