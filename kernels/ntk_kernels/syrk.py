@@ -104,11 +104,16 @@ def _products(
         x = _load(x_hi, row, k, M, p, stride_x, DESCRIPTOR, BM, BK)
         y = _load(y_hi, column, k, N, p, stride_y, DESCRIPTOR, BN, BK)
         if X_LO or Y_LO:
+            # All loads come before the first product: the compiler then waits for them once, not once more in between.
+            if X_LO:
+                x_rest = _load(x_lo, row, k, M, p, stride_x, DESCRIPTOR, BM, BK)
+            if Y_LO:
+                y_rest = _load(y_lo, column, k, N, p, stride_y, DESCRIPTOR, BN, BK)
             step = tl.zeros((BM, BN), dtype=tl.float32)
             if X_LO:
-                step = tl.dot(_load(x_lo, row, k, M, p, stride_x, DESCRIPTOR, BM, BK), y.T, step)
+                step = tl.dot(x_rest, y.T, step)
             if Y_LO:
-                step = tl.dot(x, _load(y_lo, column, k, N, p, stride_y, DESCRIPTOR, BN, BK).T, step)
+                step = tl.dot(x, y_rest.T, step)
             total += tl.dot(x, y.T, step)
         else:
             total = tl.dot(x, y.T, total)
