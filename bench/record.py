@@ -32,16 +32,8 @@ def record(name: str, config: dict[str, Any], values: dict[str, Any], *, gpu: bo
         values: figures; units in their names.
         gpu: they were measured on the GPU.
     """
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=_HERE, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results"],
-        cwd=_HERE,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    dirty = _git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results")
     line = {
         "name": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -75,6 +67,15 @@ def lines(name: str) -> list[dict[str, Any]]:
 def latest(name: str) -> list[dict[str, Any]]:
     """Return the latest line of every configuration on record, in the order of their first."""
     return list({line["config_hash"]: line for line in lines(name)}.values())
+
+
+def _git(*command: str) -> str:
+    """Return what git prints; nothing where there is no git, or no repository."""
+    try:
+        done = subprocess.run(["git", *command], cwd=_HERE, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _version(package: str) -> str | None:

@@ -145,6 +145,13 @@ def test_only_rank_zero_records(monkeypatch, tmp_path):
     assert record.lines("that") == []
 
 
+def test_lines_are_written_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record.record("this", {"N": 2}, {"seconds": 1.0})["commit"] == ""
+    assert len(record.lines("this")) == 1
+
+
 @pytest.mark.parametrize(
     ("seconds", "spread", "status", "verdict"),
     [
