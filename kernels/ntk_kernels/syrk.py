@@ -166,12 +166,14 @@ def syrk(
     width = x.shape[1]
     if x.dtype == torch.float32 or sign is not None:  # panels of planes, whole runs
         run = max(RUN.values())
-        width = max(1, PANEL_BYTES // (4 * run * max(1, x.shape[0] + other.shape[0]))) * run
+        rows = x.shape[0] if same and sign != "columns" else x.shape[0] + other.shape[0]
+        width = max(1, PANEL_BYTES // (4 * run * max(1, rows))) * run
     for start in range(0, x.shape[1], max(1, width)):
         part = slice(start, min(start + width, x.shape[1]))
         right = _operand(other[:, part], sign is not None, floor_M if same else None)
         left = right if same and sign != "columns" else _operand(x[:, part], sign == "both", floor_M)
         _planes(left, right, K_MN, lower, limit)
+        del left, right  # before the next panel's are made
 
 
 def _operand(x: Tensor, signed: bool, floor: Tensor | None) -> Planes:
