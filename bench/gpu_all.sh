@@ -1,21 +1,28 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of under eight minutes: tests, kernels against float64 and against torch,
 # whole jobs. Every step has its own time limit and none stops the next; the exit status is 1 if one failed.
-# PYTHON names the interpreter that holds torch, Triton and the package's dependencies; results go to $OUT, if set, else
-# to bench/results.
+# PYTHON names the interpreter that holds torch, Triton and the package's dependencies. Results go to $OUT, if set, and
+# there each step's output too, of which only the end is printed; else results go to bench/results.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/src:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 python=${PYTHON:-python3}
 failed=()
+[ -z "${OUT:-}" ] || mkdir -p "$OUT"
 
 step() { # name, seconds, command
   local name=$1 limit=$2 start=$SECONDS status
   shift 2
   echo "== $name: at most $limit s"
-  timeout --kill-after=5 "$limit" "$@"
-  status=$?
+  if [ -n "${OUT:-}" ]; then
+    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1
+    status=$?
+    tail -c 2000 "$OUT/$name.log"
+  else
+    timeout --kill-after=5 "$limit" "$@"
+    status=$?
+  fi
   echo "== $name: status $status after $((SECONDS - start)) s"
   [ $status -eq 0 ] || failed+=("$name")
 }
