@@ -1,7 +1,8 @@
 """K += x yᵀ: float32 sums within a run on tensor cores, float64 across runs, one triangle, always the same bits.
 
 Each program sums one run of features for one tile of K in float32; `fold` then adds the runs to K in float64, in order.
-So long sums lose no digits, and few tiles still fill the device: their features are split among programs.
+So long sums lose no digits, and few tiles still fill the device: their features are split among programs. A tile of one
+run is added to K by the program that summed it: nothing is written and read in between.
 
 Tensor cores cut off where float32 rounds: each addition loses half a unit of the last place, always downwards. Over a
 run of half-precision features that is up to 2e-5 of a squared norm, far below what rounding the features costs.
@@ -73,6 +74,44 @@ def _load(
 
 
 @jit
+def _add(
+    total: tl.tensor,  # (BM, BN) float32
+    row: tl.tensor,
+    column: tl.tensor,
+    x_scale: tl.tensor,
+    y_scale: tl.tensor,
+    K: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    stride_row: tl.int64,
+    stride_column: tl.tensor,
+    X_SCALE: tl.constexpr,
+    Y_SCALE: tl.constexpr,
+    LOWER: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+) -> None:
+    """Add one tile to K, as `fold` does."""
+    m = row + tl.arange(0, BM)
+    n = column + tl.arange(0, BN)
+    value = total.to(tl.float64)
+    if X_SCALE:
+        value *= tl.load(x_scale + m, mask=m < M, other=0.0).to(tl.float64)[:, None]
+    if Y_SCALE:
+        value *= tl.load(y_scale + n, mask=n < N, other=0.0).to(tl.float64)[None, :]
+    wanted = (m < M)[:, None] & (n < N)[None, :]
+    if LOWER:
+        wanted &= m[:, None] >= n[None, :]
+    place = K + m.to(tl.int64)[:, None] * stride_row + n.to(tl.int64)[None, :] * stride_column
+    tl.store(place, tl.load(place, mask=wanted, other=0.0) + value, mask=wanted)
+
+
+@jit
+def _halves(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@jit
 def _products(
     x_hi: tl.tensor,  # (M, p) float16 or bfloat16; a descriptor, or a pointer
     x_lo: tl.tensor,
@@ -80,15 +119,24 @@ def _products(
     y_lo: tl.tensor,
     order: tl.tensor,  # (tiles, 2) int32
     slab: tl.tensor,  # (splits, tiles, BM, BN) float32
+    x_scale: tl.tensor,  # (M,) float32
+    y_scale: tl.tensor,  # (N,) float32
+    K: tl.tensor,  # (M, N) float64
     M: tl.tensor,
     N: tl.tensor,
     p: tl.tensor,
     stride_x: tl.int64,
     stride_y: tl.int64,
+    stride_row: tl.int64,
+    stride_column: tl.tensor,
     first: tl.tensor,  # first tile of this launch
     length: tl.tensor,  # features of a program, at most a run
     X_LO: tl.constexpr,
     Y_LO: tl.constexpr,
+    DIRECT: tl.constexpr,  # one run: add it to K
+    X_SCALE: tl.constexpr,
+    Y_SCALE: tl.constexpr,
+    LOWER: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -117,10 +165,35 @@ def _products(
             total += tl.dot(x, y.T, step)
         else:
             total = tl.dot(x, y.T, total)
-    at = (part.to(tl.int64) * tl.num_programs(0) + tile) * (BM * BN)
-    m = tl.arange(0, BM)
-    n = tl.arange(0, BN)
-    tl.store(slab + at + m[:, None] * BN + n[None, :], total)
+    if DIRECT:  # eighth by eighth: entries of K are twice as wide as sums, and registers are short
+        left, right = _halves(total, BM, BN)
+        for a in tl.static_range(2):
+            upper, lower = _halves(left if a == 0 else right, BM, BN // 2)
+            for b in tl.static_range(2):
+                near, far = _halves(upper if b == 0 else lower, BM, BN // 4)
+                for c in tl.static_range(2):
+                    _add(
+                        near if c == 0 else far,
+                        row,
+                        column + (4 * a + 2 * b + c) * (BN // 8),
+                        x_scale,
+                        y_scale,
+                        K,
+                        M,
+                        N,
+                        stride_row,
+                        stride_column,
+                        X_SCALE,
+                        Y_SCALE,
+                        LOWER,
+                        BM,
+                        BN // 8,
+                    )
+    else:
+        at = (part.to(tl.int64) * tl.num_programs(0) + tile) * (BM * BN)
+        m = tl.arange(0, BM)
+        n = tl.arange(0, BN)
+        tl.store(slab + at + m[:, None] * BN + n[None, :], total)
 
 
 def syrk(
@@ -203,29 +276,40 @@ def _planes(x: Planes, y: Planes, K: Tensor, lower: bool, limit: Limits) -> None
         width, stride_x, stride_y = -(-width // 16) * 16, 0, 0
     order, tiles = tile_order(M, N, bm, bn, lower, K.device)
     splits, steps = division(tiles, -(-p // bk), RUN[kind] // bk, limit.processors)
-    slab, at_once = slabs(tiles, splits, (bm, bn), K.device)
+    direct = splits == 1
+    slab, at_once = slabs(0 if direct else tiles, splits, (bm, bn), K.device)
+    scales = [slab if of.scale is None else of.scale.contiguous() for of in (x, y)]
     operands: list[Any] = list(sources)
     if limit.descriptors:
         operands = [_described(s, b, bk) for s, b in zip(sources, (bm, bm, bn, bn), strict=True)]
-    for first in range(0, tiles, at_once):
-        count = min(at_once, tiles - first)
+    for first in range(0, tiles, tiles if direct else at_once):
+        count = tiles if direct else min(at_once, tiles - first)
         _products[(count, splits)](
             *operands,
             order,
             slab,
+            *scales,
+            K,
             M,
             N,
             width,
             stride_x,
             stride_y,
+            K.stride(0),
+            K.stride(1),
             first,
             steps * bk,
             X_LO=x.lo is not None,
             Y_LO=y.lo is not None,
+            DIRECT=direct,
+            X_SCALE=direct and x.scale is not None,
+            Y_SCALE=direct and y.scale is not None,
+            LOWER=direct and lower,
             DESCRIPTOR=limit.descriptors,
             **launch.options(),
         )
-        fold(slab, splits, (bm, bn), order, first, count, K, x.scale, y.scale, lower=lower)
+        if not direct:
+            fold(slab, splits, (bm, bn), order, first, count, K, x.scale, y.scale, lower=lower)
 
 
 def _lo(x: Planes) -> Tensor:
@@ -284,10 +368,14 @@ def compilations(family: int) -> list[Compilation]:
                 signature = {
                     n: f"tensordesc<{dtype}[{b},{bk}]>" if family >= 90 else f"*{dtype}" for n, b in shapes.items()
                 }
-                signature |= {"order": "*i32", "slab": "*fp32"} | dict.fromkeys(names, "i32")
-                signature |= {"stride_x": "i64", "stride_y": "i64"}
-                constants = {"X_LO": x_lo, "Y_LO": y_lo, "DESCRIPTOR": family >= 90}
+                signature |= {"order": "*i32", "slab": "*fp32", "x_scale": "*fp32", "y_scale": "*fp32", "K": "*fp64"}
+                signature |= dict.fromkeys(names, "i32") | dict.fromkeys(("stride_x", "stride_y", "stride_row"), "i64")
                 name = f"syrk {dtype}{'x3' if x_lo and y_lo else 'x2' if x_lo or y_lo else ''} {size}"
                 wide = ("p", "stride_x", "stride_y", "length")
-                found.append(Compilation(name, _products, family, signature, constants, launch, "wide", wide))
+                for direct in (False, True):
+                    constants = {"X_LO": x_lo, "Y_LO": y_lo, "DESCRIPTOR": family >= 90, "stride_column": 1}
+                    constants |= {"DIRECT": direct, "LOWER": direct}
+                    constants |= dict.fromkeys(("X_SCALE", "Y_SCALE"), direct and kind == "planes")
+                    told = f"{name} whole" if direct else name
+                    found.append(Compilation(told, _products, family, signature, constants, launch, "wide", wide))
     return found
