@@ -34,8 +34,8 @@ parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 6")
 step tests 100 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider $parallel tests/test_gpu.py tests/kernels \
   tests/test_backend.py
 step kernels 110 "$python" -m bench run kernels
-step roberta-base 70 "$python" -m bench run gpu-jobs -- roberta
-step llama-7b 85 "$python" -m bench run gpu-jobs -- llama-7b
+step roberta-base 90 "$python" -m bench run gpu-jobs -- roberta
+step llama-7b 65 "$python" -m bench run gpu-jobs -- llama-7b
 step llama-45b 100 "$python" -m bench run gpu-jobs -- llama-45b
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -185,6 +185,7 @@ def syrk_sweep(ceiling: dict[str, float]) -> int:
         usual = syrk_module.LAUNCHES[key]
         shapes = [(128, 256, 64, 8, s) for s in (3, 4)] + [(256, 128, 64, 8, s) for s in (3, 4)]
         shapes += [(128, 128, 64, w, s) for w in (4, 8) for s in (3, 4, 5)]
+        shapes += [(128, 256, 128, 8, 2), (128, 128, 128, 8, 3)]  # half as many steps to wait for
         if kind == "planes":
             shapes = [(128, 128, 64, 8, 2), (128, 128, 64, 8, 3), (128, 128, 32, 8, 5), (128, 64, 64, 4, 3)]
             shapes += [(64, 128, 64, 4, 3), (128, 128, 64, 4, 3), (256, 64, 64, 8, 2)]
