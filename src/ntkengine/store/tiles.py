@@ -36,12 +36,6 @@ def tile_places(shape: tuple[int, ...], first_row: int = 0) -> list[Where]:
     ]
 
 
-def read_tiles(values: Any) -> Iterator[np.ndarray]:
-    """Yield the tiles of an array or dataset in row-major order, contiguous."""
-    for where in tile_places(values.shape):
-        yield np.ascontiguousarray(values[where])
-
-
 def slabs(shape: tuple[int, ...]) -> Iterator[Where]:
     """Yield where the pieces of an array are that are read or written at once, in the order of its bytes."""
     if len(shape) < 2:

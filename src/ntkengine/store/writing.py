@@ -37,7 +37,10 @@ def write_gram(
         tiled |= {} if gram.cross is None else {"cross": gram.cross}
         for group, parts in zip(GROUPS, (gram.modules, gram.cross_modules), strict=True):
             tiled |= {f"{group}/{i}": matrix for i, matrix in enumerate(parts.values())}
-        write_tiled(file, raw, tiled)
+        for name, values in tiled.items():  # room for all of them first
+            create_tiled(file, name, values.shape, values.dtype)
+        for name, values in tiled.items():
+            fill(file, raw, name, values)
         write_names(file, gram)
 
 
@@ -83,28 +86,18 @@ def write_json(file: h5py.File, name: str, value: Any) -> None:
     file.create_dataset(f"json/{name}", data=text, dtype=h5py.string_dtype()).attrs["crc32"] = checksum_of(text)
 
 
-def write_tiled(file: h5py.File, raw: Latched, tiled: Mapping[str, Any], *, compress: bool = False) -> None:
-    """Write matrices: room for all of them first, then tile after tile, its checksum, and its flag.
-
-    Args:
-        file: being written.
-        raw: what it writes to; asked after every row of tiles whether the disk still takes it.
-        tiled: arrays or datasets by dataset name.
-        compress: by gzip, with bytes of the same place in a number side by side.
-
-    Raises:
-        OSError: the disk refused.
-    """
-    for name, values in tiled.items():
-        create_tiled(file, name, values.shape, values.dtype, compress=compress)
-    for name, values in tiled.items():
-        fill(file, raw, name, values)
-
-
 def create_tiled(
     file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any, *, compress: bool = False
 ) -> h5py.Dataset:
-    """Make room for a matrix, its checksums and its flags, all of them off."""
+    """Make room for a matrix, its checksums and its flags, all of them off.
+
+    Args:
+        file: being written.
+        name: of the dataset.
+        shape: (…, rows, columns).
+        dtype: of its numbers.
+        compress: by gzip, with bytes of the same place in a number side by side.
+    """
     packed: dict[str, Any] = {"compression": "gzip", "compression_opts": 4, "shuffle": True} if compress else {}
     if not compress:
         plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
