@@ -132,15 +132,15 @@ def _all_damage(file: h5py.File, path: Path) -> Iterator[Damage]:
         if f"json/{name}" not in file:
             yield Damage(f"a dataset is missing or unreadable: /json/{name}")
     noise = float(file.attrs.get("noise", np.nan))
-    if not np.isfinite(noise) and not (np.isnan(noise) and _unchecked(file)):
+    if not np.isfinite(noise) and not (np.isnan(noise) and _unmeasured(file)):
         yield Damage("the noise is not a finite number")
     if not matches(file, checksum_of(root(file))):
         yield Damage("the root's attributes do not match their checksum")
 
 
-def _unchecked(file: h5py.File) -> bool:
-    """Return whether a file says that its Gram was not checked, so that its noise is not known."""
-    return "json/meta" in file and read_json(file, "meta").get("checked") is False
+def _unmeasured(file: h5py.File) -> bool:
+    """Return whether a file says that its Gram's noise was not measured: unchecked, or a model that has no float64."""
+    return "json/meta" in file and read_json(file, "meta").get("noise_relative") is None
 
 
 def _corner(dataset: h5py.Dataset, row: int) -> np.ndarray:
