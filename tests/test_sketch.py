@@ -279,7 +279,7 @@ def test_a_model_that_does_not_run_in_float64_is_measured_all_the_same(monkeypat
     right = computing.estimate_noise
 
     def single(running, *args, **kwargs):
-        if running is not model:
+        if running.model is not model:
             raise RuntimeError("no float64 here")
         return right(running, *args, **kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,14 +63,13 @@ class Check:
         frame: Frame,
         structure: Structure,
         seed: int,
-        layout: Layout | None = None,
+        layout: Layout,
         turned: float = UNSURE,
     ) -> None:
-        self.turned = turned
-        self.layout = layout or Layout(keeps=True)
+        self.task, self.layout, self.turned = task, layout, turned
         rng = np.random.default_rng(seed)
         self.frame, self.structure, self.roots = frame, structure, task.roots
-        self.model, self.selected, self.readout = task.model, task.selected, task.readout
+        self.model, self.selected = task.model, task.selected
         self.drawn = [
             (g, int(r)) for g, n in enumerate(samples.sizes) for r in rng.choice(n, size=min(n, DRAWN), replace=False)
         ]
@@ -89,7 +89,7 @@ class Check:
         self.compared = [name for names in parts for name in names]
         for names in parts:
             found = plain_gradients(
-                self.model, self.selected, names, self.inputs, self.readout, frame.outputs, foreign=structure.foreign
+                self.model, self.selected, names, self.inputs, task.readout, frame.outputs, foreign=structure.foreign
             )
             with unrouted():  # many small operations, no large product
                 while found:
@@ -164,16 +164,9 @@ class Check:
         few = Samples(self.inputs, microbatch=1, trim=self.structure.trim)
         m = len(self.drawn)
         frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
-        sums = sum_gram(
-            self.model,
-            self.selected,
-            self.structure,
-            few,
-            self.readout,
-            frame,
-            group=lambda name: name,
-            keep_bytes=self.layout.keep_bytes,
-        )
+        raw = replace(self.task, roots=None, kernels=False)
+        keep_bytes = self.layout.keep_bytes
+        sums = sum_gram(raw, self.structure, few, frame, group=lambda name: name, keep_bytes=keep_bytes)
         with unrouted():  # many small operations, no large product
             for name, truth in self.parts.items():
                 part = sums.parts.get(name)

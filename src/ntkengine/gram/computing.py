@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ntkengine.cluster.comm import Team, together
 from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
@@ -172,12 +171,10 @@ def _sweep(
         if progress is not None:
             progress(min(done, total), total, stage)
 
-    given = task.model, task.selected, structure, samples, task.readout, frame, layout
+    given = task, structure, samples, frame, layout
     options: dict[str, Any] = {
         "group": module_of if per_module else None,
         "tick": tick,
-        "roots": task.roots,
-        "kernels": task.kernels,
         "factor_bytes": {row.parameter: row.bytes for row in plan.parameters},
         "pass_flops": plan.pass_flops + plan.projection_flops,
         "keep_bytes": layout.keep_bytes,
@@ -198,8 +195,8 @@ def _sweep(
     return sums
 
 
-def _double(task: Task, running: ExitStack, *, lazy: bool) -> nn.Module | None:
-    """Return the model in float64, ready to run: itself, or a copy; None where there is none, and no signs need it."""
+def _double(task: Task, running: ExitStack, *, lazy: bool) -> Task | None:
+    """Return the task in float64, ready to run: itself, or on a copy; None where that fails, and no signs need it."""
     try:
         model = in_precision(task.model, "exact", lazy=lazy)
     except InputError as error:
@@ -207,18 +204,19 @@ def _double(task: Task, running: ExitStack, *, lazy: bool) -> nn.Module | None:
             raise
         log.warning("%s: the noise of this Gram is unknown", error)
         return None
-    if model is not task.model:
-        running.enter_context(evaluation(model))
-    return model
+    if model is task.model:
+        return task
+    running.enter_context(evaluation(model))
+    return task.on(model, torch.float64)
 
 
-def _negligible(task: Task, structure: Structure, double: nn.Module, seed: int) -> list[str]:
+def _negligible(task: Task, structure: Structure, double: Task, seed: int) -> list[str]:
     """Return the parameters without a sign: float32 suspects them, float64 decides."""
-    suspects = {n: p for n, p in double.named_parameters() if n in structure.negligible}
-    if not suspects or double is task.model:
-        return structure.negligible
-    selected = {n: p for n, p in double.named_parameters() if n in task.selected}
-    return [n for n in probe(double, selected, task.samples, task.readout, seed).negligible if n in suspects]
+    suspects = structure.negligible
+    if not suspects or double is task:
+        return suspects
+    again = probe(double.model, double.selected, double.samples, double.readout, seed)
+    return [n for n in again.negligible if n in suspects]
 
 
 def _noise(
@@ -228,7 +226,7 @@ def _noise(
     frame: Frame,
     sums: Sums | Spread,
     seed: int,
-    model: nn.Module,
+    double: Task,
     precision: str,
     layout: Layout,
     *,
@@ -237,32 +235,26 @@ def _noise(
     expected, limit = float("inf") if precision == "fast" else USUAL, LIMIT[precision]
     if task.transform in SIGNS:  # which rounding turns, whatever its size
         limit = max(limit, LIMIT["high"])
-    by_name = dict(model.named_parameters())
-    selected = {name: by_name[name] for name in task.selected}
-    same = model is task.model
-    roots = None if task.roots is None else {name: root.double() for name, root in task.roots.items()}
+    same = double is task
     try:
         return estimate_noise(
-            model,
-            selected,
-            structure.on(model),
+            double,
+            structure.on(double.model),
             samples,
-            task.readout,
             frame,
             sums,
+            layout,
             one_by_one=structure.one_by_one or same,
             trim=structure.trim and not same,
             seed=seed,
-            roots=roots,
             expected=expected,
             limit=limit,
             sketched=sketched,
-            layout=layout,
         )
     except (NonFinite, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
             raise
         if sketched:  # its error is far above float32's
-            return _noise(task, structure, samples, frame, sums, seed, task.model, precision, layout, sketched=True)
+            return _noise(task, structure, samples, frame, sums, seed, task, precision, layout, sketched=True)
         log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
         return None

@@ -24,6 +24,7 @@ from ntkengine.errors import InputError
 from ntkengine.gram.check import Check
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.planning import planned
+from ntkengine.gram.run import root_of
 from ntkengine.gram.strategies import feature_tiles
 from ntkengine.gram.task import Task, check_settings
 from ntkengine.gram.transforms import Preconditioner
@@ -31,7 +32,6 @@ from ntkengine.inputs.batches import check_inputs
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import Source, as_inputs
-from ntkengine.tangents.paths import matrix_shape
 from ntkengine.tangents.sweep import Sweep
 
 _CONTRACTIONS = ("trace", "full", "sum-of-outputs")
@@ -183,11 +183,7 @@ def _tiles(
                 factors = found.pop()
                 if factors.kind == "zero":
                     continue
-                root = None if task.roots is None else task.roots[factors.name]
-                if root is not None:
-                    root = root.reshape(matrix_shape(root))
-                    root = root.T if structure.transposed[factors.name] else root
-                for tile, _ in feature_tiles(factors, frame, root):
+                for tile, _ in feature_tiles(factors, frame, root_of(factors.name, task.roots, structure)):
                     if truth is not None:
                         truth.features(tile, samples)
                     yield tile, order

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -131,9 +130,8 @@ class TangentProducts:
     @contextmanager
     def _in_double(self) -> Iterator[None]:
         """Within the block products are those of a copy of the model in float64."""
-        double, task = in_precision(self._task.model, "exact"), self._task
-        by_name = dict(double.named_parameters())
-        self._task = replace(task, model=double, selected={n: by_name[n] for n in task.selected})
+        task = self._task
+        self._task = task.on(in_precision(task.model, "exact"), torch.float64)
         try:
             yield
         finally:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
+from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.structure import Structure
 
 log = logging.getLogger(__name__)
@@ -45,23 +43,19 @@ class Noise:
 
 
 def estimate_noise(
-    model: nn.Module,
-    selected: Mapping[str, nn.Parameter],
+    task: Task,
     structure: Structure,
     samples: Samples,
-    readout: Readout,
     frame: Frame,
     sums: Sums | Spread,
+    layout: Layout,
     *,
     one_by_one: bool,
     trim: bool,
-    rows: int | None = None,
-    seed: int = 0,
-    roots: Mapping[str, Tensor] | None = None,
-    expected: float = USUAL,
-    limit: float = 1e-2,
-    sketched: bool = False,
-    layout: Layout | None = None,
+    seed: int,
+    expected: float,
+    limit: float,
+    sketched: bool,
 ) -> Noise:
     """Return the noise of a finished Gram, from a random block of it recomputed in float64.
 
@@ -79,33 +73,29 @@ def estimate_noise(
     Never below ‖E_m‖₂, nor below 2⁻⁵³ ‖K‖_F, the rounding of the stored entries.
 
     Args:
-        model: a float64 copy, frozen, in eval mode.
-        selected: its parameters by name.
-        structure: from the probe, on the copy.
+        task: the job in float64, its model frozen and in eval mode.
+        structure: from the probe, on that model.
         samples: the job's samples.
-        readout: f.
         frame: the job's frame.
         sums: the job's finished sums.
+        layout: the job's.
         one_by_one: recompute sample by sample.
         trim: cut padding. A Gram that is itself float64 is recomputed in another layout: sample by sample, uncut.
-        rows: samples to recompute, m, of a symmetric Gram half of them the largest; default an eighth of the job's,
-            between 8 and 16, and twice that for a sketch.
         seed: of the draw.
-        roots: of the preconditioner, in float64.
         expected: relative error above which a warning is logged.
         limit: relative error that is no rounding any more.
         sketched: the Gram is a sketch: its error is measured, and only f's is judged.
-        layout: the job's.
 
     Raises:
         CheckFailed: an error above the limit.
 
-    Cost: a float64 sweep of m samples; 80 N² flops for λ_max.
+    Cost: a float64 sweep of m samples, an eighth of the job's but between 8 and 16, twice that for a sketch; 80 N²
+        flops for λ_max.
     Source: Vershynin 2018, section 8.7 (Chevet's inequality).
     """
     rng = np.random.default_rng(seed)
     w = frame.width
-    rows = rows or recomputed(samples.total, sketched=sketched)
+    rows = recomputed(samples.total, sketched=sketched)
     picked: list[tuple[int, np.ndarray]] = []
     for g, n in enumerate(samples.sizes):
         start, stop = samples.span(g)
@@ -117,12 +107,11 @@ def estimate_noise(
     if frame.transform in SIGNS:  # a loss that is nearly zero has a gradient whose every sign rounding may turn
         picked = [(g, _with_least(r, np.abs(sums.outputs[samples.places(g)]).max(1))) for g, r in picked]
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
-    layout = layout or Layout(keeps=True)
     tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
     few = Samples(groups, microbatch=1 if one_by_one else None, microbatch_tokens=tokens, trim=trim)
     spans = [few.span(i) for i in range(len(groups))]
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
-    again = sum_gram(model, selected, structure, few, readout, small, roots=roots, keep_bytes=layout.keep_bytes)
+    again = sum_gram(replace(task, kernels=False), structure, few, small, keep_bytes=layout.keep_bytes)
     exact = again.total.finish().cpu().numpy()
     f = np.concatenate([sums.outputs[samples.places(g, r)] for g, r in picked])
     true = np.concatenate([again.outputs[few.places(i)] for i in range(len(picked))])

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 from ntkengine.cluster.comm import Team
 from ntkengine.cluster.shards import deal
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.spreading import Spreading
+from ntkengine.gram.task import Task
 from ntkengine.gram.teamwork import SpreadKeeper
 from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import Sweep
@@ -24,11 +22,9 @@ from ntkengine.tangents.sweep import Sweep
 
 def sum_spread(
     team: Team,
-    model: nn.Module,
-    selected: Mapping[str, nn.Parameter],
+    task: Task,
     structure: Structure,
     samples: Samples,
-    readout: Readout,
     frame: Frame,
     layout: Layout,
     *,
@@ -37,18 +33,16 @@ def sum_spread(
     keep_bytes: int,
     tick: Callable[[float, str], None],
     sketches: Mapping[str, Sketch],
+    group: Callable[[str], str] | None = None,
     checkpoints: Checkpoints | None = None,
-    **options: Any,
 ) -> Spread:
     """Return the Gram of all samples in the frame, spread over the ranks.
 
     Args:
         team: the ranks; each makes this call.
-        model: frozen, in eval mode.
-        selected: parameters by name.
-        structure: from the probe.
+        task: the job, its model frozen and in eval mode.
+        structure: from the probe, on that model.
         samples: the job's.
-        readout: f.
         frame: the wanted Gram.
         layout: of each rank.
         factor_bytes: by parameter, of all samples.
@@ -56,13 +50,12 @@ def sum_spread(
         keep_bytes: activations a rank may keep rather than recompute.
         tick: called with this rank's flops done and the segment's name.
         sketches: by parameter, what is kept of its gradient.
+        group: parameter name -> the part it is kept under; None keeps no parts.
         checkpoints: of the job, on every rank; None: it has no file.
-        options: `group`, `roots`, `kernels` of `Spreading`.
 
     Raises:
         Exception: on every rank, what failed on any.
     """
-    device = next(iter(model.parameters())).device
     shards = deal(samples, team.size)
     one = 1 if structure.one_by_one else None
     few: dict[str, Any] = {"microbatch_tokens": layout.microbatch_tokens, "microbatch": one, "trim": structure.trim}
@@ -75,13 +68,15 @@ def sum_spread(
         local,
         shards,
         frame,
-        device,
+        task.device,
         window=layout.window,
         bundle_bytes=layout.bundle_bytes,
         factor_bytes=sizes,
+        group=group,
         tick=tick,
+        roots=task.roots,
+        kernels=task.kernels,
         keeper=None if checkpoints is None else SpreadKeeper(checkpoints, team, frame),
-        **options,
     )
     if spreading.keeper is not None:
         with team.together():
@@ -89,11 +84,11 @@ def sum_spread(
     steps = len(local.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
     mine = pass_flops * shards[team.rank].tokens / sum(shard.tokens for shard in shards)
     sweep = Sweep(
-        model,
-        selected,
+        task.model,
+        task.selected,
         structure,
         local,
-        readout,
+        task.readout,
         lambda: tick(mine / steps, "passes"),
         keep_bytes,
         layout.hidden,

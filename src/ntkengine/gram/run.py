@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkengine.errors import NonFinite
 from ntkengine.gram.blocks import TOTAL
 from ntkengine.gram.keeper import Keeper
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.strategies import choose, contract
+from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
-from ntkengine.inputs.readout import Readout
 from ntkengine.products import unrouted
 from ntkengine.tangents.factors import ParameterFactors
 from ntkengine.tangents.paths import matrix_shape
@@ -105,11 +105,9 @@ def by_module(traces: Mapping[str, float]) -> dict[str, float]:
 
 
 def sum_gram(
-    model: nn.Module,
-    selected: Mapping[str, nn.Parameter],
+    task: Task,
     structure: Structure,
     samples: Samples,
-    readout: Readout,
     frame: Frame,
     *,
     group: Callable[[str], str] | None = None,
@@ -118,19 +116,15 @@ def sum_gram(
     keep_bytes: int = KEEP_BYTES,
     layout: Layout | None = None,
     factor_bytes: Mapping[str, float] | None = None,
-    roots: Mapping[str, Tensor] | None = None,
-    kernels: bool = False,
     sketches: Mapping[str, Sketch] | None = None,
     keeper: Keeper | None = None,
 ) -> Sums:
     """Return the Gram of all samples in the frame.
 
     Args:
-        model: frozen, in eval mode.
-        selected: parameters by name.
-        structure: from the probe.
+        task: its model frozen and in eval mode; whatever samples it has.
+        structure: from the probe, on that model.
         samples: microbatches.
-        readout: f.
         frame: rows, columns and contraction.
         group: parameter name -> the part it is also kept under; None keeps no parts.
         tick: called with flops done and the segment's name.
@@ -138,8 +132,6 @@ def sum_gram(
         keep_bytes: activations the sweep may keep rather than recompute.
         layout: where hidden states wait, and what is held at once.
         factor_bytes: by parameter, for the layout's limit.
-        roots: by parameter, the square root of a diagonal preconditioner, in the parameter's shape.
-        kernels: contract in Triton kernels.
         sketches: by parameter, what is kept of its gradient; the others stay exact.
         keeper: told of the sums as they grow; may have some of them from before.
 
@@ -148,8 +140,8 @@ def sum_gram(
         Stopped: the keeper was asked to stop.
     """
     start = time.perf_counter()
-    device = next(iter(model.parameters())).device
-    sums = Sums(Accumulator(frame, device, kernels=kernels))
+    device = task.device
+    sums = Sums(Accumulator(frame, device, kernels=task.kernels))
     keeper = keeper or Keeper()
     keeper.start(sums)
     if sums.done:
@@ -163,11 +155,11 @@ def sum_gram(
         keeper.passing(sums)
 
     sweep = Sweep(
-        model,
-        selected,
+        task.model,
+        task.selected,
         structure,
         samples,
-        readout,
+        task.readout,
         passed,
         keep_bytes,
         layout.hidden,
@@ -176,13 +168,14 @@ def sum_gram(
         sketches,
         frozenset(sums.done),
     )
+    room = math.inf if task.kernels else layout.copies
     with keeper.waits():
         for segment, found in sweep.segments():
             while found:
                 factors = found.pop()
                 began = time.perf_counter()
                 with torch.cuda.device(device) if device.type == "cuda" else unrouted():
-                    _add(factors, sums, frame, group, sweep, samples, roots, math.inf if kernels else layout.copies)
+                    _add(factors, sums, frame, group, sweep, samples, task.roots, room)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 strategy, tokens, flops, _ = sums.done[factors.name]

@@ -1,4 +1,4 @@
-"""Which parameters a job sketches, when it may, and what that should cost in accuracy."""
+"""Which parameters a job sketches, and what that should cost in accuracy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ntkengine.errors import InputError
 from ntkengine.gram.run import Sums
 from ntkengine.gram.spread import Spread
 from ntkengine.inputs.batches import Samples
@@ -16,33 +15,6 @@ from ntkengine.tangents.sketch import Sketch, sketch_of
 from ntkengine.tangents.structure import Structure
 
 log = logging.getLogger(__name__)
-
-
-def refuse_sketch(sketch: Any, transform: str, check: bool) -> None:
-    """Refuse a sketch that cannot be.
-
-    Args:
-        sketch: the argument as given; None: no sketch.
-        transform: the inner product's name.
-        check: the argument as given.
-
-    Raises:
-        InputError: not a whole number above 0, a transform that is not "sgd", or no check.
-    """
-    if sketch is None:
-        return
-    if not isinstance(sketch, int) or isinstance(sketch, bool) or sketch < 1:
-        msg = f"sketch: expected a whole number of features, at least 1, got {sketch!r}"
-        raise InputError(msg)
-    if transform != "sgd":
-        msg = (
-            f"sketch: expected transform 'sgd', got {transform!r}, which needs the gradient's own entries: a sketch "
-            "has only random mixtures of them"
-        )
-        raise InputError(msg)
-    if not check:
-        msg = "sketch: expected check=True, got False: without the check the error of a sketch is not measured"
-        raise InputError(msg)
 
 
 def choose_sketches(structure: Structure, samples: Samples, features: int | None, seed: int) -> dict[str, Sketch]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ntkengine.arguments import SEEDS, choice, flag, number, whole
 from ntkengine.errors import InputError
 from ntkengine.gram.backend import BACKENDS, uses_kernels
-from ntkengine.gram.sketching import refuse_sketch
 from ntkengine.gram.tiles import CONTRACTIONS, Frame
 from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
 from ntkengine.inputs.batches import Samples, check_inputs
@@ -97,13 +96,17 @@ class Task:
         """Where the model is."""
         return next(iter(self.model.parameters())).device
 
+    def on(self, model: nn.Module, dtype: torch.dtype) -> Task:
+        """Return the task with a copy of its model in another dtype, and what belongs to it."""
+        by_name = dict(model.named_parameters())
+        roots = None if self.roots is None else {n: r.to(dtype) for n, r in self.roots.items()}
+        return replace(self, model=model, selected={n: by_name[n] for n in self.selected}, roots=roots)
+
     def fast(self, running: ExitStack) -> Task:
-        """Return the task with the model, and what belongs to it, in bfloat16."""
+        """Return the task in bfloat16."""
         model = in_precision(self.model, "fast")
         running.enter_context(evaluation(model))
-        by_name = dict(model.named_parameters())
-        roots = None if self.roots is None else {n: r.to(torch.bfloat16) for n, r in self.roots.items()}
-        return replace(self, model=model, selected={n: by_name[n] for n in self.selected}, roots=roots)
+        return self.on(model, torch.bfloat16)
 
     def frame(self, outputs: int) -> Frame:
         """Return the wanted rows and columns, once C is known."""
@@ -157,9 +160,26 @@ def refuse(
     uses_kernels(backend, best, torch.float64 if precision == "exact" else torch.float32)
     if not isinstance(transform, Preconditioner):
         choice("transform", transform, TRANSFORMS)
-    refuse_sketch(sketch, name_of(transform), check)
+    _refuse_sketch(sketch, name_of(transform), check)
     if inputs2 is not None and eval_inputs is not None:
         msg = "eval_inputs: goes with a Gram of inputs against themselves; leave out inputs2"
+        raise InputError(msg)
+
+
+def _refuse_sketch(sketch: Any, transform: str, check: bool) -> None:
+    if sketch is None:
+        return
+    if not isinstance(sketch, int) or isinstance(sketch, bool) or sketch < 1:
+        msg = f"sketch: expected a whole number of features, at least 1, got {sketch!r}"
+        raise InputError(msg)
+    if transform != "sgd":
+        msg = (
+            f"sketch: expected transform 'sgd', got {transform!r}, which needs the gradient's own entries: a sketch "
+            "has only random mixtures of them"
+        )
+        raise InputError(msg)
+    if not check:
+        msg = "sketch: expected check=True, got False: without the check the error of a sketch is not measured"
         raise InputError(msg)
 
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Accumulator, Frame
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.readout import Readout
 from ntkengine.tangents.structure import Structure
 
 
 def sum_tiled(
-    model: nn.Module,
-    selected: Mapping[str, nn.Parameter],
+    task: Task,
     structure: Structure,
     samples: Samples,
-    readout: Readout,
     frame: Frame,
     layout: Layout,
     *,
@@ -33,11 +30,9 @@ def sum_tiled(
     """Return `sum_gram`'s sums of all samples, from one sweep if the layout has one tile, else one for each tile pair.
 
     Args:
-        model: frozen, in eval mode.
-        selected: parameters by name.
-        structure: from the probe.
+        task: as `sum_gram`.
+        structure: likewise.
         samples: microbatches.
-        readout: f.
         frame: the wanted Gram.
         layout: its tile.
         group: as `sum_gram`.
@@ -47,8 +42,8 @@ def sum_tiled(
     options |= {"group": group, "layout": layout}
     if not layout.tile:
         keeper = None if checkpoints is None else checkpoints.sweep(frame)
-        return sum_gram(model, selected, structure, samples, readout, frame, keeper=keeper, **options)
-    device = next(iter(model.parameters())).device
+        return sum_gram(task, structure, samples, frame, keeper=keeper, **options)
+    device = task.device
     whole = Sums(Accumulator(frame, device), outputs=np.full((samples.total, structure.outputs), np.nan))
     rows, columns = (_tiles(samples, *span, layout.tile) for span in (frame.rows, frame.columns))
     for a in rows:
@@ -63,7 +58,7 @@ def sum_tiled(
             keeper = None if checkpoints is None else checkpoints.tile(frame, region, layout.tile)
             found = Sums(Accumulator(small, device)) if keeper is not None and keeper.path.is_file() else None
             if found is None or keeper is None or not keeper.finished(found):
-                found = sum_gram(model, selected, structure, few, readout, small, keeper=keeper, **options)
+                found = sum_gram(task, structure, few, small, keeper=keeper, **options)
             _add(whole, found, frame, (a[1], a[2]), (b[1], b[2]), square=same)
             for i, tile in enumerate([a] if same else [a, b]):
                 whole.outputs[tile[1] : tile[2]] = found.outputs[slice(*few.span(i))]
