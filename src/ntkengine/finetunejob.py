@@ -1,14 +1,13 @@
-"""`[finetune]` of a job, and what it does: the job's model really trained on the job's data."""
+"""What `[finetune]` of a job does: the job's model really trained on the job's data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.recipe import Recipe
 from ntkengine.textfile import check_apart, check_folder, json_text, write_text
 
 if TYPE_CHECKING:
@@ -20,23 +19,6 @@ Progress = Callable[[float, float, str], None]
 
 # Relative to the largest output, what one may differ by in a model saved and loaded: other batches round otherwise.
 _NEAR = {"torch.float64": 1e-5, "torch.float32": 1e-4}
-
-
-@dataclass(frozen=True)
-class FinetunePart(Recipe):
-    """[finetune]: the fields of a `Recipe`, and what is measured.
-
-    Attributes:
-        linear: train the exact linearised model along.
-        measure_every: steps between measurements; default: after every epoch.
-    """
-
-    linear: bool = False
-    measure_every: int | None = None
-
-    def recipe(self) -> Recipe:
-        """Return the recipe alone."""
-        return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
 
 
 def run_finetune(

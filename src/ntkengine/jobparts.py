@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ntkengine.finetunejob import FinetunePart
+from ntkengine.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,23 @@ class ForecastPart:
     """
 
     ridge: str | float = "loo"
+
+
+@dataclass(frozen=True)
+class FinetunePart(Recipe):
+    """[finetune]: the fields of a `Recipe`, and what is measured.
+
+    Attributes:
+        linear: train the exact linearised model along.
+        measure_every: steps between measurements; default: after every epoch.
+    """
+
+    linear: bool = False
+    measure_every: int | None = None
+
+    def recipe(self) -> Recipe:
+        """Return the recipe alone."""
+        return Recipe(**{name: getattr(self, name) for name in Recipe.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
