@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-LAYERS = 6
 TYPES = {
     "qv": ("query", "value"),
     "q": ("query",),

@@ -75,7 +75,6 @@ def _header(path: Path, rng: np.random.Generator) -> None:
     path.write_bytes(length.to_bytes(8, "little") + header + raw[8 + size :])
 
 
-_SAVED = "rank-0000-of-0001.a"
 _SHARD = "k.rank-0000-of-0002.h5"
 _SHARDS = ("k.h5", _SHARD, "k.rank-0001-of-0002.h5")
 READERS = {

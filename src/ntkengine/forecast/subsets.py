@@ -113,7 +113,8 @@ class _Judge:
         if getattr(gram, "transform", "sgd") != "sgd":
             raise InputError(f"gram: expected the plain inner product, transform 'sgd', got {gram.transform!r}")
         by_fold = isinstance(factors, Sequence)
-        for part in factors if isinstance(factors, Sequence) else () if factors is None else (factors,):
+        parts = () if factors is None else tuple(factors) if isinstance(factors, Sequence) else (factors,)
+        for part in parts:
             if not hasattr(part, "maps"):
                 raise InputError(f"factors: expected those of tangent_factors, got {type(part).__name__}")
         if by_fold and fold is None:
@@ -125,9 +126,9 @@ class _Judge:
         self.eval_targets = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
         if self.eval_targets is None and fold is None:
             raise InputError("eval_targets: expected held-out examples to rank by, got none")
-        self.shapes = _shapes(gram, factors[0] if isinstance(factors, Sequence) else factors)
-        if gram is not None and factors is not None:
-            _refuse_apart(gram, factors[0] if isinstance(factors, Sequence) else factors, alike=not by_fold)
+        self.shapes = _shapes(gram, parts[0] if parts else None)
+        if gram is not None and parts:
+            _refuse_apart(gram, parts[0], alike=not by_fold)
         self.names = [n for n in self.shapes if not modules or n in modules]
         if not self.names:
             raise InputError(

@@ -45,7 +45,7 @@ def make_plan(
     samples: Samples,
     frame: Frame,
     per_module: bool,
-    sketches: Mapping[str, Sketch] | None = None,
+    sketches: Mapping[str, Sketch],
 ) -> Plan:
     """Return the plan of a job whose structure is known.
 
@@ -62,7 +62,6 @@ def make_plan(
     lengths = np.concatenate(samples.lengths)
     S, C, tokens = samples.total, structure.outputs, int(lengths.sum())
     rows = []
-    sketches = sketches or {}
     projection = 0.0
     width = 0
     last = {
@@ -92,7 +91,6 @@ def make_plan(
     rows.sort(key=lambda row: row.parameter)
     ledger = {row.parameter for row in rows} | set(structure.unused)
     modules = len({row.module for row in rows}) if per_module else 0
-    entries = (frame.rows[1] - frame.rows[0]) * (frame.columns[1] - frame.columns[0]) * frame.width**2 * frame.layers
     linear = sum(_matrix(m) for m in model.modules() if not isinstance(m, nn.Embedding))
     width = width or getattr(getattr(model, "config", None), "hidden_size", 0)
     return Plan(
@@ -108,7 +106,7 @@ def make_plan(
         2.0 * linear * tokens * (2 + C),
         float(tokens * (width or 0) * size * (structure.stack.depth + C)),
         max((sum(part.values()) for part in _factors(rows)), default=0.0),
-        8.0 * entries * (1 + modules),
+        8.0 * frame.entries * (1 + modules),
         rate=1.0,
         projection_flops=projection,
     )
@@ -139,9 +137,9 @@ def needs_of(
     model: nn.Module,
     dtype: torch.dtype,
     frame: Frame,
-    sketches: Mapping[str, Sketch] | None = None,
+    sketches: Mapping[str, Sketch],
     *,
-    kernels: bool = False,
+    kernels: bool,
 ) -> Needs:
     """Return what a planned job takes.
 
@@ -175,12 +173,8 @@ def needs_of(
         tile = max(tile, FEATURE_BYTES, least) + max((row.bytes for row in plan.parameters), default=0.0)
         tile += SLAB_BYTES + PANEL_BYTES
     projections = (
-        [
-            sum(sketches[path.parameter].bytes(dtype.itemsize) for path in paths if path.parameter in sketches)
-            for paths in structure.paths.values()
-        ]
-        if sketches
-        else []
+        sum(sketches[path.parameter].bytes(dtype.itemsize) for path in paths if path.parameter in sketches)
+        for paths in structure.paths.values()
     )
     share = plan.hidden_bytes / max(1, plan.blocks + plan.outputs)
     kept, kept_bytes = (0, 0.0) if streamed else kept_microbatches(plan, structure)

@@ -56,23 +56,17 @@ def identity(
         "params": [len(names), fingerprint_array(np.array(names))],
         "readout": [task.readout.name, "" if given is None else fingerprint_function(given)],
         **settings,
-        "settings": plain_json("job", dict(job or {})),
+        "settings": _plain(dict(job or {})),
         **hashes,
     }
 
 
-def plain_json(name: str, value: Any) -> Any:
-    """Return what a file gives back of a value.
-
-    Raises:
-        InputError: what JSON has no word for, NaN and infinity too.
-    """
+def _plain(job: dict[str, Any]) -> Any:
+    """Return what a file gives back of it; refuse what JSON has no word for, NaN and infinity too."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        return json.loads(json.dumps(job, allow_nan=False))
     except (TypeError, ValueError) as error:
-        msg = (
-            f"{name}: expected plain JSON (texts, finite numbers, lists, mappings), got {type(value).__name__}: {error}"
-        )
+        msg = f"job: expected plain JSON (texts, finite numbers, lists, mappings), got dict: {error}"
         raise InputError(msg) from error
 
 

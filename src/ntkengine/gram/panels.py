@@ -20,8 +20,6 @@ from ntkengine.gram.blocks import Block
 from ntkengine.gram.tiles import Accumulator, Frame, Workspace
 from ntkengine.inputs.batches import Samples
 
-Span = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Meeting:

@@ -139,7 +139,7 @@ def share_of(
     room = WINDOW_BYTES if memory_gib is None else memory_gib * GIB / 8
     window = max(1, min(ranks // 2, int(room / (2 * parcel))))
     own = [meetings(shards, r, task.samples, frame, window) for r in range(ranks)]
-    modules = plan.gram_bytes / (8.0 * max(1, _entries(frame)))
+    modules = plan.gram_bytes / (8.0 * max(1, frame.entries))
     local = replace(
         plan,
         parameters=rows,
@@ -153,11 +153,6 @@ def share_of(
     needs = replace(needs, met=max(m.size for met in own for m in met) / most, parcel=parcel)
     base = replace(base, window=window, bundle_bytes=BUNDLE_BYTES)
     return needs, fit(needs, memory_gib, spill=spill, base=base)
-
-
-def _entries(frame: Frame) -> int:
-    rows, columns = (stop - start for start, stop in (frame.rows, frame.columns))
-    return rows * columns * frame.width**2 * frame.layers
 
 
 def timed(

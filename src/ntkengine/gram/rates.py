@@ -117,9 +117,7 @@ def page_seconds(peak_bytes: float, device: torch.device) -> float:
     return peak_bytes / _PAGES * max(0.0, middle - start - again)
 
 
-def contraction_rate(
-    plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device, *, kernels: bool = False
-) -> float:
+def contraction_rate(plan: Plan, frame: Frame, dtype: torch.dtype, device: torch.device, *, kernels: bool) -> float:
     """Return the flop/s of the job's largest contraction, on as many random samples as fit in a tenth of a second."""
     rows = [r for r in plan.parameters if r.strategy in ("materialise", "ghost") and r.tokens or r.features]
     rows = [row for row in rows if row.strategy != "lookup"]

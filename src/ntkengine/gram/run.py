@@ -229,6 +229,4 @@ def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> st
     square = bad[: bad.shape[1]].diagonal() if frame.square else bad.any(1)
     rows = (square if bool(square.any()) else bad.any(1)).nonzero()
     position = frame.rows[0] + int(rows[0]) // frame.width if len(rows) else frame.rows[0]
-    chunk = next(c for c in samples.chunks if c.start <= position < c.start + c.n)
-    example = samples.example(chunk.group, int(chunk.rows[position - chunk.start]))
-    return f"{name}: the gradient is not finite for example {example}"
+    return f"{name}: the gradient is not finite for example {samples.example_at(position)}"

@@ -250,9 +250,7 @@ class Spreading:
             if not len(rows):
                 continue
             position = int(positions[total.frame.rows[0] + int(rows[0]) // self.frame.width])
-            group = next(g for g in range(len(self.samples.sizes)) if position < self.samples.span(g)[1])
-            row = int(self.samples.order[group][position - self.samples.span(group)[0]])
-            return f"{name}: the gradient is not finite for example {self.samples.example(group, row)}"
+            return f"{name}: the gradient is not finite for example {self.samples.example_at(position)}"
         return f"{name}: the gradient is not finite"
 
     def _finished(self, sweep: Sweep, sent: int) -> Spread:

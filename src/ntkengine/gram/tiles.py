@@ -74,6 +74,12 @@ class Frame:
         return self.outputs if self.contraction == "trace" else 1
 
     @property
+    def entries(self) -> int:
+        """Entries of the Gram."""
+        rows, columns = (stop - start for start, stop in (self.rows, self.columns))
+        return rows * columns * self.width**2 * self.layers
+
+    @property
     def pairs(self) -> float:
         """Sample pairs that are computed, one triangle counted once."""
         m, n = self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]

@@ -127,6 +127,11 @@ class Samples:
             group, row = self.origins[group][0], int(self.origins[group][1][row])
         return f"{row}{' of the eval inputs' if group else ''}"
 
+    def example_at(self, position: int) -> str:
+        """Return `example` of a position on the sample axis."""
+        group = next(g for g in range(len(self.sizes)) if position < self.span(g)[1])
+        return self.example(group, int(self.order[group][position - self.span(group)[0]]))
+
     def inputs(self, chunk: Chunk, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the microbatch's tensors on `device`, floating ones as `dtype`, padding columns cut."""
         group = self.groups[chunk.group]
