@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.embeddings import sparse_tables
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, sparse_tables, wanting_gradients
+from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.unrounded import unrounded
 
 Found = dict[tuple[int, int], Tensor]

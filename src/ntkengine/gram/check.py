@@ -19,8 +19,8 @@ from ntkengine.gram.tiles import Frame
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.gram.turned import turned_norm
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.embeddings import tables
 from ntkengine.inputs.parameters import leave_out
-from ntkengine.inputs.running import tables
 from ntkengine.products import unrouted
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sketch import Sketch

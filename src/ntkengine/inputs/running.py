@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from ntkengine.errors import CheckFailed, InputError, NonFinite
-from ntkengine.inputs.attributes import Attributes, stored_weight
+from ntkengine.inputs.attributes import Attributes
 from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.weights import RESIDENT
 from ntkengine.products import full_rate
@@ -237,40 +237,6 @@ def _torch_settings(model: nn.Module) -> Iterator[None]:
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
             torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def tables(model: nn.Module) -> dict[str, nn.Embedding]:
-    """Return the embeddings whose weight's gradient autograd can give as the rows a batch touches, by weight name."""
-    found = {}
-    for name, module in model.named_modules():
-        plain = type(module).forward is nn.Embedding.forward and isinstance(stored_weight(module), nn.Parameter)
-        if plain and module.max_norm is None and not module.scale_grad_by_freq:
-            found[f"{name}.weight" if name else "weight"] = module
-    return found
-
-
-@contextmanager
-def sparse_tables(model: nn.Module) -> Iterator[None]:
-    """Within the block, embeddings' weights get sparse gradients: the rows touched, not the table.
-
-    Only through the embeddings' own calls: others that read their settings (adapters) go on as before.
-    """
-
-    def switch(*, sparse: bool) -> Any:
-        def hook(module: nn.Embedding, *_: Any) -> None:
-            module.sparse = sparse
-
-        return hook
-
-    handles = []
-    try:
-        for module in tables(model).values():
-            handles.append(module.register_forward_pre_hook(switch(sparse=True)))
-            handles.append(module.register_forward_hook(switch(sparse=False), always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

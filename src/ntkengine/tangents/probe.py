@@ -21,15 +21,17 @@ from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, InputError
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.embeddings import sparse_tables
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, sparse_tables, wanting_gradients
+from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.blocks import Stack, find_stack
+from ntkengine.tangents.padding import trim_holds, warn_of_left_padding
 from ntkengine.tangents.rehearsal import Rehearsal, close
 from ntkengine.tangents.settle import GRADIENTS, Verifier
 from ntkengine.tangents.structure import Structure
-from ntkengine.tangents.trial import check_repeats, trim_holds, warn_of_left_padding
+from ntkengine.tangents.trial import check_repeats
 
 log = logging.getLogger(__name__)
 

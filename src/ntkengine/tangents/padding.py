@@ -1,0 +1,133 @@
+"""Whether padding is left alone: on the right it may be cut then, on the left nobody counts it as positions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ntkengine.inputs.attributes import Attributes, plain_values
+from ntkengine.inputs.batches import TOKEN_KEYS, Samples
+from ntkengine.inputs.readout import Readout
+from ntkengine.inputs.running import call_model
+from ntkengine.tangents.rehearsal import agreement, close
+
+log = logging.getLogger(__name__)
+
+# Relative change of f that rounding explains when the width changes; more, and padding is looked at.
+CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
+_LENGTHS, _WIDTHS = 12, 4  # at which cuts are tried
+
+
+def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
+    """Return whether cutting padding columns leaves f, and the model's settings, unchanged.
+
+    On examples of a dozen lengths, and in the widths of four microbatches: strided convolutions and pooling may see
+    padding at some widths only.
+    """
+    if not any(samples.trim):
+        return False
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    for group, tried in _cuts(samples).items():
+        before, state = Attributes(model), plain_values(model)
+        rows = torch.tensor([row for row, _ in tried])
+        few = {k: v[rows.to(v.device)] for k, v in samples.groups[group].items()}
+        try:
+            whole = outputs_of(model, Samples([few], trim=False), readout, parameter)
+            for i, (_, width) in enumerate(tried):
+                cut = {k: v[i : i + 1, :width] if k in TOKEN_KEYS else v[i : i + 1] for k, v in few.items()}
+                pairs.append((whole[i : i + 1], outputs_of(model, Samples([cut], trim=False), readout, parameter)))
+                if plain_values(model) != state:  # its attention, for good, when it meets a short input
+                    before.restore()
+                    return _uncut("the model changes with the width of its inputs")
+                if pairs[-1][0].shape != pairs[-1][1].shape:
+                    return _uncut("the outputs' shape depends on it")
+        except (RuntimeError, IndexError, ValueError):
+            return _uncut("the model wants the width it is given")
+    scale = max((float(f.norm()) for f, _ in pairs), default=0.0)
+    if not all(float((f - cut).norm()) <= CUT.get(f.dtype, 1e-2) * scale for f, cut in pairs):
+        worst = max(float((f - cut).norm()) for f, cut in pairs) / scale if scale else 0.0
+        if worst > agreement(pairs[0][0].dtype):
+            log.warning(
+                "inputs: padding changes f, by a relative %.0e: this is the kernel of inputs as padded, and "
+                "a wider batch has another; pass examples of one length at a time for that without padding",
+                worst,
+            )
+        return _uncut("f depends on it")
+    return True
+
+
+def outputs_of(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> Tensor:
+    """Return f of the examples of one group, (n, C), in their order."""
+    found = []
+    for chunk in samples.chunks:
+        inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
+        with torch.no_grad():
+            found.append(readout(call_model(model, inputs), inputs))
+    return torch.cat(found)[torch.from_numpy(samples.unsort(0))]
+
+
+def _uncut(reason: str) -> bool:
+    log.info("padding is kept, which takes longer: %s", reason)
+    return False
+
+
+def _cuts(samples: Samples) -> dict[int, list[tuple[int, int]]]:
+    """Return (example, width) of the cuts to try, by group."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for g, trimmed in enumerate(samples.trim):
+        if not trimmed:
+            continue
+        lengths = samples.lengths[g]
+        rows: dict[int, list[int]] = {}
+        for row in samples.order[g][::-1]:
+            rows.setdefault(int(lengths[row]), []).append(int(row))
+        together = {int(lengths[c.rows].max()): int(c.rows[0]) for c in samples.chunks if c.group == g}
+        tried, lone = found.setdefault(g, []), _spread(rows, _LENGTHS)
+        while len(tried) < _LENGTHS and any(rows[w] for w in lone):  # of few lengths several
+            tried.extend((rows[w].pop(), w) for w in lone if rows[w])
+        tried.extend((together[w], w) for w in _spread(together, _WIDTHS))
+    return found
+
+
+def _spread(widths: Iterable[int], most: int) -> list[int]:
+    """Return at most so many of the widths, ascending, the least and the largest among them."""
+    every = sorted(widths)
+    places = {round(i * (len(every) - 1) / max(1, most - 1)) for i in range(most)}
+    return [every[i] for i in sorted(places)]
+
+
+def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
+    """Log a warning when padding on the left changes f, on the most padded sample.
+
+    A model that counts positions from the first column gives an example other outputs, and so another kernel, in a
+    wider batch. Nothing is wrong with the Gram of these very tensors, but hardly anyone wants it.
+    """
+    for group in samples.groups:
+        mask = group.get("attention_mask")
+        if mask is None or mask.ndim != 2 or "position_ids" in group:
+            continue
+        before = (mask != 0).int().argmax(1)
+        row = int(before.argmax())
+        cut = int(before[row])
+        if not cut:
+            continue
+        alone = Samples([{k: v[row : row + 1] for k, v in group.items()}], trim=False)
+        one = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
+        bare = {k: v[:, cut:] if v.shape[1:] == mask.shape[1:] else v for k, v in one.items()}
+        with torch.no_grad():
+            try:
+                f, cut_f = (readout(call_model(model, x), x) for x in (one, bare))
+            except (RuntimeError, IndexError, ValueError):
+                continue  # the model wants this length
+        if f.shape == cut_f.shape and not close(f, cut_f):
+            log.warning(
+                "inputs: the model counts positions from the first column, so padding on the left changes f (example "
+                "%d: by %.1e); pad on the right, or pass position_ids",
+                row,
+                float((f - cut_f).abs().max()),
+            )
+            return
