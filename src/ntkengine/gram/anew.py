@@ -21,7 +21,7 @@ from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Frame
+from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.running import call_model, coarsest, wanting_gradients
 from ntkengine.inputs.streaming import is_streamed
@@ -177,10 +177,7 @@ def _pairs(
     samples: Samples, frame: Frame, drawn: Sequence[np.ndarray]
 ) -> Iterator[tuple[tuple[int, np.ndarray], tuple[int, np.ndarray]]]:
     """Yield (group, its rows in the Gram) and (group, columns) of the blocks that the Gram has."""
-    w = frame.width
-    places = []
-    for g, rows in enumerate(drawn):
-        places.append((g, (samples.places(g, rows)[:, None] * w + np.arange(w)).reshape(-1)))
+    places = [(g, gram_rows(samples.places(g, rows), frame.width)) for g, rows in enumerate(drawn)]
     for g, i in places:
         for h, j in places:
             spans = samples.span(g), samples.span(h)

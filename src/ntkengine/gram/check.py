@@ -15,7 +15,7 @@ from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Frame
+from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.gram.turned import turned_norm
 from ntkengine.inputs.batches import Samples
@@ -223,14 +223,11 @@ class Check:
         Raises:
             CheckFailed: naming the examples.
         """
-        frame, w, places = self.frame, self.frame.width, self._places(samples)
+        frame, places = self.frame, np.array(self._places(samples))
         rows = [i for i, p in enumerate(places) if frame.rows[0] <= p < frame.rows[1]]
         columns = [i for i, p in enumerate(places) if frame.columns[0] <= p < frame.columns[1]]
-
-        def index(which: Sequence[int]) -> np.ndarray:
-            return np.array([places[i] * w + k for i in which for k in range(w)], dtype=np.int64)
-
-        got = torch.from_numpy(sums.pick(index(rows), index(columns))).to(self.device)
+        picked = sums.pick(*(gram_rows(places[which], frame.width) for which in (rows, columns)))
+        got = torch.from_numpy(picked).to(self.device)
         self._entries(got, rows, columns, dtype)
 
     def _places(self, samples: Samples) -> list[int]:
@@ -241,15 +238,14 @@ class Check:
         """Compare the job's own entries between drawn samples, by their numbers."""
         if len(self.compared) < len(self.selected):
             return  # entries of the Gram sum over all parameters
-        w = self.frame.width
-
-        def local(which: Sequence[int]) -> Tensor:
-            return torch.tensor([i * w + k for i in which for k in range(w)], device=self.device)
-
-        truth, slack = (x[:, local(rows)][:, :, local(columns)] for x in (self.total, self.slack))
+        i, j = (
+            torch.from_numpy(gram_rows(np.array(x, dtype=int), self.frame.width)).to(self.device)
+            for x in (rows, columns)
+        )
+        truth, slack = (x[:, i][:, :, j] for x in (self.total, self.slack))
         left, right = (x.diagonal(dim1=1, dim2=2).sqrt() for x in (self.left, self.right))
         got = truth + (got - truth).sign() * ((got - truth).abs() - slack).clamp_min(0)  # NaN stays NaN
-        sides = left[:, local(rows)], right[:, local(columns)]
+        sides = left[:, i], right[:, j]
         hint = "" if dtype in TOLERANCE else f"; {str(dtype)[6:]} may be too coarse for this model: precision='high'"
         self._judge("the Gram matrix", got, truth, *sides, rows, columns, TOLERANCE.get(dtype, 5e-2), hint)
 

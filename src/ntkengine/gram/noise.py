@@ -13,7 +13,7 @@ from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Frame
+from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.structure import Structure
@@ -119,9 +119,7 @@ def estimate_noise(
 
     def places(i: int) -> np.ndarray:
         g, r = picked[i]
-        order = few.order[i]
-        at = samples.places(g, r[order])
-        return (at[:, None] * w + np.arange(w)).reshape(-1)
+        return gram_rows(samples.places(g, r[few.order[i]]), w)
 
     error = sums.pick(places(0), places(len(picked) - 1)) - exact
     sizes = samples.sizes[picked[0][0]], samples.sizes[picked[-1][0]]

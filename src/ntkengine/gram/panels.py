@@ -88,7 +88,7 @@ def meetings(shards: Sequence[Shard], rank: int, samples: Samples, frame: Frame,
 
 def entries(meeting: Meeting) -> int:
     """Return the Gram entries of a meeting's rectangles."""
-    return sum((f.rows[1] - f.rows[0]) * (f.columns[1] - f.columns[0]) * f.width**2 * f.layers for f in meeting.frames)
+    return sum(frame.entries for frame in meeting.frames)
 
 
 class Panels:

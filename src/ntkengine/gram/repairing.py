@@ -15,6 +15,7 @@ from ntkengine.errors import CheckFailed, InputError
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.noise import LIMIT
 from ntkengine.gram.result import Gram
+from ntkengine.gram.tiles import gram_rows
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +64,13 @@ def fill_open_tiles(
         sum(map(len, tiles.values())),
         len(left | second_rows),
     )
-    rows, others = np.array(sorted(left)), np.array(sorted(second_rows))
+    rows, others = (np.array(sorted(found), dtype=int) for found in (left, second_rows))
     key = "eval_inputs" if inputs2 is None else "inputs2"
     gram = compute(_part(inputs, rows), **({key: _part(second, others)} if second is not None and len(others) else {}))
     if gram.meta["negligible_parameters"] != meta["negligible_parameters"]:
         msg = f"out: {folder.damaged}: these samples alone give other parameters without a sign; {whole}"
         raise InputError(msg)
-    down, across = _entries(rows, width), _entries(others, width)
+    down, across = gram_rows(rows, width), gram_rows(others, width)
     found = {"gram": gram.values}  # other ranks or another start may have met the modules in another order
     found |= {meta["modules"][name]: part for name, part in gram.modules.items()}
     crosses = {"cross": gram.cross} | {meta["crosses"][name]: part for name, part in gram.cross_modules.items()}
@@ -96,7 +97,3 @@ def _samples(tiles: Mapping[str, list[Any]], width: int, *, two: bool) -> tuple[
 
 def _part(inputs: Inputs, rows: np.ndarray) -> dict[str, Tensor]:
     return {key: value[torch.from_numpy(rows).to(value.device)] for key, value in inputs.items()}
-
-
-def _entries(samples: np.ndarray, width: int) -> np.ndarray:
-    return (samples[:, None] * width + np.arange(width)).reshape(-1).astype(int)

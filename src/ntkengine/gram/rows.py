@@ -13,7 +13,7 @@ import torch
 
 from ntkengine.gram.blocks import Block
 from ntkengine.gram.spread import Spread
-from ntkengine.gram.tiles import Frame
+from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.inputs.batches import Samples
 
 Piece = tuple[np.ndarray, np.ndarray]  # a way (`_ways`), and which rows of a strip it has
@@ -127,5 +127,4 @@ def _cut(ways: np.ndarray, rows: np.ndarray) -> Iterator[Piece]:
 
 def _positions(samples: Samples, group: int, width: int) -> np.ndarray:
     """Return by row of a group's examples, in their own order, its position on the job's axis."""
-    first = samples.span(group)[0] + samples.unsort(group)
-    return (first[:, None] * width + np.arange(width)).reshape(-1)
+    return gram_rows(samples.places(group), width)

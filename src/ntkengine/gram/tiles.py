@@ -281,8 +281,10 @@ def unsorted(K: np.ndarray, samples: Samples, rows: int, columns: int, width: in
         columns: group of the columns.
         width: Gram rows per sample.
     """
+    i, j = (gram_rows(samples.unsort(group), width) for group in (rows, columns))
+    return np.ascontiguousarray(K[..., i[:, None], j[None, :]])
 
-    def index(group: int) -> np.ndarray:
-        return (samples.unsort(group)[:, None] * width + np.arange(width)).reshape(-1)
 
-    return np.ascontiguousarray(K[..., index(rows)[:, None], index(columns)[None, :]])
+def gram_rows(places: np.ndarray, width: int) -> np.ndarray:
+    """Return the rows that samples at these places have in a Gram of `Frame.width`."""
+    return (places[:, None] * width + np.arange(width)).reshape(-1)

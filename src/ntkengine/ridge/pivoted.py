@@ -67,7 +67,8 @@ def random_cholesky(
     kept with the probability its residual has left after those before it: the same distribution as one by one.
 
     Args:
-        columns: (b,) ascending row indices -> (n, b) those columns of K. `gram.landmarks` makes one from a model.
+        columns: (b,) ascending row indices -> (n, b) those columns of K. `gram.features.Landmarks`
+            makes them from a model.
         diagonal: (n,) of K, >= 0.
         rank: columns to keep at most, r.
         block: candidates drawn at once.
