@@ -12,8 +12,9 @@ import torch
 
 from bench.record import record
 from bench.timing import Timed, gate, timed
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.strategies import choose, contract
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from ntkengine.products import full_rate, inner_products
 from ntkengine.tangents.factors import Outer, ParameterFactors
 

@@ -12,8 +12,9 @@ from ntk_kernels import runtime
 from ntkengine.errors import InputError
 from ntkengine.gram import backend, kernels
 from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.strategies import contract
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.tangents.factors import Lookup, Outer, ParameterFactors
 from tests.brute import relative_error, tiny_inputs, tiny_model

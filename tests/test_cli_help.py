@@ -86,7 +86,7 @@ def test_choices_are_the_registries():
     from ntkengine import prompts
     from ntkengine.forecast import candidates
     from ntkengine.gram.backend import BACKENDS
-    from ntkengine.gram.tiles import CONTRACTIONS
+    from ntkengine.gram.frame import CONTRACTIONS
     from ntkengine.gram.transforms import TRANSFORMS
     from ntkengine.inputs import models, readout
     from ntkengine.recipe import _CHOICES

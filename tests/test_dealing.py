@@ -9,8 +9,8 @@ import torch
 from ntkengine.cluster.ring import hops
 from ntkengine.cluster.shards import deal
 from ntkengine.gram.blocks import Block, paste, pick
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.panels import meetings
-from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 
 

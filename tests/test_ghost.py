@@ -8,9 +8,10 @@ import torch
 
 from ntkengine.gram import ghost as room
 from ntkengine.gram import tiles
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.ghost import ghost
 from ntkengine.gram.strategies import choose, copied
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from ntkengine.tangents.factors import Outer, ParameterFactors
 
 SIZES, C, R, WIDTH = (3, 2), 2, 5, 7

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import ntkengine as ntk
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.noise import _carried, _largest
 from ntkengine.gram.run import Sums
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from tests.brute import contracted, gradients, tiny_inputs, tiny_model, with_lora
 from tests.test_spectrum import with_spectrum
 from tests.zoo import inputs as zoo_inputs

@@ -6,8 +6,9 @@ import pytest
 import torch
 from ntk_kernels.naive import ghost, lookup, materialise, syrk
 
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.strategies import contract
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from ntkengine.tangents.factors import Dense, Lookup, Outer, ParameterFactors
 
 SIZES = [(1, 1), (3, 2), (6, 5)]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ntkengine.errors import CheckFailed
+from ntkengine.gram.frame import Frame, gram_rows
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.running import call_model, coarsest, wanting_gradients
 from ntkengine.inputs.streaming import is_streamed

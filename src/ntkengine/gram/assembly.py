@@ -13,11 +13,11 @@ from torch import nn
 
 from ntkengine.cluster.comm import Team
 from ntkengine.gram.blocks import TOTAL
+from ntkengine.gram.frame import unsorted
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.result import Elsewhere, Gram
 from ntkengine.gram.run import Sums
 from ntkengine.gram.spread import Spread
-from ntkengine.gram.tiles import unsorted
 from ntkengine.gram.versions import versions
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout

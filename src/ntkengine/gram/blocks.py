@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ntkengine.gram.tiles import Frame
+from ntkengine.gram.frame import Frame
 
 TOTAL = ""  # the part that is the whole Gram
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.autograd import plain_gradients, stacked
+from ntkengine.gram.frame import Frame, gram_rows
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.gram.turned import turned_norm
 from ntkengine.inputs.batches import Samples

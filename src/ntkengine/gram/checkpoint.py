@@ -18,9 +18,9 @@ import numpy as np
 from ntkengine import store
 from ntkengine.arguments import number
 from ntkengine.errors import CheckFailed, InputError, NonFinite, Stopped
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.keeper import Region, SweepKeeper, TileKeeper
 from ntkengine.gram.stopping import Stop, stopping
-from ntkengine.gram.tiles import Frame
 from ntkengine.gram.versions import other_versions
 
 log = logging.getLogger(__name__)

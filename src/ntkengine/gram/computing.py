@@ -17,6 +17,7 @@ from ntkengine.gram.anew import compare_anew
 from ntkengine.gram.assembly import assemble, surroundings
 from ntkengine.gram.check import TURNED, UNSURE, Check
 from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import NEAR, Layout, heap_limit
 from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
@@ -27,7 +28,6 @@ from ntkengine.gram.run import Sums, by_module
 from ntkengine.gram.sketching import described
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task, in_precision
-from ntkengine.gram.tiles import Frame
 from ntkengine.gram.tiling import sum_tiled
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples

@@ -12,11 +12,12 @@ from ntk_kernels.fold import SLAB_BYTES
 from ntk_kernels.syrk import PANEL_BYTES
 from torch import nn
 
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Needs
 from ntkengine.gram.plan import Plan, PlanRow
 from ntkengine.gram.strategies import COLUMNS, choose, copied
-from ntkengine.gram.tiles import TILE_BYTES, Frame
+from ntkengine.gram.tiles import TILE_BYTES
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ntkengine.gram.tiles import Accumulator, Frame, product
+from ntkengine.gram.frame import Frame
+from ntkengine.gram.tiles import Accumulator, product
 from ntkengine.tangents.factors import Outer, ParameterFactors
 
 _PAIR_BYTES = 4 << 20  # products of token pairs at once: they stay in the second-level cache

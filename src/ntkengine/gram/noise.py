@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from ntkengine.errors import CheckFailed
+from ntkengine.gram.frame import Frame, gram_rows
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.structure import Structure

@@ -17,7 +17,8 @@ import torch
 from ntkengine.cluster.ring import Hop, hops
 from ntkengine.cluster.shards import Piece, Shard
 from ntkengine.gram.blocks import Block
-from ntkengine.gram.tiles import Accumulator, Frame, Workspace
+from ntkengine.gram.frame import Frame
+from ntkengine.gram.tiles import Accumulator, Workspace
 from ntkengine.inputs.batches import Samples
 
 

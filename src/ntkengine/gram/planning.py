@@ -13,13 +13,13 @@ from ntkengine.cluster.comm import Team, together
 from ntkengine.cluster.shards import Shard, deal
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.estimates import kept_microbatches, make_plan, needs_of, shorten
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
 from ntkengine.gram.panels import entries, meetings
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.rates import checks_seconds, contraction_rate, page_seconds, sweep_seconds
 from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.running import taken_apart
 from ntkengine.inputs.streaming import is_streamed

@@ -8,12 +8,12 @@ from typing import Any
 from ntkengine.cluster.comm import Team
 from ntkengine.cluster.shards import deal
 from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.spreading import Spreading
 from ntkengine.gram.task import Task
 from ntkengine.gram.teamwork import SpreadKeeper
-from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure

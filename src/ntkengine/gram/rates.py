@@ -10,12 +10,13 @@ import torch
 
 from ntkengine.gram.anew import drawn_of
 from ntkengine.gram.check import DRAWN
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.noise import recomputed
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.strategies import contract, outer_costs
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.factors import Dense, Outer, ParameterFactors
 from ntkengine.tangents.sketch import Sketch

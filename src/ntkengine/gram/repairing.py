@@ -13,9 +13,9 @@ from torch import Tensor
 from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError
 from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.frame import gram_rows
 from ntkengine.gram.noise import LIMIT
 from ntkengine.gram.result import Gram
-from ntkengine.gram.tiles import gram_rows
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ntkengine.gram.blocks import Block
+from ntkengine.gram.frame import Frame, gram_rows
 from ntkengine.gram.spread import Spread
-from ntkengine.gram.tiles import Frame, gram_rows
 from ntkengine.inputs.batches import Samples
 
 Piece = tuple[np.ndarray, np.ndarray]  # a way (`_ways`), and which rows of a strip it has

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ntkengine.errors import NonFinite
 from ntkengine.gram.blocks import TOTAL
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.keeper import Keeper
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.strategies import choose, contract
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of

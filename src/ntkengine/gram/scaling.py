@@ -18,11 +18,11 @@ import torch
 from ntkengine.arguments import number, whole
 from ntkengine.cluster.ring import hops
 from ntkengine.cluster.shards import Shard, deal
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.panels import Meeting, meetings
 from ntkengine.gram.plan import Plan, PlanRow
 from ntkengine.gram.strategies import choose
-from ntkengine.gram.tiles import Frame
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.structure import Structure

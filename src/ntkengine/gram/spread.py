@@ -12,8 +12,8 @@ import torch
 
 from ntkengine.cluster.comm import Team
 from ntkengine.gram.blocks import TOTAL, Block, paste, pick
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.panels import Panels
-from ntkengine.gram.tiles import Frame
 
 Work = tuple[str, int, float, float]  # strategy, tokens, flops, seconds
 

@@ -16,12 +16,13 @@ from ntkengine.cluster.shards import Piece, Shard
 from ntkengine.cluster.wire import Wire
 from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.gram.blocks import TOTAL
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.panels import Meeting, Panels, meetings
 from ntkengine.gram.run import root_of
 from ntkengine.gram.spread import Spread, Work
 from ntkengine.gram.strategies import choose, contract
 from ntkengine.gram.teamwork import SpreadKeeper
-from ntkengine.gram.tiles import Accumulator, Frame, Workspace
+from ntkengine.gram.tiles import Accumulator, Workspace
 from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.products import unrouted

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ntkengine.gram import kernels
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.ghost import KEPT_BYTES, ghost
 from ntkengine.gram.lookup import add_lookup, summed_rows
-from ntkengine.gram.tiles import TILE_BYTES, Accumulator, Frame, Workspace
+from ntkengine.gram.tiles import TILE_BYTES, Accumulator, Workspace
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
 from ntkengine.products import prefers_onednn
 from ntkengine.tangents.factors import Dense, ParameterFactors

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ntkengine.arguments import SEEDS, choice, flag, number, whole
 from ntkengine.errors import InputError
 from ntkengine.gram.backend import BACKENDS, uses_kernels
-from ntkengine.gram.tiles import CONTRACTIONS, Frame
+from ntkengine.gram.frame import CONTRACTIONS, Frame
 from ntkengine.gram.transforms import TRANSFORMS, Preconditioner, name_of
 from ntkengine.inputs.batches import Samples, check_inputs
 from ntkengine.inputs.differentiable import check_differentiable

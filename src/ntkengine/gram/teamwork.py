@@ -13,8 +13,8 @@ from ntkengine import store
 from ntkengine.cluster.comm import Team
 from ntkengine.errors import InputError, Stopped
 from ntkengine.gram.checkpoint import Checkpoints, new_run
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.keeper import Writer, names_of, work_of
-from ntkengine.gram.tiles import Frame
 
 if TYPE_CHECKING:
     from ntkengine.gram.spreading import Spreading

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.task import Task
-from ntkengine.gram.tiles import Accumulator, Frame
+from ntkengine.gram.tiles import Accumulator
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.structure import Structure
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ntkengine.gram.tiles import Frame
+from ntkengine.gram.frame import Frame
 
 _UNSEEN = 3.0  # none among m samples still leaves 3/m for each, at 95 %
 

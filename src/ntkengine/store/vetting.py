@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from ntkengine.errors import InputError
-from ntkengine.gram.tiles import CONTRACTIONS
+from ntkengine.gram.frame import CONTRACTIONS
 from ntkengine.store.heaps import vet_heaps
 from ntkengine.store.schema import GROUPS, is_cross, matrices, read_json
 
