@@ -14,6 +14,7 @@ from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import FIRST_CALLS, call_model, coarsest, explained, wanting_gradients
 from ntkengine.inputs.sources import Source, as_inputs
 from ntkengine.inputs.unrounded import watching
+from ntkengine.tangents.labelled import check_labels
 from ntkengine.tangents.padding import CUT, outputs_of, trim_holds
 from ntkengine.tangents.rehearsal import agreement, close, rounding
 
@@ -125,6 +126,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
             " it draws random numbers or keeps a state, and so has no tangent kernel"
         )
         raise CheckFailed(msg)
+    check_labels(model, inputs, readout, f)
     return bool(libraries)
 
 
