@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_curves_can_be_read_at_a_time_and_matched_to_a_loss() -> None:
             r"^targets: expected \(23, 2\), a column for each output .*, got \(23, 3\)$",
         ),
         ({"cross": None}, {"eval_targets": np.zeros((M, C))}, "eval_targets: expected a Gram with a cross block"),
-        ({}, {"eval_targets": np.zeros((M - 1, C))}, r"cross: expected shape \(13, 23\), got \(14, 23\)"),
+        ({}, {"eval_targets": np.zeros((M - 1, C))}, r"eval_targets: expected 14 rows, .* got \(13, 3\)"),
         ({}, {"eval_targets": np.zeros((M, 2))}, "eval_targets: expected 3 columns"),
         ({"eval_outputs": None}, {"eval_targets": np.zeros((M, C))}, "eval_offset: expected f0 on the eval examples"),
         ({}, {"eval_targets": np.zeros((M, C)), "offset": np.ones((N, C))}, "eval_offset: .* same start as offset"),
@@ -171,3 +172,25 @@ def test_scores() -> None:
     expected = np.sum(Kc * Yc) / np.linalg.norm(Kc) / np.linalg.norm(Yc)
     assert centred_alignment(K, y) == pytest.approx(expected, rel=1e-10)
     assert centred_alignment(K, np.ones((31, 1))) is None
+
+
+def test_eval_targets_of_the_gram_go_with_its_own_targets_alone() -> None:
+    rng = np.random.default_rng(0)
+    A, y = rng.standard_normal((12, 20)), rng.choice([-1.0, 1.0], (12, 1))
+    K = A @ A.T
+    held: dict[str, Any] = {"targets": y[:8], "eval_targets": y[8:], "outputs": np.zeros((8, 1)), "meta": {}}
+    gram = SimpleNamespace(
+        values=K[:8, :8], cross=K[8:, :8], eval_outputs=np.zeros((4, 1)), contraction="trace", **held
+    )
+    assert forecast(gram, y[:8]).eval_mse is not None
+    with pytest.raises(InputError, match="^eval_targets: expected those of the eval examples, as targets are others"):
+        forecast(gram, -y[:8])
+    both = forecast(gram, -y[:8], eval_targets=-y[8:]).eval_mse, forecast(gram, y[:8]).eval_mse
+    np.testing.assert_allclose(*both, rtol=1e-12)
+    with pytest.raises(
+        InputError, match=r"^targets: expected 8 rows, one for each train example of the Gram, got \(7, 1"
+    ):
+        forecast(gram, y[:7])
+    gram.meta["readout"] = "loss"
+    with pytest.raises(InputError, match="^gram: is of readout 'loss'"):
+        forecast(gram, y[:8])

@@ -344,3 +344,27 @@ def test_report_sets_files_side_by_side(small, tmp_path):
     assert first.figures.keys() == second.figures.keys() == {"spectrum", "risk", "curve", "modules"}
     found = gramfiles.forecast_file(open_gram(tmp_path / "a.h5"))
     assert list(first.notes) == found.assumptions
+
+
+def test_a_forecast_of_a_job_whose_files_were_changed_since_is_refused(folder, run):
+    path = folder / "job.toml"
+    jobs.run_gram(read_job(path))
+    code, first, _ = run("forecast", path)
+    assert code == 0
+    data = folder / "train.tsv"
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0], *(line.replace("good", "fine") for line in lines[1:]), ""]) + "\n")
+    code, _, err = run("forecast", path)
+    assert code == 2
+    assert "data.train: " in err
+    assert "has changed since" in err
+    assert run("forecast", folder / "k.h5")[0] == 0  # as it is
+    data.write_text("\n".join(lines) + "\n")
+    weights = next((folder / "model").glob("*.safetensors"))
+    was = weights.read_bytes()
+    weights.write_bytes(was[:-4] + bytes(4))
+    code, _, err = run("forecast", path)
+    assert (code, "model.path: " in err) == (2, True)
+    weights.write_bytes(was)
+    assert run("forecast", path)[1] == first
+    assert set(open_gram(folder / "k.h5").meta["settings"]["sources"]) >= {"data.train", "model.path"}

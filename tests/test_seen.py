@@ -1,9 +1,10 @@
-"""A head that `fit_head` fitted on the Gram's examples is known to a forecast without being told."""
+"""What `fit_head`, `fine_tune` or another part of the data has seen is known to a forecast without being told."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import ntkengine as ntk
 from ntkengine.errors import InputError
@@ -69,3 +70,89 @@ def test_examples_are_known_by_their_tokens():
     assert ntk.forecast(gram_of(model, others), y).loo[0] > 0.0
     bare = tiny_model("bert", num_labels=2)
     assert not gram_of(bare, inputs).meta["head_fitted"]
+
+
+def loo(gram, y, **options):
+    """Return the leave-one-out figure of a forecast that is not told of the head."""
+    return ntk.forecast(gram, y, head_fitted_on_targets=False, **options).loo[0]
+
+
+def test_a_model_that_was_trained_on_the_examples_is_refused():
+    model = tiny_model("bert", num_labels=2)
+    inputs = tiny_inputs(model, LENGTHS, 9)
+    y = np.random.default_rng(1).choice([-1.0, 1.0], (N, 1))
+    before = gram_of(model, inputs)
+    assert ntk.forecast(before, y).loo[0] > 0.5  # of coin flips
+    ntk.fine_tune(model, inputs, y, params="all", readout="margin", optimizer="adam", learning_rate=1e-2, epochs=20)
+    after = gram_of(model, inputs)
+    with pytest.raises(
+        InputError, match=r"^gram: fine_tune trained its model on these .* head_fitted_on_targets=False$"
+    ):
+        ntk.forecast(after, y)
+    assert loo(after, y) < 0.1
+    others = gram_of(model, tiny_inputs(model, LENGTHS, 9, seed=7))
+    assert not others.meta["trained_on"]
+    ntk.forecast(others, y)
+
+
+def test_eval_examples_that_were_seen_are_told(caplog):
+    model, inputs, y, _ = fitted()
+    others = tiny_inputs(model, LENGTHS, 9, seed=7)
+    for kind, train, held in (("train's", others, others), ("the head's", others, inputs)):
+        gram = gram_of(model, train, eval_inputs={k: v[:12] for k, v in held.items()})
+        assert gram.meta["eval_seen"] == 12, kind
+        caplog.clear()
+        told = ntk.forecast(gram, y, eval_targets=y[:12]).assumptions
+        note = "12 of 12 eval examples are train examples, or were seen in fitting: on them eval figures are no test."
+        assert note in told
+        assert note in caplog.text
+        assert ntk.forecast(gram, y).assumptions.count(note) == 0
+    assert gram_of(model, others, eval_inputs=tiny_inputs(model, LENGTHS, 9, seed=8)).meta["eval_seen"] == 0
+    assert gram_of(model, others).meta["eval_seen"] is None
+
+
+def test_examples_that_are_there_twice_are_told(caplog):
+    model = tiny_model("bert", num_labels=2)
+    inputs = {k: np.concatenate([v[:12], v[:12]]) for k, v in tiny_inputs(model, LENGTHS, 9).items()}
+    gram = gram_of(model, inputs)
+    assert gram.meta["repeated"] == 24
+    y = np.random.default_rng(1).choice([-1.0, 1.0], (12, 1))
+    told = ntk.forecast(gram, np.concatenate([y, y])).assumptions
+    assert "24 of 24 train examples are there more than once: leave-one-out has seen them." in told
+    assert "more than once" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"alpha": 64}])
+def test_a_cross_fit_of_another_adapter_is_refused(change):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    grams = []
+    for seed, alpha in ((1, 8), (change.get("seed", 1), change.get("alpha", 8))):
+        lora = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["query", "value"])
+        base = tiny_model("bert", num_labels=2)
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(base, lora)
+        inputs = tiny_inputs(model, LENGTHS, 9)
+        y = np.random.default_rng(1).choice([-1.0, 1.0], (N, 1))
+        head = ntk.fit_head(model, inputs, y * [-0.5, 0.5])
+        gram = ntk.compute_gram(model, inputs, readout="margin")
+        grams.append((gram, ntk.cross_fit(model, inputs, head, readout="margin")))
+    (gram, own), (other, foreign) = grams
+    np.testing.assert_allclose(gram.outputs, other.outputs, atol=1e-6)  # B = 0: f is the same
+    ntk.forecast(gram, y, cross_fit=own)
+    with pytest.raises(InputError, match=r"^cross_fit: expected the model that the Gram is of; .* another adapter"):
+        ntk.forecast(gram, y, cross_fit=foreign)
+
+
+@pytest.mark.parametrize("options", [{"contraction": "full"}, {"contraction": "per-output"}, {"precision": "fast"}])
+def test_a_cross_fit_of_the_same_model_is_known_in_every_layout(options):
+    model, inputs, y, head = fitted()
+    call = {"params": "*.layer.*.weight", "readout": "logits", **options}
+    gram = ntk.compute_gram(model, inputs, **call)
+    held = ntk.cross_fit(model, inputs, head, **call)
+    both = y * [-1.0, 1.0]
+    assert ntk.forecast(gram, both, cross_fit=held).loo[0] > 0.0
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight *= 4.0
+    moved = ntk.cross_fit(model, inputs, ntk.fit_head(model, inputs, y * [-0.5, 0.5]), **call)
+    with pytest.raises(InputError, match="^cross_fit: expected"):
+        ntk.forecast(gram, both, cross_fit=moved)

@@ -8,6 +8,7 @@ from typing import Any
 from ntkengine.arguments import SEEDS, number, whole
 from ntkengine.errors import InputError
 from ntkengine.jobparts import Job
+from ntkengine.jobsources import marks
 from ntkengine.prompts import check_prompts
 
 _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
@@ -16,6 +17,7 @@ _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 # Settings on which no value depends once model and examples are the same to the last bit.
 _PLACES = ("model.path", "data.train", "data.eval")
 _ANYWHERE = ("model.device", "model.stream")
+_SOURCES = "sources"  # marks of the files
 
 
 def check_early(job: Job) -> None:
@@ -69,7 +71,8 @@ def check_stored(job: Job, *, places: bool = False) -> None:
 
     Args:
         job: the job.
-        places: whether files of other names count: where nobody will look at what is in them.
+        places: whether files of other names count, and those that were changed since: where nobody will look at what
+            is in them.
 
     Raises:
         InputError: it is another job's.
@@ -82,7 +85,7 @@ def check_stored(job: Job, *, places: bool = False) -> None:
         return
     there, here = dict(flat(stored)), dict(flat(job.settings()))
     for name in [*here, *(n for n in there if n not in (*here, *_ADDED))]:
-        if name in _ANYWHERE or (name in _PLACES and not places):
+        if name in _ANYWHERE or name.startswith(f"{_SOURCES}.") or (name in _PLACES and not places):
             continue
         found, wanted = there.get(name), here.get(name)
         if name in _PLACES and found and wanted:
@@ -93,14 +96,31 @@ def check_stored(job: Job, *, places: bool = False) -> None:
             unfinished = f"{parts_of(job.out)} holds an unfinished run of another job"
             where = f"{job.out} holds another job" if job.out.exists() else unfinished
             raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
+    if places and (told := stored.get(_SOURCES)):
+        now = marks(job)
+        for name, mark in told.items():
+            if name in now and now[name] != mark:
+                place = dict(flat(job.settings()))[name]
+                raise InputError(
+                    f"{name}: {place} has changed since {job.out} was made of it; compute it anew, under another name "
+                    f"or after removing it, or read {job.out} itself"
+                )
 
 
-def told_settings(job: Job) -> dict[str, Any]:
-    """Return a job's settings, those that tell where it was worked on as the file has them or its parts.
+def told_settings(job: Job, *, read: bool = True) -> dict[str, Any]:
+    """Return a job's settings, and marks of its files; what tells where it was worked on as its file or parts have it.
 
     A job goes on, and its file opens, in another folder: what defines values there is hashed to the last bit.
+
+    Args:
+        job: the job.
+        read: whether its files of examples are what is read.
     """
-    stored, found = _stored(job) or {}, job.settings()
+    stored, found = _stored(job), job.settings()
+    if stored is None:
+        return found | ({_SOURCES: marks(job)} if read else {})
+    if _SOURCES in stored:
+        found[_SOURCES] = stored[_SOURCES]
     for name in (*_PLACES, *_ANYWHERE):
         part, key = name.split(".")
         if isinstance(stored.get(part), dict) and key in stored[part]:

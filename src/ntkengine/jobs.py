@@ -45,7 +45,7 @@ def run_gram(
         check_early(job)
         prepared = Prepared(job, tell, examples, team)
         call = prepared.arguments()
-        settings = told_settings(job)
+        settings = told_settings(job, read=examples is None)
         fit = prepared.fit_head(tell) if team is None or team.root else None
     if team is not None:
         fit = team.broadcast(fit)

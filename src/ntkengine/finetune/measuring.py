@@ -30,7 +30,7 @@ class Examples:
 
     def __init__(self, samples: Samples, like: Tensor) -> None:
         self._samples, self._device, self._dtype = samples, like.device, like.dtype
-        self.n = self._samples.total
+        self.n, self.given = samples.total, samples.groups[0]
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return the inputs of some examples."""

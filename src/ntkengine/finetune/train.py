@@ -21,6 +21,7 @@ from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation, wanting_gradients
+from ntkengine.inputs.seen import note_training
 from ntkengine.inputs.sources import Source
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.losses import as_targets
@@ -99,6 +100,7 @@ def fine_tune(
             raise
     if getattr(model, "ntk_head_new", False):
         model.ntk_head_new = False  # type: ignore[assignment]
+    note_training(model, groups["train"][0].given)
     return run
 
 

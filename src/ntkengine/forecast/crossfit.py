@@ -14,8 +14,9 @@ from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from ntkengine.arguments import real_array
+from ntkengine.arguments import matrix_of, real_array
 from ntkengine.errors import InputError
 from ntkengine.forecast.given import differing
 from ntkengine.forecast.system import Kernel, cut
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from ntkengine.inputs.sources import Source
 
 _DEFAULTS = {"readout": "logits", "contraction": "trace"}
+_FEW = 8  # examples whose entries must be the Gram's
+_ALIKE, _DEVIATIONS = 1e-3, 10.0  # of entries that are the same but for rounding; of the Gram's own relative error
+_UNKNOWN = 5e-3  # where that was not measured
 _OTHERS = ("inputs2", "eval_inputs", "comm", "out", "targets", "eval_targets", "extras")
 
 
@@ -43,6 +47,8 @@ class CrossFit:
         outputs: (F, N, C) float64, f0 of every example under each fold's head.
         kind: what the Grams are of, by name; empty when not known.
         start: (N, C), f0 of every example under the head fitted on all, the Gram's own; None when not known.
+        rows: m examples.
+        corner: of these, their part of the Gram under the head fitted on all, in its layout; None when not known.
     """
 
     fold: np.ndarray
@@ -50,6 +56,8 @@ class CrossFit:
     outputs: np.ndarray
     kind: dict[str, Any] = field(default_factory=dict)
     start: np.ndarray | None = None
+    rows: np.ndarray | None = None
+    corner: np.ndarray | None = None
 
     def check(self, gram: Any, N: int, C: int) -> None:
         """Refuse what does not fit a Gram of N examples and C outputs, as far as is known: shapes, kind, examples.
@@ -81,6 +89,8 @@ class CrossFit:
                 odd = sorted(set(here) ^ set(there))[0] if name == "params" else ""
                 told = f"one of which has {odd} and the other has not" if odd else f"got {here!r} and {there!r}"
                 raise InputError(f"cross_fit: expected the {name} of the Gram, {told}")
+        if self.rows is not None and self.corner is not None:
+            _compare_corner(gram, N, self.rows, self.corner)
 
     def held_out(self) -> np.ndarray:
         """Return (N, C): each example's f0 from the head of its own fold."""
@@ -132,10 +142,36 @@ def cross_fit(model: nn.Module, inputs: Source, head: HeadFit, **options: Any) -
         return found
 
     grams, outputs = held_out_grams(model, tensors, head, under, options, options.get("memory_gib"))
+    rows = np.sort(np.random.default_rng(0).permutation(count)[:_FEW])
+    few = {k: v[torch.from_numpy(rows).to(v.device)] for k, v in tensors.items()}
+    check = options.get("sketch") is not None  # the only way to a sketch
+    corner = compute_gram(model, few, **options | {"check": check, "progress": None})
     readout = options.get("readout", "logits")
     start = head.fitted[:, 1:] - head.fitted[:, :1] if readout == "margin" else head.fitted
     same = readout in ("logits", "margin") and start.shape == outputs.shape[1:]
-    return CrossFit(head.fold, np.asarray(grams), outputs, kind, start if same else None)
+    start_or_none = start if same else None
+    return CrossFit(head.fold, np.asarray(grams), outputs, kind, start_or_none, rows, np.asarray(corner.values))
+
+
+def _compare_corner(gram: Any, N: int, rows: np.ndarray, corner: np.ndarray) -> None:
+    """Refuse a Gram of another model, whose outputs may be the same: at their start adapters change none."""
+    values = np.asarray(matrix_of(gram))
+    if values.shape[-1] % N or corner.shape[-1] != len(rows) * (values.shape[-1] // N):
+        return  # another layout, which is refused by name
+    width = values.shape[-1] // N
+    at = (rows[:, None] * width + np.arange(width)).reshape(-1)
+    found = values[..., at[:, None], at]
+    meta = getattr(gram, "meta", None) or {}
+    known = meta.get("noise_relative")
+    allowed = max(_ALIKE, _DEVIATIONS * (_UNKNOWN if known is None else float(known)))
+    size = np.sqrt(np.abs(np.einsum("...ii->...i", corner)))
+    off = np.abs(found - corner) / np.maximum(size[..., :, None] * size[..., None, :], np.finfo(float).tiny)
+    if not off.max() <= allowed:
+        i, j = (int(rows[x // width]) for x in np.unravel_index(off.argmax(), off.shape)[-2:])
+        raise InputError(
+            f"cross_fit: expected the model that the Gram is of; their entries between examples {i} and {j} differ by "
+            f"{off.max():.1e} relative: another adapter, or weights that were changed since"
+        )
 
 
 def _kind(gram: Any) -> dict[str, Any]:

@@ -26,6 +26,49 @@ def targets_of(name: str, values: ArrayLike, beside: np.ndarray | None = None) -
     return array
 
 
+def check_gram(gram: Any, y: np.ndarray) -> None:
+    """Refuse a Gram of losses, which no targets go with, and targets of another number of examples.
+
+    Args:
+        gram: as `forecast` takes it.
+        y: targets, (N, C).
+
+    Raises:
+        InputError: naming it.
+    """
+    if (getattr(gram, "meta", None) or {}).get("readout") == "loss":
+        raise InputError("gram: is of readout 'loss', whose outputs no targets go with; expected 'logits', 'margin', …")
+    _as_many("targets", y, getattr(gram, "outputs", None), "train")
+
+
+def eval_targets_of(gram: Any, given: ArrayLike | None, y: np.ndarray) -> np.ndarray | None:
+    """Return targets of the eval examples, (M, C) float64: what was given, else the Gram's; None: neither.
+
+    Raises:
+        InputError: the Gram's, where the train targets are others than its own; or of another number of examples.
+    """
+    default, own = getattr(gram, "eval_targets", None), getattr(gram, "targets", None)
+    if given is None and default is not None and own is not None:
+        kept = as_columns("targets", own, len(y)) if len(own) == len(y) else None
+        if kept is None or kept.shape != y.shape or not np.allclose(kept, y):
+            raise InputError(
+                "eval_targets: expected those of the eval examples, as targets are others than the Gram holds; got none"
+            )
+    chosen = default if given is None else given
+    if chosen is None:
+        return None
+    found = targets_of("eval_targets", chosen, y)
+    _as_many("eval_targets", found, getattr(gram, "eval_outputs", None), "eval")
+    return found
+
+
+def _as_many(name: str, y: np.ndarray, outputs: Any, which: str) -> None:
+    if outputs is not None and len(y) != len(outputs):
+        raise InputError(
+            f"{name}: expected {len(outputs)} rows, one for each {which} example of the Gram, got {y.shape}"
+        )
+
+
 def differing(here: np.ndarray, there: np.ndarray) -> int | None:
     """Return the example whose outputs (N, C) differ most, None where rounding, in half precision too, explains all."""
     off = np.abs(here - there).max(axis=1)

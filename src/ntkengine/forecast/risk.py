@@ -17,7 +17,16 @@ from ntkengine.forecast.assumptions import assumptions_of, start_line
 from ntkengine.forecast.bounds import risk_bounds
 from ntkengine.forecast.crossfit import CrossFit, Systems
 from ntkengine.forecast.curves import checked_times, default_times, flow_curves
-from ntkengine.forecast.given import eval_offset_of, offset_of, refuse_indefinite, ridge_of, targets_of
+from ntkengine.forecast.given import (
+    check_gram,
+    eval_offset_of,
+    eval_targets_of,
+    offset_of,
+    refuse_indefinite,
+    ridge_of,
+    targets_of,
+)
+from ntkengine.forecast.leaks import head_fitted, leak_notes
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
 from ntkengine.forecast.system import Flow, Kernel, cut
@@ -87,6 +96,7 @@ def forecast(
     """
     y = targets_of("targets", targets)
     N, C = y.shape
+    check_gram(gram, y)
     f0 = offset_of("offset", offset, getattr(gram, "outputs", None), y.shape)
     held = None if held_out_offset is None else offset_of("held_out_offset", held_out_offset, None, y.shape)
     if cross_fit is not None:
@@ -94,20 +104,10 @@ def forecast(
             raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
         cross_fit.check(gram, N, C)
         held = cross_fit.held_out()
-    told = head_fitted_on_targets is not None
-    fitted = flag(
-        "head_fitted_on_targets",
-        head_fitted_on_targets if told else (getattr(gram, "meta", None) or {}).get("head_fitted", False),
-    )
-    if fitted and held is None:
-        raise InputError(
-            "held_out_offset: expected outputs of heads that did not see each example, got none: a head fitted on "
-            "these targets makes leave-one-out and GCV too small; pass cross_fit=cross_fit(...), or out-of-fold "
-            "outputs (N, C)"
-            + ("" if told else "; where the head was not fitted on these labels, head_fitted_on_targets=False")
-        )
-    given = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
-    y_eval = None if given is None else targets_of("eval_targets", given, y)
+    if head_fitted_on_targets is not None:
+        flag("head_fitted_on_targets", head_fitted_on_targets)
+    fitted = head_fitted(gram, head_fitted_on_targets, held is not None)
+    y_eval = eval_targets_of(gram, eval_targets, y)
     kernel = cut(gram, N, C, None if y_eval is None else len(y_eval))
     flow = Flow.of(kernel, kernel.paths(y - f0))
     f0_eval = None if y_eval is None else eval_offset_of(gram, eval_offset, offset, f0, y_eval.shape)
@@ -205,6 +205,7 @@ def forecast(
             by_gcv.edge,
             gram,
         )
+        + leak_notes(gram, N, None if y_eval is None else len(y_eval))
         + training_notes(training),
     )
 

@@ -34,7 +34,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.running import evaluation
-from ntkengine.inputs.seen import fitted_on
+from ntkengine.inputs.seen import seen_before
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
@@ -131,7 +131,7 @@ def computed(
         "noise_relative": None if noise is None else noise.relative,
         "outputs_error": None if noise is None else noise.outputs,
         "checked": check,
-        "head_fitted": fitted_on(task.model, task.samples.groups[0]),
+        **seen_before(task.model, task.samples.groups[:1] if task.two else task.samples.groups),
         "sketch": of_sketch,
         "one_by_one": structure.one_by_one,
         "blocks": structure.stack.depth,

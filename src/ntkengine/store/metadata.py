@@ -15,10 +15,10 @@ from ntkengine.store.schema import read_json
 _NUMBER = (int, float)
 _META: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("precision", "backend", "readout", "device", "date"), (str,)),
-    **dict.fromkeys(("parameters", "blocks", "resumed"), (int,)),
+    **dict.fromkeys(("parameters", "blocks", "resumed", "repeated", "eval_seen"), (int,)),
     **dict.fromkeys(("unused_parameters", "negligible_parameters"), (list,)),
     **dict.fromkeys(("seconds", "pass_seconds", "contract_seconds", "noise_relative", "outputs_error"), _NUMBER),
-    **dict.fromkeys(("checked", "one_by_one", "head_fitted"), (bool,)),
+    **dict.fromkeys(("checked", "one_by_one", "head_fitted", "trained_on"), (bool,)),
     **dict.fromkeys(("versions", "settings", "sketch", "module_trace", "ranks"), (dict,)),
 }
 _SKETCH: dict[str, tuple[type, ...]] = {"features": (int,), "parameters": (int,), "relative_error": _NUMBER}
