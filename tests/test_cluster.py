@@ -240,19 +240,22 @@ def folder(tmp_path_factory):
 
 
 @needs_mpi
-def test_the_command_line_writes_the_same_file(folder):
+@pytest.mark.parametrize("contraction", ["trace", "full"])  # held-out heads side by side, and one after the other
+def test_the_command_line_writes_the_same_file(folder, contraction):
     from ntkengine.jobfile import read_job
     from ntkengine.jobs import run_gram
 
-    runner = ("-m", "mpi4py", "-m", "ntkengine", "gram", str(folder / "job.toml"))
-    done = mpirun("mpich", 2, *runner, "--log-dir", str(folder / "logs"))
+    names = [f"{which}-{contraction}.h5" for which in ("spread", "alone")]
+    runner = ("-m", "mpi4py", "-m", "ntkengine", "gram", str(folder / "job.toml"), "--contraction", contraction)
+    done = mpirun("mpich", 2, *runner, "--out", str(folder / names[0]), "--log-dir", str(folder / "logs"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("shape") == 1  # one rank speaks
     last = done.stdout.strip().splitlines()[-1]
     assert all(word in last for word in ("on 2 ranks", "rank-seconds", "flops", "bytes sent", "in communication"))
     assert sorted(p.name for p in (folder / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
-    spread = open_gram(folder / "k.h5")
-    alone = run_gram(read_job(folder / "job.toml", {"out": folder / "alone.h5"}))
+    spread = open_gram(folder / names[0])
+    change = {"out": folder / names[1], "gram": {"contraction": contraction}}
+    alone = run_gram(read_job(folder / "job.toml", change))
     for name in ("values", "cross"):
         assert np.allclose(getattr(spread, name)[...], getattr(alone, name)[...], rtol=1e-5)
     assert np.allclose(spread.extras["fold_grams"], alone.extras["fold_grams"], rtol=1e-5)
@@ -270,7 +273,7 @@ def test_a_network_within_one_host_is_not_used_and_said_so(folder, capsys, caplo
     assert "network: not used, it is the rate between hosts, and all ranks" in caplog.text
     out = capsys.readouterr().out
     assert "at 1e+03 bytes/s" not in out
-    assert re.search(r"s: probe [\d.]+, passes [\d.]+, contractions [\d.]+ at", out.replace("\n", " "))
+    assert re.search(r"s: probe [\d.]+, passes [\d.]+, checks [\d.]+, contractions [\d.]+ at", out.replace("\n", " "))
 
 
 def test_a_plan_for_many_ranks(folder, capsys):
@@ -287,7 +290,7 @@ def test_a_plan_for_many_ranks(folder, capsys):
     assert told[0]["sent_bytes"] == told[2]["sent_bytes"]
     assert min(told[0]["sent_bytes"]) > 0
     assert told[2]["communication_share"] > 0.9 > told[0]["communication_share"]
-    parts = ("probe_seconds", "pass_seconds", "contract_seconds", "wait_seconds")
+    parts = ("probe_seconds", "pass_seconds", "contract_seconds", "check_seconds", "wait_seconds")
     assert told[0]["seconds"] == pytest.approx(sum(told[0][name] for name in parts))
     assert told[2]["wait_seconds"] >= max(told[2]["sent_bytes"]) / 1e3 / 2  # most of it hides behind nothing
     with pytest.raises(SystemExit) as stop:

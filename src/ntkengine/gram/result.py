@@ -22,6 +22,8 @@ class Elsewhere:
         shape: of the matrix.
     """
 
+    dtype = np.dtype(np.float64)
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
 
