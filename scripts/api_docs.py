@@ -77,7 +77,8 @@ class Reference:
         for thing in (t for things in self.topics.values() for t in things.values()):
             results |= set() if inspect.isclass(thing) else set(_mentioned(thing))
         lines, seen = [HEAD], Counter[str]()
-        for topic, things in self.topics.items():
+        for topic, things in self.topics.items():  # in the order of the headings, of which topics are some
+            _anchor(topic.replace(",", "").replace(" ", "-"), seen)
             lines.append(f"* **{topic}**: " + " · ".join(f"[{name}](#{_anchor(name, seen)})" for name in things))
         for topic, things in self.topics.items():
             lines.append(f"\n## {topic}")

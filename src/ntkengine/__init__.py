@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged
+    from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, RankFailed, Stopped
     from ntkengine.finetune import FineTuning, fine_tune, linearize
     from ntkengine.finetune.callback import LinearityCallback
     from ntkengine.forecast import CrossFit, Forecast, cross_fit, forecast
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ntkengine.store import open_gram, verify_gram
 
 _HOME = {
-    "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged"),
+    "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged", "RankFailed", "Stopped"),
     "finetune": ("FineTuning", "fine_tune", "linearize"),
     "finetune.callback": ("LinearityCallback",),
     "forecast": ("CrossFit", "Forecast", "cross_fit", "forecast"),
@@ -94,8 +94,10 @@ __all__ = [
     "NotConverged",
     "Plan",
     "Preconditioner",
+    "RankFailed",
     "Recipe",
     "SequenceLoss",
+    "Stopped",
     "TangentFactors",
     "TangentProducts",
     "TokenLoss",

@@ -11,7 +11,7 @@ import numpy as np
 from ntkengine.errors import InputError
 
 if TYPE_CHECKING:
-    from ntkengine.forecast import CrossFit, Forecast
+    from ntkengine.forecast import Forecast
     from ntkengine.gram.result import Gram
     from ntkengine.recipe import Recipe
     from ntkengine.report import Section
@@ -30,7 +30,7 @@ def forecast_file(
     Raises:
         InputError: no targets in it, a head fitted on them without held-out heads, or as `forecast`.
     """
-    from ntkengine.forecast import forecast
+    from ntkengine.forecast import CrossFit, forecast
     from ntkengine.store import open_gram
 
     gram = open_gram(path_or_gram) if isinstance(path_or_gram, str | Path) else path_or_gram
@@ -51,7 +51,7 @@ def forecast_file(
         )
     if outputs != wanted:
         raise InputError(f"{name}: expected targets for {outputs} outputs, got {wanted}")
-    held_out = _cross_fit(gram)
+    held_out = CrossFit.kept_in(gram)
     if held_out is None and gram.meta.get("head_fitted"):
         raise InputError(
             f"{name}: its head was fitted on its examples, and it holds no kernels under held-out heads; compute it "
@@ -69,13 +69,6 @@ def forecast_file(
     )
 
 
-def _cross_fit(gram: Gram) -> CrossFit | None:
-    from ntkengine.forecast import CrossFit
-
-    fold, grams, outputs = (gram.extras.get(name) for name in ("fold", "fold_grams", "fold_outputs"))
-    return None if fold is None or grams is None or outputs is None else CrossFit(fold, grams, outputs)
-
-
 def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> list[Section]:
     """Return the sections of a report over Gram files, rankings (.json) and fine-tunings (.jsonl).
 
@@ -84,6 +77,7 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
     Raises:
         InputError: a file that is none of these, or matplotlib is not installed.
     """
+    from ntkengine.forecast import CrossFit
     from ntkengine.report import Section
     from ntkengine.report.findings import comparison_table, forecast_table, module_table, spectrum_table
     from ntkengine.report.plots import forecast_figures, spectrum_figure
@@ -102,7 +96,7 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
         gram = open_gram(path)
         facts = gram_table(gram)
         reason = "Without class targets there is no forecast."
-        if gram.targets is not None and gram.meta.get("head_fitted") and _cross_fit(gram) is None:
+        if gram.targets is not None and gram.meta.get("head_fitted") and CrossFit.kept_in(gram) is None:
             reason = "Its head was fitted on its examples: without held-out heads there is no forecast."
         elif gram.targets is not None and gram.contraction != "sum-of-outputs":
             found = forecasts[str(path)] = forecast_file(gram, ridge)

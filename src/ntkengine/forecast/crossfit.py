@@ -92,6 +92,13 @@ class CrossFit:
         if self.rows is not None and self.corner is not None:
             _compare_corner(gram, N, self.rows, self.corner)
 
+    @classmethod
+    def kept_in(cls, gram: Any) -> CrossFit | None:
+        """Return what a file of `ntkengine gram` keeps; None: nothing."""
+        extras = getattr(gram, "extras", None) or {}
+        fold, grams, outputs = (extras.get(name) for name in ("fold", "fold_grams", "fold_outputs"))
+        return None if fold is None or grams is None or outputs is None else cls(fold, grams, outputs)
+
     def held_out(self) -> np.ndarray:
         """Return (N, C): each example's f0 from the head of its own fold."""
         return np.asarray(self.outputs)[np.asarray(self.fold), np.arange(len(self.fold))]  # a file has no such index

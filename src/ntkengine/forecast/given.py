@@ -41,6 +41,15 @@ def check_gram(gram: Any, y: np.ndarray) -> None:
     _as_many("targets", y, getattr(gram, "outputs", None), "train")
 
 
+def holds(gram: Any, y: np.ndarray) -> bool:
+    """Whether the Gram holds these targets, (N, C)."""
+    own = getattr(gram, "targets", None)
+    if own is None or len(own) != len(y):
+        return False
+    kept = as_columns("targets", own, len(y))
+    return kept.shape == y.shape and bool(np.allclose(kept, y))
+
+
 def eval_targets_of(gram: Any, given: ArrayLike | None, y: np.ndarray) -> np.ndarray | None:
     """Return targets of the eval examples, (M, C) float64: what was given, else the Gram's; None: neither.
 
@@ -48,12 +57,10 @@ def eval_targets_of(gram: Any, given: ArrayLike | None, y: np.ndarray) -> np.nda
         InputError: the Gram's, where the train targets are others than its own; or of another number of examples.
     """
     default, own = getattr(gram, "eval_targets", None), getattr(gram, "targets", None)
-    if given is None and default is not None and own is not None:
-        kept = as_columns("targets", own, len(y)) if len(own) == len(y) else None
-        if kept is None or kept.shape != y.shape or not np.allclose(kept, y):
-            raise InputError(
-                "eval_targets: expected those of the eval examples, as targets are others than the Gram holds; got none"
-            )
+    if given is None and default is not None and own is not None and not holds(gram, y):
+        raise InputError(
+            "eval_targets: expected those of the eval examples, as targets are others than the Gram holds; got none"
+        )
     chosen = default if given is None else given
     if chosen is None:
         return None

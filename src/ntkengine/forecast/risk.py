@@ -21,6 +21,7 @@ from ntkengine.forecast.given import (
     check_gram,
     eval_offset_of,
     eval_targets_of,
+    holds,
     offset_of,
     refuse_indefinite,
     ridge_of,
@@ -40,7 +41,7 @@ from ntkengine.spectrum.functions import dimension_from_eigenvalues, rank_from_s
 
 def forecast(
     gram: Any,
-    targets: ArrayLike,
+    targets: ArrayLike | None = None,
     *,
     offset: ArrayLike | None = None,
     held_out_offset: ArrayLike | None = None,
@@ -66,7 +67,7 @@ def forecast(
     Args:
         gram: (N, N), (N·C, N·C) or (C, N, N) array, or a Gram-like object with `.values`, and as far as known `.noise`,
             `.outputs`, `.contraction`, `.cross`, `.eval_outputs`.
-        targets: (N,) or (N, C); two classes of one output are ±1, and 0 with 1 is refused.
+        targets: (N,) or (N, C); two classes of one output are ±1, and 0 with 1 is refused. Default `gram.targets`.
         offset: (N, C), f0 on the training examples as training really starts; default `gram.outputs`, else 0.
         held_out_offset: (N, C), f0 of each training example from a head that was not fitted on it (out-of-fold).
             Leave-one-out and GCV then use y − held_out_offset; the training curve and eval still use `offset`.
@@ -77,7 +78,8 @@ def forecast(
             `held_out_offset`, must be given. Default: whether `fit_head` has seen most of the Gram's examples,
             which the model knows until it is saved.
         cross_fit: of `cross_fit`: kernels and starts of heads that did not see each fold. Leave-one-out and GCV then
-            score each example in the system of its own fold, and `held_out_offset` is not needed.
+            score each example in the system of its own fold, and `held_out_offset` is not needed. Default: what a file
+            of `ntkengine gram` keeps for its own targets.
         ridge: "loo", "gcv", or a number in the unit of the kernel used (K/C for "trace"), not below the noise.
         times: (T,) > 0, learning rate × full-batch steps; default 121 on a log grid from 0.01·N/λ_max to 100·N/λ_min,
             or to N/noise where λ_min is unresolved, within ten decades.
@@ -94,11 +96,16 @@ def forecast(
     Cost: 9 n³ flops for n rows of a system, n² (m + block) per ridge, n·m·(n + M) per time.
     Source: Allen 1974 (leave-one-out), Golub, Heath and Wahba 1979 (GCV), Rahimi Afzal et al. 2025 (bounds).
     """
-    y = targets_of("targets", targets)
+    given = getattr(gram, "targets", None) if targets is None else targets
+    if given is None:
+        raise InputError("targets: expected (N, C), as the Gram holds none, got none")
+    y = targets_of("targets", given)
     N, C = y.shape
     check_gram(gram, y)
     f0 = offset_of("offset", offset, getattr(gram, "outputs", None), y.shape)
     held = None if held_out_offset is None else offset_of("held_out_offset", held_out_offset, None, y.shape)
+    if cross_fit is None and held is None and head_fitted_on_targets is not False and holds(gram, y):
+        cross_fit = CrossFit.kept_in(gram)
     if cross_fit is not None:
         if not isinstance(cross_fit, CrossFit):
             raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")

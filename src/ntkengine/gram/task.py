@@ -37,6 +37,7 @@ class Task:
         transform: the inner product's name.
         roots: by selected parameter, the square root of a diagonal preconditioner; None without one.
         two: whether rows and columns are different inputs.
+        preconditioner: that `roots` are of.
         kernels: whether contractions run in Triton kernels.
     """
 
@@ -48,6 +49,7 @@ class Task:
     transform: str
     roots: dict[str, Tensor] | None
     two: bool
+    preconditioner: Preconditioner | None = None
     kernels: bool = False
 
     @classmethod
@@ -80,9 +82,10 @@ class Task:
         by_name = dict(running.named_parameters())
         samples = Samples(groups)
         selected = {n: by_name[n] for n in names}
-        roots = transform.roots(selected) if isinstance(transform, Preconditioner) else None
+        scale = transform if isinstance(transform, Preconditioner) else None
+        roots = None if scale is None else scale.roots(selected)
         two = inputs2 is not None
-        task = cls(running, selected, samples, chosen, contraction, name_of(transform), roots, two)
+        task = cls(running, selected, samples, chosen, contraction, name_of(transform), roots, two, scale)
         task.kernels = uses_kernels(backend, task.device, torch.bfloat16 if precision == "fast" else task.dtype)
         return task
 
@@ -99,8 +102,10 @@ class Task:
     def on(self, model: nn.Module, dtype: torch.dtype) -> Task:
         """Return the task with a copy of its model in another dtype, and what belongs to it."""
         by_name = dict(model.named_parameters())
-        roots = None if self.roots is None else {n: r.to(dtype) for n, r in self.roots.items()}
-        return replace(self, model=model, selected={n: by_name[n] for n in self.selected}, roots=roots)
+        selected = {n: by_name[n] for n in self.selected}
+        # Anew: their rounding to this task's own dtype is part of its error.
+        roots = None if self.preconditioner is None else self.preconditioner.roots(selected, dtype)
+        return replace(self, model=model, selected=selected, roots=roots)
 
     def fast(self, running: ExitStack) -> Task:
         """Return the task in bfloat16."""

@@ -104,8 +104,12 @@ class Preconditioner:
                 scale[name] = relative / (corrected.sqrt() + float(group["eps"]))
         return cls(scale)
 
-    def roots(self, selected: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Return √d of every selected parameter, in its dtype and shape.
+    def roots(self, selected: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return √d of every selected parameter, in its shape.
+
+        Args:
+            selected: parameters by name.
+            dtype: of the roots; default each parameter's own.
 
         Raises:
             InputError: a selected parameter without d, or d of another shape.
@@ -119,7 +123,7 @@ class Preconditioner:
                 got = tuple(self.scale[name].shape)
                 msg = f"Preconditioner: {name}: expected shape {tuple(p.shape)}, got {got}"
                 raise InputError(msg)
-            found[name] = self.scale[name].to(torch.float64).sqrt().to(p.device, p.dtype)
+            found[name] = self.scale[name].to(torch.float64).sqrt().to(p.device, dtype or p.dtype)
         return found
 
 
