@@ -133,3 +133,9 @@ def test_what_other_libraries_warn_of_is_left_out():
     code = f"from ntkengine import cli; cli.options(verbose=False); {warned}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_version_is_told(run):
+    import ntkengine
+
+    assert run("--version")[:2] == (0, f"{ntkengine.__version__}\n")

@@ -40,6 +40,9 @@ def test_spectrum_json_is_the_spectrum(run, gram_file):
     assert "; these are all 7 eigenvalues" in run("spectrum", gram_file, "-k", 9999)[1]
     assert "these are all" not in run("spectrum", gram_file, "-k", 7)[1]
     assert run("spectrum", gram_file, "-k", 0)[0] == 2
+    for which, places in (("LA", "123"), ("SA", "567"), ("BE", "127")):
+        rows = run("spectrum", gram_file, "-k", 3, "--which", which)[1].splitlines()
+        assert "".join(row.split()[0] for row in rows if row.strip()[:1].isdigit()) == places
 
 
 def test_ridge_and_forecast_json(run, gram_file):

@@ -156,3 +156,16 @@ def test_a_cross_fit_of_the_same_model_is_known_in_every_layout(options):
     moved = ntk.cross_fit(model, inputs, ntk.fit_head(model, inputs, y * [-0.5, 0.5]), **call)
     with pytest.raises(InputError, match="^cross_fit: expected"):
         ntk.forecast(gram, both, cross_fit=moved)
+
+
+def test_what_a_file_keeps_of_held_out_heads_is_used_for_its_own_targets(tmp_path):
+    model, inputs, y, head = fitted()
+    held = ntk.cross_fit(model, inputs, head, readout="margin", params="*.layer.*.weight")
+    extras = {"fold": held.fold, "fold_grams": held.grams, "fold_outputs": held.outputs}
+    gram_of(model, inputs, out=tmp_path / "k.h5", targets=y, extras=extras)
+    gram = ntk.open_gram(tmp_path / "k.h5")
+    assert ntk.forecast(gram).loo == ntk.forecast(gram, y).loo == ntk.forecast(gram, y, cross_fit=held).loo
+    with pytest.raises(InputError, match="^held_out_offset: expected outputs of heads"):
+        ntk.forecast(gram, -y)
+    with pytest.raises(InputError, match=r"^targets: expected \(N, C\), as the Gram holds none"):
+        ntk.forecast(gram_of(model, inputs))

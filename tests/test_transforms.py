@@ -104,6 +104,18 @@ def test_a_preconditioner_equals_brute_force(case, contraction, precision):
     assert max(relative_error(gram.cross, contracted(H * root, G * root, contraction))) < TOLERANCE[precision]
 
 
+@pytest.mark.parametrize("scale", [0.7, 1e3])
+def test_the_noise_of_a_preconditioned_gram_counts_the_rounding_of_its_roots(scale):
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, [5, 7, 4, 6], 7)
+    transform = Preconditioner({name: torch.full_like(p, scale) for name, p in model.named_parameters()})
+    gram = compute_gram(model, inputs, params="all", transform=transform)
+    J = gradients(model, inputs, [name for name, _ in model.named_parameters()])
+    d = float(torch.tensor(scale))  # float32, as it was given
+    error = np.linalg.norm(np.asarray(gram.values) - d * contracted(J, J, "trace"), 2)
+    assert 0 < error <= 1.01 * gram.noise
+
+
 @pytest.mark.parametrize("name", ["albert", "bert-mlm", "mixtral", "t5"])
 def test_signs_of_shared_parameters_are_of_the_sum_over_uses(name):
     model = zoo.model(name)

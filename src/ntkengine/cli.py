@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ntkengine import __version__
 from ntkengine.cluster.launch import launched, one_voice
 from ntkengine.console import answered, open_streams, print_json, remark, say, show, showing_progress
 from ntkengine.errors import InputError
@@ -54,13 +55,23 @@ def main(arguments: list[str] | None = None) -> None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        code = say(f"{message()} (see ntkengine --help)", 2) if message() else 2
+        where = getattr(getattr(error, "ctx", None), "command_path", "ntkengine")
+        code = say(f"{message()} (see {where} --help)", 2) if message() else 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is chosen and why.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_tell_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Configure logging: the only place that does."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

@@ -24,7 +24,7 @@ def forecast_file(
 
     Args:
         path_or_gram: a file, or a Gram with targets.
-        ridge: "loo", "gcv", or a number in the unit of K.
+        ridge: "loo", "gcv", or a number in the unit of K/C.
         recipe: of the training to simulate.
 
     Raises:

@@ -16,7 +16,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("from flags alone", "ntkengine gram --model MODEL_DIR --data train.tsv --readout margin -o k.h5"),
         (
             "a language model, whose answer to a prompt is a word",
-            "ntkengine gram job.toml --task causal-lm --words ' terrible, great'",
+            "ntkengine gram words.toml --task causal-lm --words ' terrible, great'",
         ),
         ("over processes", "mpirun -n 8 python -m mpi4py -m ntkengine gram job.toml"),
     ),
@@ -43,7 +43,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "ridge": (
         ("the ridge path, leave-one-out chooses", "ntkengine ridge k.h5"),
-        ("one strength, in the unit of K", "ntkengine ridge k.h5 --ridge 0.5"),
+        ("one strength, in the unit of K/C", "ntkengine ridge k.h5 --ridge 0.5"),
     ),
     "forecast": (
         ("risk and curve from a file", "ntkengine forecast k.h5 --ridge gcv"),

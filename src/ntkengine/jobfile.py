@@ -55,6 +55,8 @@ def read_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Jo
         check_plain(found)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected a job file, TOML: {reason_of(error)}") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
         raise InputError(f"{path}: not a readable TOML file: {reason_of(error)}") from error
     # Every key is checked as it stands in the file, before anything is laid over it.

@@ -89,7 +89,7 @@ def collect(
     contraction: Annotated[
         str | None, choice(_GRAM, "trace, full, per-output, sum-of-outputs (default: trace).", "--contraction")
     ] = None,
-    transform: Annotated[str | None, choice(_GRAM, "Inner product (default: sgd).", "--transform")] = None,
+    transform: Annotated[str | None, choice(_GRAM, "sgd, sign, asymmetric-sign (default: sgd).", "--transform")] = None,
     per_module: Annotated[bool | None, flag(_GRAM, "Keep each module's Gram.", "--per-module/--no-per-module")] = None,
     precision: Annotated[str | None, choice(_GRAM, "high, exact, fast (default: high).", "--precision")] = None,
     backend: Annotated[str | None, choice(_GRAM, "auto, triton, torch (default: auto).", "--backend")] = None,

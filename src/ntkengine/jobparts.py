@@ -120,7 +120,7 @@ class ForecastPart:
     """[forecast].
 
     Attributes:
-        ridge: "loo", "gcv" or a number in the unit of K.
+        ridge: "loo", "gcv" or a number in the unit of K/C.
     """
 
     ridge: str | float = "loo"

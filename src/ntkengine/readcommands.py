@@ -51,7 +51,10 @@ def spectrum(
         )
         return
     fewer = f"these are all {there} eigenvalues" if k > there else ""
-    show(spectrum_table(ritz, condition, sketch_note(gram), fewer))
+    k = len(ritz.values)
+    high = {"LA": k, "SA": 0, "BE": k - k // 2}[which]
+    numbers = [*range(1, high + 1), *range(there - (k - high) + 1, there + 1)]
+    show(spectrum_table(ritz, condition, sketch_note(gram), fewer, numbers))
 
 
 @answered
@@ -95,6 +98,8 @@ def forecast(
         if job.out is None:
             raise InputError(f"{path}: out: is missing, so there is no Gram file to read")
         check_stored(job, places=True)
+        if not job.out.exists():
+            raise InputError(f"{job.out}: no such file; `ntkengine gram {path}` writes it")
         path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
     found = forecast_file(path, chosen, recipe)
     if as_json:

@@ -73,7 +73,9 @@ def load_model(
     seed = whole("seed", seed, 0, SEEDS)
     source, tuned = check_source(path_or_id, allow_pickle), adapter_folder(path_or_id)
     if tuned is not None and peft is not None:
-        raise InputError(f"peft: {tuned} holds an adapter already, expected a model for another")
+        raise InputError(
+            f"peft: {tuned} holds an adapter already, expected a model without one, or no [model.peft] (--peft)"
+        )
     adapter = None if peft is None else peft_config(peft)
     cached = not Path(source).is_dir() and not hub_answers()
     known = {"trust_remote_code": trust_remote_code, "local_files_only": cached}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,9 @@ def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) 
     elif isinstance(readout, str) and readout in NAMED_READOUTS:
         chosen = Readout(readout, NAMED_READOUTS[readout])
     else:
-        msg = f"readout: expected one of {sorted(NAMED_READOUTS)} or a callable, got {readout!r}"
+        close = get_close_matches(str(readout), NAMED_READOUTS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        msg = f"readout: expected one of {', '.join(map(repr, NAMED_READOUTS))} or a callable, got {readout!r}{hint}"
         raise InputError(msg)
     if contraction != "sum-of-outputs":
         return chosen

@@ -5,7 +5,7 @@ Objects are taken by their public attributes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ RIDGE_ROWS = 16
 _UNITS = "mse: mean over examples and outputs; loss: half of the squared error, mean over examples"
 
 
-def spectrum_table(ritz: Any, condition: Any, approximation: str = "", fewer: str = "") -> Table:
+def spectrum_table(
+    ritz: Any, condition: Any, approximation: str = "", fewer: str = "", numbers: Sequence[int] | None = None
+) -> Table:
     """Return Ritz values, largest first, each with its bound, and whether their places in the spectrum are proved.
 
     Args:
@@ -25,10 +27,15 @@ def spectrum_table(ritz: Any, condition: Any, approximation: str = "", fewer: st
         condition: of the same Gram.
         approximation: of `sketch_note`.
         fewer: why there are fewer than were asked for.
+        numbers: their places in the whole spectrum, the largest of which is 1; default from the largest on.
     """
     order = np.argsort(ritz.values)[::-1]
     rows = [
-        (str(i + 1), *with_error(ritz.values[j], ritz.bounds[j]), above(ritz.residuals[j], 2))
+        (
+            str(i + 1 if numbers is None else numbers[i]),
+            *with_error(ritz.values[j], ritz.bounds[j]),
+            above(ritz.residuals[j], 2),
+        )
         for i, j in enumerate(order)
     ]
     unproved = "" if ritz.certified else "numbers not certified: an eigenvalue may have been missed"

@@ -78,7 +78,7 @@ def render_report(sections: Sequence[Section], title: str = "Tangent kernel repo
     """Return the page as text."""
     lead = (
         "Empirical neural tangent kernel, exact unless its facts say sketched, and what it forecasts of fine-tuning. "
-        "Every number is read from the Gram files named below."
+        "Every number is read from the files named below."
     )
     body = "\n".join(_section(section) for section in sections)
     return (

@@ -36,7 +36,7 @@ def merge_gram(path: str | Path, out: str | Path, *, compress: bool = False) -> 
     """
     path, out = followed(Path(path)), followed(Path(out))
     if out.exists() or not out.parent.is_dir():
-        msg = f"{out}: exists" if out.exists() else f"{out}: folder {out.parent} does not exist"
+        msg = f"{out}: exists; choose another name" if out.exists() else f"{out}: folder {out.parent} does not exist"
         raise InputError(msg)
     damage = find_damage(path)
     if damage:

@@ -25,6 +25,8 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
     if not path.is_file():
         msg = f"{path}: {'is a folder, expected a Gram file' if path.is_dir() else 'no such file'}"
         raise InputError(msg)
+    if path.suffix == ".toml":
+        raise InputError(f"{path}: is a job file, expected the Gram file it writes")
     vet_heaps(path)
     try:
         try:
