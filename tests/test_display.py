@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import ntkengine as ntk
 from ntkengine.forecast import forecast
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.ranking import Choice, Ranking
@@ -122,3 +123,21 @@ def test_ranking():
     assert f"{NASTY}9" in told
     assert f"{NASTY}10" not in told
     assert any("the best 10 of 12" in text for text in told)
+
+
+def test_what_holds_arrays_prints_in_a_line():
+    examples = ntk.read_examples([{"text": f"text {i}", "label": i % 2} for i in range(50)])
+    assert repr(examples) == "Examples(50 from list, classes '0', '1')"
+    K = np.diag(np.arange(1.0, 41.0))
+    shown = repr(ntk.eigsh(K, k=20))
+    assert shown.startswith("Ritz(20 values: 40 ± ")
+    assert ", …, 21 ± " in shown
+    assert len(shown) < 250
+    held = ntk.CrossFit(np.arange(6) % 2, np.zeros((2, 6, 6)), np.zeros((2, 6, 1)))
+    assert repr(held) == "CrossFit(2 folds of 6 examples, C = 1)"
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, [3, 5, 4], 6)
+    run = ntk.fine_tune(
+        model, inputs, np.eye(3), params="all", epochs=2, batch_size=3, learning_rate=0.01, optimizer="sgd"
+    )
+    assert repr(run).startswith("FineTuning(2 steps of sgd: train loss ")

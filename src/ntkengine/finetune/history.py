@@ -81,6 +81,13 @@ class FineTuning:
     seconds: float
     measuring_seconds: float
 
+    def __repr__(self) -> str:
+        first, last = self.history[0], self.history[-1]
+        facts = [f"train loss {first.train_loss:.4g} to {last.train_loss:.4g}"]
+        if last.eval_loss is not None:
+            facts.append(f"eval loss {first.eval_loss:.4g} to {last.eval_loss:.4g}")
+        return f"FineTuning({len(self.batch_losses)} steps of {self.recipe.optimizer}: {', '.join(facts)})"
+
     def table(self) -> list[tuple[str, ...]]:
         """Return rows for printing, the first naming the columns; columns without a number are left out."""
         names = [n for n in Measured.__dataclass_fields__ if any(getattr(m, n) is not None for m in self.history)]

@@ -59,6 +59,10 @@ class CrossFit:
     rows: np.ndarray | None = None
     corner: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        F, N, C = np.shape(self.outputs)
+        return f"CrossFit({F} folds of {N} examples, C = {C})"
+
     def check(self, gram: Any, N: int, C: int) -> None:
         """Refuse what does not fit a Gram of N examples and C outputs, as far as is known: shapes, kind, examples.
 

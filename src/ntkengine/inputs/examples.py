@@ -45,6 +45,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def __repr__(self) -> str:
+        classes = "" if self.labels is None else f", classes {', '.join(map(repr, self.label_names))}"
+        return f"Examples({len(self)} from {self.source}{classes})"
+
     def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> Examples:
         rows = np.arange(len(self))[index]
         labels = None if self.labels is None else self.labels[rows]

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
+from ntkengine.digits import measured
 from ntkengine.spectrum.operators import EPS
+
+_SHOWN = 6  # values that are printed
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,12 @@ class Ritz:
     products: int
     method: str
     certified: bool = False
+
+    def __repr__(self) -> str:
+        pairs = [measured(*pair) for pair in zip(self.values[::-1], self.bounds[::-1], strict=True)]
+        shown = ", ".join(pairs if len(pairs) <= _SHOWN else [*pairs[: _SHOWN - 1], "…", pairs[-1]])
+        told = "certified" if self.certified else "not certified"
+        return f"Ritz({len(pairs)} values: {shown}; {self.method}, {self.products} products, {told})"
 
 
 def pair_bounds(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
