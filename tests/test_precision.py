@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ntkengine.errors import CheckFailed
+from ntkengine.errors import CheckFailed, InputError
 from ntkengine.gram.engine import compute_gram
-from tests.brute import relative_error, tiny_inputs, tiny_model, with_lora
+from tests.brute import contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
 
 LENGTHS = [11, 3, 5, 7, 2, 9, 5]
 
@@ -55,3 +55,34 @@ def test_a_model_that_bfloat16_is_too_coarse_for_is_refused_with_the_reason():
     inputs = tiny_inputs(model, LENGTHS, 12)
     with pytest.raises(CheckFailed, match=r"; bfloat16 may be too coarse for this model: precision='high'$"):
         compute_gram(model, inputs, params="all", precision="fast")
+
+
+@pytest.mark.parametrize("precision", ["high", "exact"])
+@pytest.mark.parametrize("how", ["@", "linear", "einsum"])
+def test_a_readout_has_weights_of_its_own_precision(precision, how):
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, [5, 7, 4, 6], 7)
+    torch.manual_seed(1)
+    own = torch.nn.Linear(3, 2, bias=False)  # float32
+
+    def readout(outputs, _inputs):
+        if how == "linear":
+            return own(outputs.logits)
+        return outputs.logits @ own.weight.T if how == "@" else torch.einsum("nc,kc->nk", outputs.logits, own.weight)
+
+    gram = compute_gram(model, inputs, params="all", readout=readout, precision=precision)
+    W = own.weight.detach().double()
+    names = [name for name, _ in model.named_parameters()]
+    J = gradients(model, inputs, names, lambda outputs, _: outputs.logits @ W.T)
+    assert max(relative_error(gram.values, contracted(J, J, "trace"))) < {"high": 1e-5, "exact": 1e-13}[precision]
+    assert np.isfinite(gram.noise)
+
+
+def test_what_writes_in_place_is_not_promoted():
+    def readout(outputs, _inputs):
+        held = torch.zeros(len(outputs.logits), 2)
+        return held.addmm_(outputs.logits.double(), torch.ones(3, 2).double())
+
+    model = tiny_model("bert")
+    with pytest.raises(InputError, match="cannot be run on example"):
+        compute_gram(model, tiny_inputs(model, [5, 7], 7), params="all", readout=readout)

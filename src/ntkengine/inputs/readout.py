@@ -14,6 +14,7 @@ from torch import Tensor
 from ntkengine.arguments import whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.language import SequenceLoss
+from ntkengine.inputs.promoted import Promoted
 
 ReadoutFunction = Callable[[Any, Mapping[str, Tensor]], Tensor]
 
@@ -34,7 +35,8 @@ class Readout:
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return f, (N, C), after checking its shape against the batch."""
-        f = self.function(outputs, inputs)
+        with Promoted():  # its own tensors have a dtype of their own
+            f = self.function(outputs, inputs)
         n = len(next(iter(inputs.values())))
         if not isinstance(f, Tensor) or f.ndim != 2 or f.shape[0] != n:
             got = f"{tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
