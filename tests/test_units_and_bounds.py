@@ -183,6 +183,9 @@ def test_an_unchecked_gram_says_why_it_has_no_errors():
         with pytest.raises(InputError, match="gram: its noise is not known, as it was computed with check=False"):
             call(gram)
     assert ntk.condition_number(gram.values).lambda_max > 0
+    gram.meta["checked"] = True
+    with pytest.raises(InputError, match="is not known, as its model does not run in float64; give its `values` alone"):
+        ntk.condition_number(gram)
 
 
 def test_the_ridge_of_a_forecast_is_that_of_a_share_of_the_kernel():

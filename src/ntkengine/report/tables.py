@@ -161,7 +161,8 @@ def flat(mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def _noise(gram: Any) -> str:
     relative = gram.meta.get("noise_relative")
     if not np.isfinite(gram.noise):
-        return "not estimated (computed without the check)"
+        why = "the model does not run in float64" if gram.meta.get("checked") else "computed without the check"
+        return f"not estimated ({why})"
     return f"± {above(gram.noise, 2)} gradient²" + ("" if relative is None else f", {above(relative, 1)} of the norm")
 
 

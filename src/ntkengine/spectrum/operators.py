@@ -276,8 +276,11 @@ def declared_noise(gram: Any) -> float | None:
     if noise is None:
         return None
     if isinstance(noise, float) and math.isnan(noise) and hasattr(gram, "values"):
+        checked = (getattr(gram, "meta", None) or {}).get("checked", False)
+        why = "its model does not run in float64" if checked else "it was computed with check=False"
+        cure = "" if checked else "compute it with the check, or "
         raise InputError(
-            "gram: its noise is not known, as it was computed with check=False; compute it with the check, or give its "
-            "`values` alone, which are then taken to be right to their last digit"
+            f"gram: its noise is not known, as {why}; {cure}give its `values` alone, which are then taken to be right to "
+            "their last digit"
         )
     return number("noise", noise, 0)
