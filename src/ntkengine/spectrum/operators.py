@@ -280,7 +280,7 @@ def declared_noise(gram: Any) -> float | None:
         why = "its model does not run in float64" if checked else "it was computed with check=False"
         cure = "" if checked else "compute it with the check, or "
         raise InputError(
-            f"gram: its noise is not known, as {why}; {cure}give its `values` alone, which are then taken to be right to "
-            "their last digit"
+            f"gram: its noise is not known, as {why}; {cure}give its `values` alone, which are then taken to be right "
+            "to their last digit"
         )
     return number("noise", noise, 0)
