@@ -72,3 +72,33 @@ def test_labels_that_only_the_readout_understands_are_its_own(labels):
     K = ntk.compute_gram(model, inputs, params="all").values
     again = ntk.compute_gram(model, inputs | {"labels": labels}, params="all").values
     assert max(relative_error(again, K)) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["first", "first of many", "imports"])
+def test_a_loss_that_comes_first_is_not_taken_for_an_output(how):
+    model = tiny_model("bert", num_labels=1)
+    inputs = tiny_inputs(model, [5, 7, 4], 7)
+    K = ntk.compute_gram(model, inputs, params="all").values
+    if how == "imports":
+        forward = model.forward
+
+        def failing(*given, labels=None, **more):
+            if labels is not None:
+                raise ModuleNotFoundError("scipy")
+            return forward(*given, **more)
+
+        model.forward = failing
+    told = inputs | {"labels": torch.rand(3)}
+    again = ntk.compute_gram(model, told, params="all", readout=lambda out, _: out[0].reshape(-1, 1)).values
+    assert max(relative_error(again, K)) < 1e-6
+
+
+@pytest.mark.parametrize("row", [0, 2, 4])
+def test_labels_are_tried_on_more_than_one_example(row):
+    torch.manual_seed(0)
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**_SIZES)).eval()
+    ids, labels = torch.randint(3, 40, (5, 7)), torch.randint(3, 40, (5, 7))
+    labels[row] = ids[row]  # of one example the decoder reads the same either way
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    with pytest.raises(InputError, match="of labels too"):
+        ntk.compute_gram(model, inputs, params="*.fc1.weight", readout=score)

@@ -9,6 +9,7 @@ import torch
 import ntkengine as ntk
 from ntkengine.errors import InputError
 from ntkengine.gramfiles import forecast_file, report_files
+from ntkengine.inputs.seen import marks_of
 from tests.brute import tiny_inputs, tiny_model
 
 N = 24
@@ -169,3 +170,55 @@ def test_what_a_file_keeps_of_held_out_heads_is_used_for_its_own_targets(tmp_pat
         ntk.forecast(gram, -y)
     with pytest.raises(InputError, match=r"^targets: expected \(N, C\), as the Gram holds none"):
         ntk.forecast(gram_of(model, inputs))
+
+
+def test_what_a_model_was_trained_on_counts_while_its_weights_are_trained(tmp_path):
+    model = tiny_model("bert", num_labels=2)
+    inputs = tiny_inputs(model, LENGTHS, 9)
+    y = np.random.default_rng(1).choice([-1.0, 1.0], (N, 1))
+    options = {"params": "all", "readout": "margin", "optimizer": "adam", "learning_rate": 1e-2, "epochs": 2}
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    gram_of(model, inputs, out=tmp_path / "k.h5")
+    ntk.fine_tune(model, inputs, y, **options)
+    assert gram_of(model, inputs).meta["trained_on"]
+    model.load_state_dict(start)
+    assert not gram_of(model, inputs).meta["trained_on"]
+    assert gram_of(model, inputs, out=tmp_path / "k.h5").path  # the same model: its file opens
+
+    def stop(done, _all, _stage):
+        if done > 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ntk.fine_tune(model, inputs, y, **options, progress=stop)
+    assert gram_of(model, inputs).meta["trained_on"]
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_trained_adapter_counts_where_it_is_merged(merged):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(tiny_model("bert", num_labels=2), peft.LoraConfig(r=2, target_modules=["query"]))
+    inputs = tiny_inputs(model, LENGTHS, 9)
+    y = np.random.default_rng(1).choice([-1.0, 1.0], (N, 1))
+    ntk.fine_tune(model, inputs, y, readout="margin", optimizer="adam", learning_rate=1e-2, epochs=2)
+    bare = model.merge_and_unload() if merged else model.unload()
+    assert gram_of(bare, inputs).meta["trained_on"] is merged
+
+
+def test_examples_differ_in_any_tensor():
+    ids = torch.randint(3, 30, (1, 6)).expand(4, 6)
+    mask = torch.ones_like(ids)
+    images, none = torch.randn(4, 3, 8, 8), torch.zeros_like(ids)
+    assert len(marks_of({"input_ids": ids, "attention_mask": mask})) == 1
+    for more in (
+        {"pixel_values": images},
+        {"decoder_input_ids": torch.arange(24).reshape(4, 6)},
+        {"pixel_values": images[:, 0]},
+    ):
+        assert len(marks_of({"input_ids": ids, "attention_mask": mask, **more})) == 4
+    segments = torch.tril(torch.ones(4, 6, dtype=torch.long))
+    assert len(marks_of({"input_ids": ids, "attention_mask": mask, "token_type_ids": segments})) == 4
+    alone = marks_of({"input_ids": ids})
+    assert marks_of({"input_ids": ids, "attention_mask": mask, "token_type_ids": none}) == alone
+    wide = torch.nn.functional.pad(ids, (0, 3))
+    assert marks_of({"input_ids": wide, "attention_mask": (wide != 0).long()}) == alone

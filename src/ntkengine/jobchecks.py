@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from ntkengine.errors import InputError
 from ntkengine.jobparts import Job
 from ntkengine.jobsources import marks
 from ntkengine.prompts import check_prompts
+
+log = logging.getLogger(__name__)
 
 _ADDED = ("head.fitted", "classes")  # what a run adds to its settings
 
@@ -71,8 +74,8 @@ def check_stored(job: Job, *, places: bool = False) -> None:
 
     Args:
         job: the job.
-        places: whether files of other names count, and those that were changed since: where nobody will look at what
-            is in them.
+        places: whether files of other names count, and those that were changed since are warned of: where nobody will
+            look at what is in them.
 
     Raises:
         InputError: it is another job's.
@@ -100,10 +103,11 @@ def check_stored(job: Job, *, places: bool = False) -> None:
         now = marks(job)
         for name, mark in told.items():
             if name in now and now[name] != mark:
-                place = dict(flat(job.settings()))[name]
-                raise InputError(
-                    f"{name}: {place} has changed since {job.out} was made of it; compute it anew, under another name "
-                    f"or after removing it, or read {job.out} itself"
+                log.warning(
+                    "%s: what is there is not byte for byte what %s was begun with, whose figures these are; "
+                    "`ntkengine gram` tells whether it is still the same job",
+                    name,
+                    job.out,
                 )
 
 

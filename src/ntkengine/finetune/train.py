@@ -21,7 +21,7 @@ from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import select_parameters
 from ntkengine.inputs.readout import ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation, wanting_gradients
-from ntkengine.inputs.seen import note_training
+from ntkengine.inputs.seen import noting_training
 from ntkengine.inputs.sources import Source
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.losses import as_targets
@@ -88,11 +88,12 @@ def fine_tune(
         measure_every = whole("measure_every", measure_every, 1)
     if hasattr(model, "peft_config") and params == "trainable" and not any("modules_to_save" in n for n in selected):
         warn_of_new_head(model, readout)  # which an adapter does not train
-    with evaluation(model, selected.values()):
+    with noting_training(model) as seen, evaluation(model, selected.values()):
         stepper = Stepper(model, selected, resolve_readout(readout, "full"), chosen, linear)
         groups = {"train": _group(stepper, "targets", inputs, targets)}
         if eval_inputs is not None:
             groups["eval"] = _group(stepper, "eval_targets", eval_inputs, eval_targets, groups["train"][1])
+        seen.append(groups["train"][0].given)
         try:
             run = _trained(stepper, groups, measure_every, progress)
         except NonFinite:
@@ -100,7 +101,6 @@ def fine_tune(
             raise
     if getattr(model, "ntk_head_new", False):
         model.ntk_head_new = False  # type: ignore[assignment]
-    note_training(model, groups["train"][0].given)
     return run
 
 

@@ -195,6 +195,8 @@ def _kind(gram: Any) -> dict[str, Any]:
         "readout": meta["readout"],
         "contraction": gram.contraction,
         "transform": gram.transform,
+        "precision": meta.get("precision"),
+        "sketch": (meta.get("sketch") or {}).get("features"),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from ntkengine.errors import InputError
 from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.operators import EPS
 from ntkengine.targets import refuse_bits
+
+log = logging.getLogger(__name__)
 
 _APART = 0.05  # of the largest output
 
@@ -51,16 +54,15 @@ def holds(gram: Any, y: np.ndarray) -> bool:
 
 
 def eval_targets_of(gram: Any, given: ArrayLike | None, y: np.ndarray) -> np.ndarray | None:
-    """Return targets of the eval examples, (M, C) float64: what was given, else the Gram's; None: neither.
+    """Return targets of the eval examples, (M, C) float64: what was given, else the Gram's, with its own targets.
 
     Raises:
-        InputError: the Gram's, where the train targets are others than its own; or of another number of examples.
+        InputError: of another number of examples than the Gram's.
     """
     default, own = getattr(gram, "eval_targets", None), getattr(gram, "targets", None)
     if given is None and default is not None and own is not None and not holds(gram, y):
-        raise InputError(
-            "eval_targets: expected those of the eval examples, as targets are others than the Gram holds; got none"
-        )
+        log.warning("eval_targets: none, as those that the Gram holds go with its own targets, and these are others")
+        default = None
     chosen = default if given is None else given
     if chosen is None:
         return None

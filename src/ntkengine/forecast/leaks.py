@@ -27,7 +27,7 @@ def head_fitted(gram: Any, told: bool | None, held_out: bool) -> bool:
     if meta.get("trained_on") and told is not False:
         raise InputError(
             "gram: fine_tune trained its model on these examples, and every risk figure would be too small; make it of "
-            "the model before that; where these targets are others than it was trained on, head_fitted_on_targets=False"
+            "the model before that; where it was not, or on other targets, head_fitted_on_targets=False"
         )
     fitted = bool(meta.get("head_fitted", False)) if told is None else told
     if fitted and not held_out:

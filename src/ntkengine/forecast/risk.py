@@ -71,7 +71,7 @@ def forecast(
         offset: (N, C), f0 on the training examples as training really starts; default `gram.outputs`, else 0.
         held_out_offset: (N, C), f0 of each training example from a head that was not fitted on it (out-of-fold).
             Leave-one-out and GCV then use y − held_out_offset; the training curve and eval still use `offset`.
-        eval_targets: (M, C); default `gram.eval_targets`, else no eval.
+        eval_targets: (M, C); default `gram.eval_targets`, if `targets` are its own, else no eval.
         eval_offset: (M, C), f0 on the eval examples; default `gram.eval_outputs`. Needed with an `offset` other than
             `gram.outputs`.
         head_fitted_on_targets: the head behind `offset` was fitted on these labels. Then `cross_fit`, or at least

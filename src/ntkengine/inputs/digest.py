@@ -24,7 +24,9 @@ from ntkengine.inputs.streaming import brings, entry_of
 _PIECE = 1 << 24
 _ATOMS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(...))
 # A module's own bookkeeping, and what names a source; parameters and buffers are hashed by themselves.
-_NOT_STATE = frozenset({*vars(nn.Module()), "ntk_source", "ntk_tokenizer", "ntk_head_new"})
+_NOT_STATE = frozenset(
+    {*vars(nn.Module()), "ntk_source", "ntk_tokenizer", "ntk_head_new", "ntk_head_seen", "ntk_trained_on"}
+)
 # Likewise of classes that installed libraries define: in one's own such a name may be anything.
 _NOT_STATE_THERE = _NOT_STATE | {
     "generation_config", "name_or_path", "warnings_issued", "_is_hf_initialized", "_use_kernels",

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _SMALL = 1 << 20  # entries of a buffer that a forward pass might write to
 # What models note in their attributes when their first call writes to their weights.
 FIRST_CALLS: weakref.WeakKeyDictionary[nn.Module, list[tuple[nn.Module, str, Any]]] = weakref.WeakKeyDictionary()
-UNUSABLE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError)
+_UNUSABLE = (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError)
 _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel without derivative
 
 
@@ -52,7 +52,7 @@ def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
 
 @contextmanager
 def explained(
-    model: nn.Module, what: str, *, hint: str = "", kinds: tuple[type[Exception], ...] = UNUSABLE
+    model: nn.Module, what: str, *, hint: str = "", kinds: tuple[type[Exception], ...] = _UNUSABLE
 ) -> Iterator[None]:
     """Within the block, make of what a model's code raises on inputs one line.
 
@@ -86,7 +86,7 @@ def taken_apart(model: nn.Module) -> Iterator[None]:
         yield
     except (InputError, CheckFailed, NonFinite, torch.OutOfMemoryError):
         raise
-    except (*UNUSABLE, NotImplementedError) as error:
+    except (*_UNUSABLE, NotImplementedError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(f"model: {type(model).__name__} cannot be run in parts and backwards: {reason}") from error
 

@@ -19,7 +19,7 @@ def scaling_note(scaling: Mapping[str, Any]) -> str:
     return (
         f"on {scaling['ranks']} ranks like this one about {scaling['seconds']:.1f} s: probe "
         f"{scaling['probe_seconds']:.1f}, passes {scaling['pass_seconds']:.1f}, contractions "
-        f"{scaling['contract_seconds']:.1f}, checks {scaling['check_seconds']:.1f}, communication "
+        f"{scaling['contract_seconds']:.1f}, checks {scaling.get('check_seconds', 0.0):.1f}, communication "
         f"{scaling['wait_seconds']:.2f} ({scaling['communication_share']:.1%}); each sends up to "
         f"{max(scaling['sent_bytes']):.3g} bytes at {scaling['bandwidth']:.3g} bytes/s"
     )

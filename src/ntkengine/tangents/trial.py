@@ -126,7 +126,7 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
             " it draws random numbers or keeps a state, and so has no tangent kernel"
         )
         raise CheckFailed(msg)
-    check_labels(model, inputs, readout, f)
+    check_labels(model, samples, readout, parameter)
     return bool(libraries)
 
 
