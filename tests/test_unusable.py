@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import ntkengine as ntk
-from ntkengine.errors import CheckFailed, InputError
+from ntkengine.errors import CheckFailed, InputError, NonFinite
 from tests import zoo
 from tests.brute import TwoLinears as Net
 from tests.brute import gradients, relative_error, tiny_inputs, tiny_model
@@ -134,3 +134,24 @@ def test_adapters_that_keep_or_round_what_they_compute(kind):
     assert gram.meta["noise_relative"] < 1e-6
     exact = ntk.compute_gram(model, inputs, precision="exact")
     assert max(relative_error(gram.values, exact.values)) < 1e-5
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("where", ["train", "eval", "second"])
+def test_an_infinite_slope_is_told_of_the_example_that_has_it(where, check):
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.outer = torch.nn.Linear(4, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.outer(torch.sqrt((x[:, :1] != 0).float() * self.inner(x).abs()))
+
+    x = torch.randn(40, 4)
+    x[36, 0] = 0  # f is finite, and its slope is not
+    good, bad = {"x": x[:8]}, {"x": x}
+    more = {"eval": {"eval_inputs": bad}, "second": {"inputs2": bad}}.get(where, {})
+    of = " of the eval inputs" if where == "eval" else ""
+    with pytest.raises(NonFinite, match=rf"gradient is not finite for example 36{of}"):
+        ntk.compute_gram(Root(), bad if where == "train" else good, **more, check=check)

@@ -161,7 +161,8 @@ class Check:
         """
         # One at a time: of few samples together, a routed row may be taken for one that all of them share.
         # And of both groups in one: the layouts agree, or they would not have been one job's groups.
-        few = Samples(self.inputs, microbatch=1, trim=self.structure.trim)
+        origins = [(g, np.array([r])) for g, r in self.drawn]
+        few = Samples(self.inputs, microbatch=1, trim=self.structure.trim, origins=origins)
         m = len(self.drawn)
         frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
         raw = replace(self.task, roots=None, kernels=False)

@@ -9,6 +9,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ntkengine.cluster.comm import Team, together
@@ -100,6 +101,8 @@ def computed(
         with together(team), sums.asking() if root else nullcontext():
             if not root:
                 sums.serve()
+            else:
+                _refuse_not_finite(sums, frame, samples)
             if truth is not None:
                 truth.allow(sketches)
                 truth.entries(sums, samples, swept.dtype)
@@ -145,6 +148,21 @@ def computed(
     if isinstance(sums, Spread):
         gram.meta["ranks"] = sums.told(time.perf_counter() - start, waited)
     return gram, sums, samples
+
+
+def _refuse_not_finite(sums: Sums | Spread, frame: Frame, samples: Samples) -> None:
+    """Refuse a Gram that is not finite: of rows beyond its square the sweep, which looks at traces, sees nothing.
+
+    Raises:
+        NonFinite: naming the first example.
+    """
+    if np.isfinite(sums.norm()):
+        return
+    start, stop = frame.rows
+    first = sums.pick(np.arange((stop - start) * frame.width), np.arange(frame.width))
+    bad = np.flatnonzero(~np.isfinite(first).all((0, 2)))
+    which = f" for example {samples.example_at(start + int(bad[0]) // frame.width)}" if len(bad) else ""
+    raise NonFinite(f"the gradient is not finite{which}")
 
 
 def _sweep(

@@ -108,7 +108,7 @@ def estimate_noise(
         picked = [(g, _with_least(r, np.abs(sums.outputs[samples.places(g)]).max(1))) for g, r in picked]
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
     tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
-    few = Samples(groups, microbatch=1 if one_by_one else None, microbatch_tokens=tokens, trim=trim)
+    few = Samples(groups, microbatch=1 if one_by_one else None, microbatch_tokens=tokens, trim=trim, origins=picked)
     spans = [few.span(i) for i in range(len(groups))]
     small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
     again = sum_gram(replace(task, kernels=False), structure, few, small, keep_bytes=layout.keep_bytes)

@@ -229,5 +229,9 @@ def _where(name: str, target: Accumulator, frame: Frame, samples: Samples) -> st
     bad = (~torch.isfinite(target.K)).any(0)
     square = bad[: bad.shape[1]].diagonal() if frame.square else bad.any(1)
     rows = (square if bool(square.any()) else bad.any(1)).nonzero()
-    position = frame.rows[0] + int(rows[0]) // frame.width if len(rows) else frame.rows[0]
+    columns = bad.all(0).nonzero()
+    if not frame.square and len(columns) and len(rows) == len(bad):  # it is a column that spoils all rows
+        position = frame.columns[0] + int(columns[0]) // frame.width
+    else:
+        position = frame.rows[0] + int(rows[0]) // frame.width if len(rows) else frame.rows[0]
     return f"{name}: the gradient is not finite for example {samples.example_at(position)}"
