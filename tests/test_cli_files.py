@@ -53,7 +53,7 @@ def test_merge(run, gram_file, tmp_path):
     assert run("merge", gram_file, "-o", out, "--compress") == (0, f"{out}\n", "")
     np.testing.assert_array_equal(np.asarray(open_gram(out)), np.asarray(open_gram(gram_file)))
     code, _, err = run("merge", gram_file, "-o", out)
-    assert (code, err) == (2, f"error: {out}: exists\n")
+    assert (code, err) == (2, f"error: {out}: exists; choose another name\n")
 
 
 def test_what_the_system_says_is_told_in_plain_words(run, gram_file, tmp_path):

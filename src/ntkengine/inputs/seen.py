@@ -76,7 +76,9 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _digest(p: Tensor) -> bytes:
+def _digest(p: nn.Parameter) -> bytes:
+    if type(p.data) is not Tensor or p.is_meta or not p.is_floating_point():
+        return b""  # quantised, or elsewhere: not trained
     values = p.detach().reshape(-1)
     some = values[:: max(1, -(-len(values) // _ENTRIES))].float().cpu()
     return blake2b(some.numpy().tobytes(), digest_size=8).digest()
