@@ -172,7 +172,7 @@ def timed(
     on = structure.on(task.model)
     frame = task.frame(plan.outputs)
     seconds, tokens = sweep_seconds(task, on, plan, layout, samples, sketches, kept)
-    plan.check_seconds = checks_seconds(plan, samples, seconds)
+    plan.check_seconds = checks_seconds(task, plan, samples, seconds)
     plan.pass_seconds = seconds * layout.tiles(plan.samples) + page_seconds(plan.peak_bytes, task.device)
     structure.tokens |= tokens
     shorten(plan, structure, frame, tokens)

@@ -87,13 +87,14 @@ def sweep_seconds(
     return seconds, {name: found for name, found in tokens.items() if found < width}
 
 
-def checks_seconds(plan: Plan, samples: Samples, seconds: float) -> float:
+def checks_seconds(task: Task, plan: Plan, samples: Samples, seconds: float) -> float:
     """Return the seconds of the checks and the noise, from what a token costs in the sweep.
 
-    Plain autograd has gradients of weights besides, and float64 takes twice as long; what a few single examples take is
-    half of what the probe took.
+    Plain autograd has gradients of weights besides, float64 takes twice as long, and where all weights are selected as
+    much again goes into their gradients; what a few single examples take is half of what the probe took.
 
     Args:
+        task: the job.
         plan: with its probe's time.
         samples: the job's.
         seconds: of the passes over all samples, once.
@@ -102,7 +103,8 @@ def checks_seconds(plan: Plan, samples: Samples, seconds: float) -> float:
     rows = recomputed(samples.total, sketched=plan.projection_flops > 0) + DRAWN
     tokens = sum(drawn_of(samples, g) * samples.width(g) + 2 * min(n, rows) * samples.mean_tokens for g, n in sizes)
     plain = (1 + 2 * plan.outputs) / (2 + plan.outputs)
-    return plan.probe_seconds / 2 + plain * seconds * tokens / plan.tokens
+    chosen, every = (sum(p.numel() for p in ps) for ps in (task.selected.values(), task.model.parameters()))
+    return (1 + chosen / every) * (plan.probe_seconds / 2 + plain * seconds * tokens / plan.tokens)
 
 
 def page_seconds(peak_bytes: float, device: torch.device) -> float:
