@@ -17,6 +17,34 @@ _FOLD = Launch({}, 4, 1, "bound by memory: 16 rows of a tile keep their float64 
 
 
 @jit
+def add_tile(
+    total: tl.tensor,  # (rows, columns) float64
+    m: tl.tensor,
+    n: tl.tensor,
+    x_scale: tl.tensor,  # (M,) float32
+    y_scale: tl.tensor,  # (N,) float32
+    K: tl.tensor,  # (M, N) float64
+    M: tl.tensor,
+    N: tl.tensor,
+    stride_row: tl.int64,
+    stride_column: tl.tensor,
+    X_SCALE: tl.constexpr,
+    Y_SCALE: tl.constexpr,
+    LOWER: tl.constexpr,
+) -> None:
+    """Add sums to rows m and columns n of K, scaled, and below the diagonal alone if asked."""
+    if X_SCALE:
+        total *= tl.load(x_scale + m, mask=m < M, other=0.0).to(tl.float64)[:, None]
+    if Y_SCALE:
+        total *= tl.load(y_scale + n, mask=n < N, other=0.0).to(tl.float64)[None, :]
+    wanted = (m < M)[:, None] & (n < N)[None, :]
+    if LOWER:
+        wanted &= m[:, None] >= n[None, :]
+    place = K + m.to(tl.int64)[:, None] * stride_row + n.to(tl.int64)[None, :] * stride_column
+    tl.store(place, tl.load(place, mask=wanted, other=0.0) + total, mask=wanted)
+
+
+@jit
 def _fold(
     slab: tl.tensor,  # (splits, tiles, BM, BN) float32
     x_scale: tl.tensor,  # (M,) float32
@@ -46,15 +74,7 @@ def _fold(
     for _ in range(splits):
         total += tl.load(slab + at).to(tl.float64)
         at += step
-    if X_SCALE:
-        total *= tl.load(x_scale + m, mask=m < M, other=0.0).to(tl.float64)[:, None]
-    if Y_SCALE:
-        total *= tl.load(y_scale + n, mask=n < N, other=0.0).to(tl.float64)[None, :]
-    wanted = (m < M)[:, None] & (n < N)[None, :]
-    if LOWER:
-        wanted &= m[:, None] >= n[None, :]
-    place = K + m.to(tl.int64)[:, None] * stride_row + n.to(tl.int64)[None, :] * stride_column
-    tl.store(place, tl.load(place, mask=wanted, other=0.0) + total, mask=wanted)
+    add_tile(total, m, n, x_scale, y_scale, K, M, N, stride_row, stride_column, X_SCALE, Y_SCALE, LOWER)
 
 
 def slabs(tiles: int, runs: int, tile: tuple[int, int], device: torch.device) -> tuple[Tensor, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ntk_kernels import runtime
-from ntk_kernels.fold import fold, slabs
+from ntk_kernels.fold import add_tile, fold, slabs
 from ntk_kernels.planes import HALF, Planes, aligned, split
 from ntk_kernels.runtime import Compilation, Launch, Limits, expect, fitted, jit, require, tile_order, tl
 from ntk_kernels.signs import signs
@@ -71,39 +71,6 @@ def _load(
         c = column + tl.arange(0, COLUMNS)
         at = r.to(tl.int64)[:, None] * stride + c[None, :]
         return tl.load(source + at, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
-
-
-@jit
-def _add(
-    total: tl.tensor,  # (BM, BN) float32
-    row: tl.tensor,
-    column: tl.tensor,
-    x_scale: tl.tensor,
-    y_scale: tl.tensor,
-    K: tl.tensor,
-    M: tl.tensor,
-    N: tl.tensor,
-    stride_row: tl.int64,
-    stride_column: tl.tensor,
-    X_SCALE: tl.constexpr,
-    Y_SCALE: tl.constexpr,
-    LOWER: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-) -> None:
-    """Add one tile to K, as `fold` does."""
-    m = row + tl.arange(0, BM)
-    n = column + tl.arange(0, BN)
-    value = total.to(tl.float64)
-    if X_SCALE:
-        value *= tl.load(x_scale + m, mask=m < M, other=0.0).to(tl.float64)[:, None]
-    if Y_SCALE:
-        value *= tl.load(y_scale + n, mask=n < N, other=0.0).to(tl.float64)[None, :]
-    wanted = (m < M)[:, None] & (n < N)[None, :]
-    if LOWER:
-        wanted &= m[:, None] >= n[None, :]
-    place = K + m.to(tl.int64)[:, None] * stride_row + n.to(tl.int64)[None, :] * stride_column
-    tl.store(place, tl.load(place, mask=wanted, other=0.0) + value, mask=wanted)
 
 
 @jit
@@ -172,10 +139,13 @@ def _products(
             for b in tl.static_range(2):
                 near, far = _halves(upper if b == 0 else lower, BM, BN // 4)
                 for c in tl.static_range(2):
-                    _add(
-                        near if c == 0 else far,
-                        row,
-                        column + (4 * a + 2 * b + c) * (BN // 8),
+                    eighth = near if c == 0 else far
+                    m = row + tl.arange(0, BM)
+                    n = column + (4 * a + 2 * b + c) * (BN // 8) + tl.arange(0, BN // 8)
+                    add_tile(
+                        eighth.to(tl.float64),
+                        m,
+                        n,
                         x_scale,
                         y_scale,
                         K,
@@ -186,8 +156,6 @@ def _products(
                         X_SCALE,
                         Y_SCALE,
                         LOWER,
-                        BM,
-                        BN // 8,
                     )
     else:
         at = (part.to(tl.int64) * tl.num_programs(0) + tile) * (BM * BN)

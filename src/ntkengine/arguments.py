@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from reprlib import repr as shown
@@ -88,6 +89,12 @@ def choice(name: str, value: Any, options: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise InputError(f"{name}: expected one of {', '.join(map(repr, options))}, got {shown(value)}")
     return value
+
+
+def nearest_name(value: str, names: Iterable[str]) -> str:
+    """Return a hint at the name that a mistyped one is nearest to; empty where none is near."""
+    close = get_close_matches(value, list(names), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def file_path(name: str, value: Any) -> Path:

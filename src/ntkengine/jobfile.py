@@ -12,7 +12,6 @@ out = "k.h5"
 from __future__ import annotations
 
 import copy
-import difflib
 import tomllib
 import types
 import typing
@@ -21,6 +20,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ntkengine.arguments import nearest_name
 from ntkengine.errors import InputError
 from ntkengine.jobparts import Job
 from ntkengine.recipe import is_number
@@ -126,8 +126,7 @@ def _check_names(found: Mapping[str, Any], kind: type, where: str) -> None:
     names = [item.name for item in fields(kind)]
     for name in found:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
+            hint = nearest_name(name, names) or f"expected one of {', '.join(names)}"
             raise InputError(f"{where}: unknown key {name!r}; {hint}")
 
 

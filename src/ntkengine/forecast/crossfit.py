@@ -20,6 +20,7 @@ from ntkengine.arguments import matrix_of, real_array
 from ntkengine.errors import InputError
 from ntkengine.forecast.given import differing
 from ntkengine.forecast.system import Kernel, cut
+from ntkengine.gram.frame import gram_rows
 from ntkengine.ridge import RidgePath
 from ntkengine.ridge.solve import SINGULAR
 
@@ -170,7 +171,7 @@ def _compare_corner(gram: Any, N: int, rows: np.ndarray, corner: np.ndarray) -> 
     if values.shape[-1] % N or corner.shape[-1] != len(rows) * (values.shape[-1] // N):
         return  # another layout, which is refused by name
     width = values.shape[-1] // N
-    at = (rows[:, None] * width + np.arange(width)).reshape(-1)
+    at = gram_rows(rows, width)
     found = values[..., at[:, None], at]
     meta = getattr(gram, "meta", None) or {}
     known = meta.get("noise_relative")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import math
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ntkengine.arguments import nearest_name
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.streaming import entry_of, is_streamed
@@ -109,9 +109,9 @@ def peft_config(given: Any) -> Any:
     fields = dict(given)
     kind = str(fields.pop("peft_type", "LORA")).upper()
     if kind not in PeftType.__members__ or PeftType[kind] not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        close = difflib.get_close_matches(kind, PeftType.__members__, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        msg = f"peft.peft_type: expected one of {', '.join(sorted(PeftType.__members__))}, got {kind!r}{hint}"
+        hint = nearest_name(kind, PeftType.__members__)
+        names = ", ".join(sorted(PeftType.__members__))
+        msg = f"peft.peft_type: expected one of {names}, got {kind!r}" + (hint and f"; {hint}")
         raise InputError(msg)
     chosen = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[kind]]
     known = inspect.signature(chosen).parameters

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ntkengine.arguments import whole
+from ntkengine.arguments import nearest_name, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.language import SequenceLoss
 from ntkengine.inputs.promoted import Promoted
@@ -65,9 +64,9 @@ def resolve_readout(readout: str | ReadoutFunction | Readout, contraction: str) 
     elif isinstance(readout, str) and readout in NAMED_READOUTS:
         chosen = Readout(readout, NAMED_READOUTS[readout])
     else:
-        close = get_close_matches(str(readout), NAMED_READOUTS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        msg = f"readout: expected one of {', '.join(map(repr, NAMED_READOUTS))} or a callable, got {readout!r}{hint}"
+        hint = nearest_name(str(readout), NAMED_READOUTS)
+        names = ", ".join(map(repr, NAMED_READOUTS))
+        msg = f"readout: expected one of {names} or a callable, got {readout!r}" + (hint and f"; {hint}")
         raise InputError(msg)
     if contraction != "sum-of-outputs":
         return chosen

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ntkengine.arguments import nearest_name
 from ntkengine.errors import InputError
 from ntkengine.textfile import parse_json
 
@@ -34,9 +34,10 @@ class Row:
 def no_column(where: str, column: str, names: Iterable[Any]) -> InputError:
     """Return the refusal of a column that is not there, with the nearest that is."""
     there = [str(name) for name in names]
-    close = difflib.get_close_matches(column, there, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return InputError(f"{where}: no column {column!r}; {hint}the columns are {', '.join(there) or 'none'}")
+    hint = nearest_name(column, there)
+    return InputError(
+        f"{where}: no column {column!r}; {hint and hint + ' '}the columns are {', '.join(there) or 'none'}"
+    )
 
 
 def rows_of(source: str | Path, header: Sequence[str] | None = None) -> tuple[str, Iterator[Row]]:
