@@ -13,8 +13,11 @@ from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.features import tangent_features
 from ntkengine.gram.jacobian import TangentProducts
 from ntkengine.gram.linear import tangent_factors
+from ntkengine.inputs import streaming
 from ntkengine.inputs.fingerprint import fingerprint_model
 from ntkengine.inputs.heads import fit_head
+from ntkengine.inputs.models import load_model
+from ntkengine.inputs.weights import Entry
 from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
 from tests.test_layout import LAYOUTS, forced
 
@@ -109,6 +112,25 @@ def test_heads_features_and_products_equal_those_of_the_cpu():
         )
     for cpu, gpu in zip(*found, strict=True):
         np.testing.assert_allclose(gpu, cpu, rtol=0, atol=1e-4 * np.abs(cpu).max())
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_streamed_weights_give_what_loaded_ones_give(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "STREAMED", 256)
+    ahead = []
+    monkeypatch.setattr(
+        Entry, "read_to", lambda self, buffer, read=Entry.read_to: ahead.append(1) or read(self, buffer)
+    )
+    model = tiny_model(kind)
+    model.save_pretrained(tmp_path)
+    inputs = tiny_inputs(model, [11, 3, 5, 7, 2, 9], 12)
+    names = {name for name, _ in model.named_parameters()}
+    wanted = contracted(*[gradients(model, inputs, names)] * 2, "trace")
+    for precision, tolerance in (("exact", 1e-9), ("high", 1e-5)):
+        streamed = load_model(tmp_path, num_labels=3, stream=True, device="cuda")
+        gram = compute_gram(streamed, inputs, params="all", precision=precision)
+        assert max(relative_error(gram.values, wanted)) < tolerance
+    assert ahead  # a block's weights came while another worked
 
 
 def test_a_fingerprint_is_the_same_on_the_device():

@@ -52,6 +52,9 @@ class Simulated(torch.Tensor):
     def numpy(self, *_args, **_more):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
 
+    def record_stream(self, _stream):
+        pass
+
     def data_ptr(self):
         return self.inner.data_ptr()
 
@@ -121,6 +124,19 @@ def _placed(x, known):
     return known[id(x)] if id(x) in known else Simulated(x)
 
 
+class _Stream:
+    """A stream on which everything has happened already."""
+
+    def __init__(self, *_device):
+        pass
+
+    def record_event(self):
+        return self
+
+    def wait_event(self, event):
+        assert isinstance(event, _Stream)
+
+
 @contextlib.contextmanager
 def simulated():
     """Within the block `torch.cuda` has one device, of a capability that kernels are not written for."""
@@ -132,11 +148,15 @@ def simulated():
         "current_device": lambda: 0,
         "synchronize": lambda *_: None,
         "device": lambda *_: contextlib.nullcontext(),
+        "stream": lambda *_: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "current_stream": lambda *_: _Stream(),
         "get_device_name": lambda *_: "simulated",
         "get_device_capability": lambda *_: (7, 5),
         "get_device_properties": lambda *_: types.SimpleNamespace(**facts),
         "mem_get_info": lambda *_: (8 << 30, 16 << 30),
         "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
         "max_memory_allocated": lambda *_: 0,
         "reset_peak_memory_stats": lambda *_: None,
         "empty_cache": lambda: None,

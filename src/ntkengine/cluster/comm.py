@@ -44,6 +44,7 @@ class Team:
         size: R.
         host: its name.
         local: its number among the processes of this host.
+        near: how many these are.
         waited: seconds spent in MPI calls that had to wait.
         sent: bytes sent by `send`.
         agreed: the last error that was raised on all ranks.
@@ -56,7 +57,7 @@ class Team:
         self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
         self.host = socket.gethostname()
         near = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local = int(near.Get_rank())
+        self.local, self.near = int(near.Get_rank()), int(near.Get_size())
         near.Free()
         self.waited, self.sent = 0.0, 0
         self.agreed: BaseException | None = None

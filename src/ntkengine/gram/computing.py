@@ -25,6 +25,7 @@ from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned
 from ntkengine.gram.ranksweep import sum_spread
 from ntkengine.gram.result import Gram
+from ntkengine.gram.room import free_bytes
 from ntkengine.gram.run import Sums, by_module
 from ntkengine.gram.sketching import described
 from ntkengine.gram.spread import Spread
@@ -71,17 +72,27 @@ def computed(
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, sketches = planned(
-            task, precision, per_module, memory_gib, seed, sketch, team
+            task,
+            precision,
+            per_module,
+            memory_gib,
+            seed,
+            sketch,
+            team,
+            double=measures_noise(task, check=check),
+            room=free_bytes(task.device, team),
         )
         if memory_gib is not None:
             HEAP.limit = NEAR * plan.peak_bytes
+        elif not layout.doubles:  # it would not fit in what is free
+            HEAP.begin(NEAR * plan.peak_bytes)
         plan_s = time.perf_counter() - began
         frame = task.frame(structure.outputs)
         truth = double = None
         checking = time.perf_counter()
         with together(team):
-            if check and root or task.transform in SIGNS:
-                double = _double(task, running, lazy=memory_gib is not None)
+            if measures_noise(task, check=check and root):
+                double = _double(task, running, lazy=not layout.doubles)
             if task.transform in SIGNS and double is not None:
                 structure.negligible = _negligible(task, structure, double, seed)
             if check and root:
@@ -211,6 +222,11 @@ def _sweep(
     if progress is not None:
         progress(total, total, "done")
     return sums
+
+
+def measures_noise(task: Task, *, check: bool) -> bool:
+    """Whether a float64 copy of the model is made, for the noise or for what a sign is of."""
+    return check or task.transform in SIGNS
 
 
 def _double(task: Task, running: ExitStack, *, lazy: bool) -> Task | None:

@@ -21,13 +21,14 @@ from ntkengine.cluster.comm import team_of, together
 from ntkengine.errors import InputError
 from ntkengine.gram.assembly import as_float, shared
 from ntkengine.gram.checkpoint import CHECKPOINT_S, Checkpoints, check_seconds
-from ntkengine.gram.computing import computed
+from ntkengine.gram.computing import computed, measures_noise
 from ntkengine.gram.identity import existing, identity, writable
 from ntkengine.gram.layout import heap_limit
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
 from ntkengine.gram.repairing import fill_open_tiles
 from ntkengine.gram.result import Gram
+from ntkengine.gram.room import free_bytes
 from ntkengine.gram.run import Sums
 from ntkengine.gram.scaling import check_ranks, predict
 from ntkengine.gram.sharding import write_spread
@@ -103,7 +104,7 @@ def compute_gram(
         backend: of the contractions: `"triton"`: kernels for GPUs; `"torch"`; `"auto"`: Triton on a GPU where it runs.
         memory_gib: bound on the memory above the loaded model (an estimate is kept below it). Over it, microbatches
             get smaller, hidden states wait on the host or in a file, a block is run again for parts of its
-            parameters, and samples are swept in tiles.
+            parameters, and samples are swept in tiles. None: all that is free, of which a warning tells when it binds.
         out: HDF5 file to write; it appears only when complete. Until then the work is kept in `.<name>.parts` beside
             it, and the same call goes on from there after any kind of end, over any number of ranks.
         resume: a complete file of the same job is returned as it is, an unfinished one is gone on with. False refuses
@@ -293,13 +294,15 @@ def plan_gram(
         model, inputs, inputs2, eval_inputs, readout, params, contraction, transform, precision, backend
     )
     HEAP.begin(heap_limit(memory_gib))
+    check = bool(run_only.get("check", True))
+    double, room = measures_noise(task, check=check), free_bytes(task.device) if ranks == 1 else float("inf")
     with ExitStack() as running:
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, sketches = planned(
-            task, precision, per_module, memory_gib, seed, sketch, shared_by=ranks
+            task, precision, per_module, memory_gib, seed, sketch, shared_by=ranks, double=double, room=room
         )
         timed(task.fast(running) if precision == "fast" else task, structure, plan, layout, samples, sketches)
-    if not run_only.get("check", True):
+    if not check:
         plan.check_seconds = 0.0
     if ranks > 1:
         plan.scaling = predict(

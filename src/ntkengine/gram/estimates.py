@@ -22,6 +22,7 @@ from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
+from ntkengine.inputs.resident import brought_ahead
 from ntkengine.inputs.streaming import entry_of
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
@@ -141,6 +142,7 @@ def needs_of(
     sketches: Mapping[str, Sketch],
     *,
     kernels: bool,
+    double: bool = False,
 ) -> Needs:
     """Return what a planned job takes.
 
@@ -152,13 +154,15 @@ def needs_of(
         frame: the wanted Gram.
         sketches: by parameter, what is kept of its gradient.
         kernels: whether contractions run in Triton kernels, which read a parameter's factors from one piece.
+        double: whether a float64 copy of the model measures the noise.
     """
     tiles = (
         min(min(row.columns, COLUMNS) * min(row.rows, 16), row.features or row.rows * row.columns)
         for row in plan.parameters
     )
     widest = plan.samples * plan.outputs * max(tiles, default=0)
-    streamed = [p.numel() * dtype.itemsize for p in model.parameters() if entry_of(p) is not None]
+    streamed = _streamed(model, dtype)
+    blocks = [_streamed(block, dtype) for block in structure.stack.blocks]
     parameter = next(iter(model.parameters()))
     entry = parameter.element_size()
     segments: dict[str, int] = {}
@@ -190,13 +194,15 @@ def needs_of(
         feature_tile=tile,
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         norms=float(max(norms, default=0) * plan.outputs * dtype.itemsize),
-        weights=float(sum(streamed)),
+        weights=float(streamed),
+        block=float(max(blocks, default=streamed) * (2 if brought_ahead(parameter.device) else 1)),
         entry=entry,
         parameter=max(row.rows * row.columns for row in plan.parameters) if plan.parameters else 0,
         segment=max(segments.values(), default=0),
         kept=_HEAP * kept_bytes * dtype.itemsize / parameter.element_size(),
         kept_share=kept / plan.microbatches,
         copy=0.0 if dtype == parameter.dtype else float(sum(p.numel() for p in model.parameters()) * dtype.itemsize),
+        double=8.0 * _loaded(model) if double and parameter.dtype != torch.float64 else 0.0,
         projections=float(max(projections, default=0)),
         copies=max((_copies(row, row.strategy, plan, frame, entry) for row in plan.parameters), default=0.0),
         copies_in_pieces=max(
@@ -233,6 +239,16 @@ def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:
     for row in rows:
         found.setdefault(row.segment, {})[row.parameter] = row.bytes
     return list(found.values())
+
+
+def _streamed(module: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of a module's streamed weights."""
+    return sum(p.numel() * dtype.itemsize for p in module.parameters() if entry_of(p) is not None)
+
+
+def _loaded(model: nn.Module) -> int:
+    """Return the number of floating weights that are in memory."""
+    return sum(p.numel() for p in model.parameters() if entry_of(p) is None and p.is_floating_point())
 
 
 def _matrix(module: nn.Module) -> int:

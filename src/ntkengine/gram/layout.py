@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+
+import torch
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import MICROBATCH_TOKENS
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sweep import KEEP_BYTES
 
+log = logging.getLogger(__name__)
+
+_GPU_TOKENS = 16_384  # a GPU's: 2,048 rows of a layer are less work than launching it, or than sending its weights
 _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twice
 _LEAST_TOKENS = 128
 _PROCESS_BYTES = 32 << 20  # kernels made for the shapes a job met, freed tensors that it keeps; twice it where bounded
@@ -30,6 +36,7 @@ class Layout:
         copies: bytes that copies of one parameter's factors may take; the strategies that make them are left, if not.
         gradients: entries of whole gradients that the probe and the check hold at once.
         keeps: activations are kept, up to a limit, rather than recomputed.
+        doubles: the float64 copy that measures the noise is made whole, rather than a module at a time.
         window: shards of other ranks that a rank contracts its own with at once; 0: there are none.
         bundle_bytes: factors of a shard that travel at once, more only if one parameter has more.
     """
@@ -42,6 +49,7 @@ class Layout:
     resident_bytes: int = 512 << 20
     gradients: int = 1 << 26
     keeps: bool = False
+    doubles: bool = False
     window: int = 0
     bundle_bytes: float = 0.0
 
@@ -79,6 +87,8 @@ class Needs:
         kept: activations that a job without a bound keeps rather than recomputes.
         kept_share: share of the samples they belong to: those leave no hidden states.
         copy: a copy of the weights in another dtype.
+        double: a float64 copy of them, where one measures the noise.
+        block: streamed weights of the largest block, twice where the next one's are brought meanwhile.
         copies: of one parameter's factors, in the order that ghost products or token matching read.
         copies_in_pieces: where they are contracted with those of some other ranks at a time.
         met: samples of a contraction for each of the rank's own, where other ranks' are met.
@@ -103,6 +113,8 @@ class Needs:
     kept: float = 0.0
     kept_share: float = 0.0
     copy: float = 0.0
+    double: float = 0.0
+    block: float = 0.0
     projections: float = 0.0
     copies: float = 0.0
     copies_in_pieces: float = 0.0
@@ -127,7 +139,8 @@ class Needs:
         sweep = kept + factors + working
         # Three samples' gradients by plain autograd, and again by the path that is tried.
         probe = 6.0 * self.entry * max(self.parameter, min(self.segment, layout.gradients // 3))
-        found = self.gram + resident + self.copy + max(sweep + self.projections, probe)
+        copies = self.copy + (self.double if layout.doubles else 0.0)
+        found = self.gram + resident + copies + max(sweep + self.projections, probe)
         return found + (_PROCESS_BYTES if layout.keeps else min(2.0 * _PROCESS_BYTES, _SPREAD * found))
 
     def room(self, layout: Layout) -> float:
@@ -148,26 +161,33 @@ class Needs:
         return (self.activations + self.norms) * layout.microbatch_tokens + fresh
 
 
-def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | None = None) -> Layout:
+def fit(
+    needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | None = None, room: float = float("inf")
+) -> Layout:
     """Return the fastest layout within a budget: smaller microbatches, spilled hidden states, split blocks, tiles.
 
     Args:
         needs: the job's.
-        memory_gib: the budget; None: no bound.
+        memory_gib: the budget; None: no bound but the room there is.
         spill: where hidden states go when they do not fit: "host" or "disk".
         base: what the budget alone decides (`bounds`), and how samples of other ranks are met.
+        room: bytes that are free; a job without a budget that needs more is laid out within them, if it can be.
 
     Raises:
-        InputError: nothing fits; says the least budget that would.
+        InputError: nothing fits the budget; says the least that would.
     """
     base = base or bounds(memory_gib, needs.entry)
     if memory_gib is None:
-        return base
+        base = replace(base, resident_bytes=max(base.resident_bytes, int(needs.block)))
+        return base if needs.peak(base) <= room else _within(needs, room, spill, base)
     budget = memory_gib * GIB
     least = float("inf")
+    resident = max(base.resident_bytes, int(min(needs.block, budget / 2)))
     for layout in _layouts(base, needs):
-        for hidden in ("device", spill):
-            candidate = replace(layout, hidden=hidden)
+        for hidden, held in dict.fromkeys(
+            (hidden, held) for hidden in ("device", spill) for held in (resident, base.resident_bytes)
+        ):
+            candidate = replace(layout, hidden=hidden, resident_bytes=held)
             peak = needs.peak(candidate)
             if peak <= budget:
                 return candidate if candidate.window else replace(candidate, copies=needs.room(candidate))
@@ -180,22 +200,47 @@ def fit(needs: Needs, memory_gib: float | None, *, spill: str, base: Layout | No
     raise InputError(msg)
 
 
+def _within(needs: Needs, room: float, spill: str, base: Layout) -> Layout:
+    """Return a layout within the room there is; the given one, with a warning, where none is."""
+    wanted, free = needs.peak(base) / GIB, room / GIB
+    budget = float(f"{0.995 * free:.3g}")
+    bounded = replace(bounds(budget, needs.entry), window=base.window, bundle_bytes=base.bundle_bytes)
+    bounded = replace(bounded, microbatch_tokens=base.microbatch_tokens)
+    try:
+        layout = fit(needs, budget, spill=spill, base=bounded)
+    except InputError:
+        log.warning("memory: this job wants %.3g GiB and %.3g are free: it may not end", wanted, free)
+        return base
+    log.warning(
+        "memory: this job would take %.3g GiB and %.3g are free: laid out as with memory_gib=%.3g",
+        wanted,
+        free,
+        budget,
+    )
+    return layout
+
+
 def heap_limit(memory_gib: float | None) -> float:
     """Return what `Heap.begin` is told before there is a plan."""
     return float("inf") if memory_gib is None else NEAR * memory_gib * GIB
 
 
-def bounds(memory_gib: float | None, entry: int) -> Layout:
-    """Return a layout in which only what the budget alone decides is set.
+def bounds(memory_gib: float | None, entry: int, device: torch.device | None = None) -> Layout:
+    """Return a layout in which only what the budget and the device decide is set.
 
     Args:
         memory_gib: the budget; None: no bound.
         entry: bytes of a gradient entry.
+        device: where the job runs; None: on the CPU.
     """
+    # A GPU recomputes fast, and one of its microbatches would be kept whole: gigabytes.
+    gpu = device is not None and device.type == "cuda"
+    tokens = _GPU_TOKENS if gpu else MICROBATCH_TOKENS
     if memory_gib is None:
-        return Layout(keeps=True)
+        return Layout(keeps=not gpu, doubles=True, microbatch_tokens=tokens)
     budget = memory_gib * GIB
-    return Layout(resident_bytes=int(budget / 4), gradients=max(1 << 20, int(budget / 16 / entry)))
+    gradients = max(1 << 20, int(budget / 16 / entry))
+    return Layout(resident_bytes=int(budget / 4), gradients=gradients, microbatch_tokens=tokens)
 
 
 def _layouts(base: Layout, needs: Needs) -> list[Layout]:

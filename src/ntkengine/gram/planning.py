@@ -21,9 +21,9 @@ from ntkengine.gram.rates import checks_seconds, contraction_rate, page_seconds,
 from ntkengine.gram.sketching import choose_sketches
 from ntkengine.gram.task import Task
 from ntkengine.inputs.batches import Samples
+from ntkengine.inputs.resident import RESIDENT
 from ntkengine.inputs.running import taken_apart
 from ntkengine.inputs.streaming import is_streamed
-from ntkengine.inputs.weights import RESIDENT
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
@@ -41,6 +41,9 @@ def planned(
     sketch: int | None = None,
     team: Team | None = None,
     shared_by: int = 1,
+    *,
+    double: bool = False,
+    room: float = float("inf"),
 ) -> tuple[Structure, Plan, Layout, Samples, dict[str, Sketch]]:
     """Probe the model, choose what is sketched, and lay the job out within its budget.
 
@@ -55,13 +58,15 @@ def planned(
         sketch: features.
         team: the ranks that share the job; None: this process alone.
         shared_by: ranks to lay it out for without a team.
+        double: whether a float64 copy of the model measures the noise.
+        room: bytes that are free, for a job without a budget.
 
     Raises:
         InputError: nothing fits.
         CheckFailed: ranks disagree.
     """
     dtype = torch.bfloat16 if precision == "fast" else task.dtype
-    before = bounds(memory_gib, task.dtype.itemsize)
+    before = bounds(memory_gib, task.dtype.itemsize, task.device)
     RESIDENT.limit = before.resident_bytes
     began = time.perf_counter()
     with together(team):
@@ -83,13 +88,16 @@ def planned(
     spill = "host" if task.device.type == "cuda" else "disk"
     ranks = shared_by if team is None else team.size
     if ranks == 1:
-        needs = needs_of(plan, structure, task.model, dtype, frame, sketches, kernels=task.kernels)
-        layout = fit(needs, memory_gib, spill=spill)
+        needs = needs_of(plan, structure, task.model, dtype, frame, sketches, kernels=task.kernels, double=double)
+        layout = fit(needs, memory_gib, spill=spill, base=before, room=room)
     else:
+        room = room if team is None else min(team.exchange(room))
         with together(team):
             shards = deal(microbatches(before.microbatch_tokens), ranks)
-            needs, layout = share_of(task, structure, plan, shards, frame, sketches, before, memory_gib, spill, dtype)
+            needs, base = share_of(task, structure, plan, shards, frame, sketches, before, memory_gib, dtype, double)
+            layout = fit(needs, memory_gib, spill=spill, base=base, room=room)
         layout = layout if team is None else team.broadcast(layout)
+    RESIDENT.limit = layout.resident_bytes
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
     tiles = layout.tiles(plan.samples)
@@ -107,10 +115,10 @@ def share_of(
     sketches: dict[str, Sketch],
     base: Layout,
     memory_gib: float | None,
-    spill: str,
     dtype: torch.dtype,
+    double: bool,
 ) -> tuple[Needs, Layout]:
-    """Return what the rank with the most needs, and the layout of all ranks: the one that rank can have.
+    """Return what the rank with the most needs, and what is decided of the layout of all ranks: how samples are met.
 
     Args:
         task: the job.
@@ -121,11 +129,8 @@ def share_of(
         sketches: by parameter.
         base: from the budget alone.
         memory_gib: the budget of a rank.
-        spill: where hidden states go that do not fit.
         dtype: what runs.
-
-    Raises:
-        InputError: nothing fits.
+        double: whether a float64 copy of the model measures the noise.
     """
     ranks = len(shards)
     share = max(shard.tokens for shard in shards) / plan.tokens
@@ -149,10 +154,9 @@ def share_of(
         hidden_bytes=plan.hidden_bytes * share,
         gram_bytes=8.0 * modules * max(sum(entries(m) for m in met) for met in own),
     )
-    needs = needs_of(local, structure, task.model, dtype, frame, sketches, kernels=task.kernels)
+    needs = needs_of(local, structure, task.model, dtype, frame, sketches, kernels=task.kernels, double=double)
     needs = replace(needs, met=max(m.size for met in own for m in met) / most, parcel=parcel)
-    base = replace(base, window=window, bundle_bytes=BUNDLE_BYTES)
-    return needs, fit(needs, memory_gib, spill=spill, base=base)
+    return needs, replace(base, window=window, bundle_bytes=BUNDLE_BYTES)
 
 
 def timed(

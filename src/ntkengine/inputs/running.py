@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.inputs.attributes import Attributes
 from ntkengine.inputs.differentiable import check_differentiable
-from ntkengine.inputs.weights import RESIDENT
+from ntkengine.inputs.resident import RESIDENT
 from ntkengine.products import full_rate
 
 log = logging.getLogger(__name__)

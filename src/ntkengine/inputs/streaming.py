@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
-from ntkengine.inputs.weights import RESIDENT, Entry, Held, entries
+from ntkengine.inputs.resident import RESIDENT, Key
+from ntkengine.inputs.weights import Entry, Held, entries
 
 STREAMED = 1 << 18  # entries; smaller parameters and vectors are loaded
 
@@ -37,6 +38,11 @@ def placeholder(
 def entry_of(parameter: Any) -> Entry | Held | None:
     """Return the file entry of a streamed parameter, None for any other."""
     return getattr(parameter, "ntk_entry", None)
+
+
+def streamed_keys(module: nn.Module) -> list[Key]:
+    """Return what `Resident` calls the module's streamed weights, each once, in the order of its modules."""
+    return [(entry, p.dtype, p.device) for p in module.parameters() if (entry := entry_of(p)) is not None]
 
 
 def is_streamed(model: nn.Module) -> bool:

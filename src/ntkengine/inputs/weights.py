@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +20,18 @@ _AHEAD = 256 << 20  # bytes the operating system is asked to read ahead, either 
 def pread(fd: int, nbytes: int, offset: int) -> bytearray | None:
     """Return so many bytes of a file from an offset; None when it ends before."""
     raw = bytearray(nbytes)
-    view, done = memoryview(raw), 0
-    while done < nbytes:
+    return raw if fill(fd, memoryview(raw), offset) else None
+
+
+def fill(fd: int, view: memoryview, offset: int) -> bool:
+    """Fill the bytes with a file's from an offset; return False when it ends before."""
+    done = 0
+    while done < len(view):
         got = os.preadv(fd, [view[done:]], offset + done)
         if not got:
-            return None
+            return False
         done += got
-    return raw
+    return True
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,26 @@ class Entry:
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype)
         row = self.nbytes // rows
+        raw = bytearray((stop - start) * row)
+        self._fill(memoryview(raw), start * row)
+        return torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:])
+
+    def read_to(self, buffer: Tensor) -> Tensor:
+        """Return the tensor in a buffer of as many bytes; what lies around it is read ahead."""
+        self._fill(buffer.numpy().data, 0)
+        return buffer.view(self.dtype).view(self.shape)
+
+    def _fill(self, view: memoryview, start: int) -> None:
         fd = os.open(self.path, os.O_RDONLY)
         try:
-            raw = pread(fd, (stop - start) * row, self.offset + start * row)
-            if raw is None:
+            if not fill(fd, view, self.offset + start):
                 msg = f"{self.path}: ends before its header says"
                 raise InputError(msg)
-            if hasattr(os, "posix_fadvise") and stop - start == rows:
+            if hasattr(os, "posix_fadvise") and len(view) == self.nbytes:
                 low = max(0, self.offset - _AHEAD)
                 os.posix_fadvise(fd, low, self.offset + self.nbytes + _AHEAD - low, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(fd)
-        return torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,39 +121,3 @@ def entries(folder: Path) -> dict[str, Entry]:
             offset = 8 + length + start
             found[name] = Entry(str(path), _DTYPES[about["dtype"]], tuple(about["shape"]), offset, stop - start)
     return found
-
-
-class Resident:
-    """The weights brought last, up to a number of bytes: one block's, so that its microbatches read it once.
-
-    Attributes:
-        limit: bytes; a larger weight is not kept.
-    """
-
-    def __init__(self, limit: int = 512 << 20) -> None:
-        self.limit = limit
-        self._kept: OrderedDict[tuple[Entry | Held, torch.dtype, torch.device], Tensor] = OrderedDict()
-        self._bytes = 0
-
-    def bring(self, entry: Entry | Held, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a weight, from its file if need be."""
-        key = entry, dtype, device
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        size = math.prod(entry.shape) * dtype.itemsize
-        self.shrink(self.limit - size)
-        weight = entry.read().to(device).to(dtype)  # converted there: a GPU is faster at it
-        if size <= self.limit:
-            self._kept[key] = weight
-            self._bytes += size
-        return weight
-
-    def shrink(self, limit: int) -> None:
-        """Let go of the weights unused for longest until at most `limit` bytes are held."""
-        while self._kept and self._bytes > max(limit, 0):
-            _, old = self._kept.popitem(last=False)
-            self._bytes -= old.numel() * old.element_size()
-
-
-RESIDENT = Resident()

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from ntkengine.inputs.attributes import Attributes
+from ntkengine.inputs.resident import RESIDENT
 from ntkengine.inputs.streaming import entry_of
-from ntkengine.inputs.weights import RESIDENT
 from ntkengine.tangents.capture import Call, PathFailed, Pulled
 from ntkengine.tangents.convolution import unfolds, weight_gradient
 from ntkengine.tangents.factors import Dense, Lookup, Outer, Use

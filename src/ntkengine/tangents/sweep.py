@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.readout import Readout
+from ntkengine.inputs.resident import RESIDENT, Key
 from ntkengine.inputs.running import call_model, wanting_gradients
-from ntkengine.inputs.streaming import is_streamed
+from ntkengine.inputs.streaming import is_streamed, streamed_keys
 from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.blocks import before_blocks, first_tensor, replace_first
 from ntkengine.tangents.capture import Call, Recorder
@@ -95,6 +97,7 @@ class Sweep:
         self._kept: list[Recording | None] = [None for _ in samples.chunks]
         self._keep_bytes = 0 if is_streamed(model) else keep_bytes  # kept graphs would hold its weights
         self._sketches, self._skip = sketches or {}, skip
+        self._weights: list[list[Key]] = [streamed_keys(block) for block in self.stack.blocks]
 
     def segments(self) -> Iterator[tuple[str, list[ParameterFactors]]]:
         """Yield (segment name, factors of the parameters whose last use it was), from the head down to the input."""
@@ -194,6 +197,12 @@ class Sweep:
             for s, block in enumerate(self.stack.blocks)
             if s + 1 >= self.lowest
         ]
+        if any(self._weights):
+            follows = [*range(2, self.stack.depth + 1), 1 if i + 1 < len(self.samples.chunks) else 0]
+            handles += [
+                block.register_forward_pre_hook(partial(self._expect, s + 1, follows[s]))
+                for s, block in enumerate(self.stack.blocks)
+            ]
         if self.stack.blocks:
             handles.append(self.stack.blocks[-1].register_forward_hook(after_last))
         try:
@@ -244,6 +253,7 @@ class Sweep:
 
     def _block(self, segment: int, i: int, chunk: Chunk, paths: list[Path], *, last: bool) -> dict[str, list[Use]]:
         """Replay one block from its recorded input."""
+        self._expect(segment, segment - 1 if segment > self.lowest else 0)
         args, kwargs = self._saved[i].pop(segment) if last else self._saved[i][segment]
         leaf = self._hidden.take(i, segment, keep=not last).detach().requires_grad_(True)
         args, kwargs = self.stack.put(args, kwargs, leaf)
@@ -262,6 +272,11 @@ class Sweep:
             recorder.stop()
             self._same(out, i, 0, last=last)
             return self._pull(i, out, self._cotangents[i], [], recorder.calls, paths, chunk, last=last)
+
+    def _expect(self, now: int, then: int, *_hook: Any) -> None:
+        """Tell what weights are needed now, and next: those of two blocks, 0 for none."""
+        if any(self._weights):
+            RESIDENT.expect(*(self._weights[s - 1] if s else [] for s in (now, then)))
 
     def _same(self, out: Tensor, i: int, segment: int, *, last: bool) -> None:
         """Refuse a replay that gives another output than the forward pass did: the block keeps a state."""

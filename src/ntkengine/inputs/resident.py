@@ -1,0 +1,155 @@
+"""Weights on their way: the block at work keeps its own, and on a GPU the next one's cross the bus meanwhile.
+
+A weight is copied on a stream of its own, from pinned memory, into which files are read by threads; the stream that
+computes waits for it where its module runs. So a pass takes the longer of bus and computing, not their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ntkengine.inputs.weights import Entry, Held
+
+Key = tuple[Entry | Held, torch.dtype, torch.device]
+
+_READERS = 4  # threads: one alone copies from the system's cache at a fraction of what the bus carries
+
+
+def brought_ahead(device: torch.device) -> bool:
+    """Whether the next block's weights are brought while a block works: where computing leaves the host free to."""
+    return device.type == "cuda"
+
+
+class Resident:
+    """The weights brought last, up to a number of bytes: one block's, so that its microbatches read it once.
+
+    Attributes:
+        limit: bytes; a larger weight is not kept.
+    """
+
+    def __init__(self, limit: int = 512 << 20) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[Key, Tensor] = OrderedDict()
+        self._coming: dict[Key, _Arrival] = {}
+        self._wanted: set[Key] = set()
+
+    def bring(self, entry: Entry | Held, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a weight, from its file if need be."""
+        key = entry, dtype, device
+        for arrival in self._coming.values():
+            arrival.go_on()
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        arrived = self._coming.pop(key, None)
+        if arrived is None:
+            self._make_room(_size(key))
+            weight = entry.read().to(device).to(dtype)  # converted there: a GPU is faster at it
+        else:
+            weight = arrived.take()
+        if _size(key) <= self.limit:
+            self._kept[key] = weight
+        return weight
+
+    def expect(self, now: Sequence[Key], then: Sequence[Key]) -> None:
+        """Keep the weights of the block at work and of the next before any others; begin to bring the next one's.
+
+        Args:
+            now: of the block at work.
+            then: of the next, in the order of their use; as many are begun as fit beside the block's at work.
+        """
+        self._wanted = {*now, *then}
+        self._coming = {key: arrival for key, arrival in self._coming.items() if key in self._wanted}
+        free = self.limit - sum(map(_size, {*now, *self._coming, *(key for key in then if key in self._kept)}))
+        for key in then:
+            if key in self._kept or key in self._coming or not _is_elsewhere(key):
+                continue
+            free -= _size(key)
+            if free < 0:
+                break
+            self._make_room(_size(key))
+            self._coming[key] = _Arrival(key)
+
+    def shrink(self, limit: int) -> None:
+        """Let go of weights until at most `limit` bytes are held: of those unused for longest, the wanted ones last."""
+        if limit <= 0:
+            self._coming.clear()
+        over = sum(map(_size, [*self._kept, *self._coming])) - max(limit, 0)
+        for key in sorted(self._kept, key=self._wanted.__contains__):
+            if over <= 0:
+                break
+            del self._kept[key]
+            over -= _size(key)
+
+    def _make_room(self, size: int) -> None:
+        self.shrink(max(1, self.limit - size))
+
+
+class _Arrival:
+    """A weight on its way: read by a thread if it is in a file, then copied on a stream beside the computing one."""
+
+    def __init__(self, key: Key) -> None:
+        entry, self._dtype, self._device = key
+        self._on_gpu = self._device.type == "cuda"
+        self._read: Future[Tensor] | None = None
+        self._weight: Tensor | None = None
+        if isinstance(entry, Entry):
+            buffer = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+            self._read = _readers().submit(entry.read_to, buffer)
+        else:
+            self._copy(entry.read())
+
+    def go_on(self) -> None:
+        """Begin to copy what has been read."""
+        if self._weight is None and self._read is not None and self._read.done():
+            self._copy(self._read.result())
+
+    def take(self) -> Tensor:
+        """Return the weight, for the current stream."""
+        if self._weight is None and self._read is not None:
+            self._copy(self._read.result())
+        assert self._weight is not None
+        if self._on_gpu:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(self._copied)
+            self._weight.record_stream(here)
+        return self._weight
+
+    def _copy(self, source: Tensor) -> None:
+        if not self._on_gpu:
+            self._weight = source.to(self._device).to(self._dtype)
+            return
+        beside = _beside(self._device)
+        with torch.cuda.stream(beside):
+            self._weight = source.to(self._device, non_blocking=True).to(self._dtype)
+        self._copied = beside.record_event()
+
+
+def _size(key: Key) -> int:
+    return math.prod(key[0].shape) * key[1].itemsize
+
+
+def _is_elsewhere(key: Key) -> bool:
+    """Whether a weight is brought ahead: not where it is on its device already, in another dtype."""
+    entry, _, device = key
+    return brought_ahead(device) and not (isinstance(entry, Held) and entry.weight.device == device)
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="ntk-weights")
+
+
+@cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+RESIDENT = Resident()
