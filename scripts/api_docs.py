@@ -22,7 +22,7 @@ TOPICS = {
     "Spectrum": ("spectrum",),
     "Kernel regression": ("ridge",),
     "Forecast": ("forecast", "forecast.lora", "forecast.simulate", "forecast.subsets"),
-    "Fine-tuning": ("recipe", "finetune", "finetune.callback"),
+    "Fine-tuning": ("recipe", "finetune", "finetune.bounds", "finetune.callback"),
     "Progress and errors": ("report.progress", "errors"),
 }
 HEAD = """# API reference

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -265,3 +267,30 @@ def test_logistic_says_when_it_stops_short():
     with pytest.raises(NotConverged, match="logistic regression: gradient") as caught:
         KernelLogistic(ridge=1e-6, max_iter=1).fit(features @ features.T, y)
     assert caught.value.partial.predict(features @ features.T).shape == y.shape
+
+
+@pytest.mark.parametrize("estimator", [KernelRidge, KernelLogistic])
+def test_a_ridge_below_the_noise_is_refused_and_one_near_it_told(estimator, caplog):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 30))
+    y = np.sign(rng.standard_normal(20))
+    gram = SimpleNamespace(values=x @ x.T, noise=1e-2, contraction="trace")
+    with pytest.raises(InputError, match="ridge: expected at least the noise of the kernel, 0.01, got 0.009"):
+        estimator(ridge=0.009).fit(gram, y)
+    with pytest.raises(InputError, match=r"expected at least the noise of the kernel, 0.02"):
+        estimator(ridge=0.015).fit(gram, y, sample_weight=np.r_[2.0, np.ones(19)])
+    for ridge, told in ((0.011, True), (0.19, True), (0.21, False)):
+        caplog.clear()
+        estimator(ridge=ridge).fit(gram, y)
+        assert ("times the kernel's noise" in caplog.text) is told
+    estimator(ridge=0.009).fit(gram.values, y)  # a bare array carries none
+
+
+def test_targets_of_a_full_gram_are_a_row_an_example():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((12, 30))
+    gram = SimpleNamespace(values=x @ x.T, noise=0.0, contraction="full", outputs=np.zeros((4, 3)))
+    y = rng.standard_normal((4, 3))
+    assert KernelRidge(ridge=1.0).fit(gram, y).loo_residuals_.shape == (4, 3)
+    with pytest.raises(InputError, match=r"y: expected \(4, 3\), an example of this 'full' Gram a row, got \(12,\)"):
+        KernelRidge(ridge=1.0).fit(gram, y.reshape(-1))

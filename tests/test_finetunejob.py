@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ntkengine as ntk
@@ -323,3 +324,14 @@ def test_a_history_is_part_of_a_report(folder, run):
         code, _, err = run("report", folder / "broken.jsonl", "-o", page)
         assert (code, "written by `ntkengine finetune --history`" in err) == (2, True), broken
         assert page.read_text(encoding="utf-8") == text
+
+
+def test_a_full_disk_is_told_in_a_line(folder, run, monkeypatch):
+    def full(*_args, **_more):
+        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    code, _, err = run("finetune", folder / "job.toml", "--save", folder / "tuned")
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"error: {folder / 'tuned'}: is not written: ")
+    assert sorted(p.name for p in folder.glob("*tuned*")) == []

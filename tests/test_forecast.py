@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.stats import t as student
 
 from ntkengine.errors import InputError
 from ntkengine.forecast import forecast
-from ntkengine.forecast.scores import wilson_interval
+from ntkengine.forecast.scores import centred_alignment, wilson_interval
 from ntkengine.ridge import KernelRidge
 
 N, M, C, P = 23, 14, 3, 90
@@ -129,9 +130,9 @@ def test_ridge_path_matches_refits(contraction: str, outputs: int) -> None:
     squares = ((g.y - left_out) ** 2).mean(axis=1)
     assert result.loo[0] == pytest.approx(squares.mean(), rel=1e-9)
     assert result.loo_mse[at] == pytest.approx(squares.mean(), rel=1e-9)
-    assert result.loo[2] - result.loo[0] == pytest.approx(
-        student.ppf(0.975, N - 1) * squares.std(ddof=1) / np.sqrt(N), rel=1e-6
-    )
+    half = student.ppf(0.975, N - 1) * squares.std(ddof=1) / np.sqrt(N)
+    assert result.loo[1] == pytest.approx(max(0.0, squares.mean() - half), rel=1e-6)
+    assert result.loo[2] == pytest.approx(squares.mean() * np.exp(half / squares.mean()), rel=1e-6)
     right = (np.sign(left_out) == g.y)[:, 0] if outputs == 1 else left_out.argmax(1) == g.y.argmax(1)
     assert result.loo_accuracy[at] == pytest.approx(right.mean())
     assert result.loo_accuracy_at_ridge == wilson_interval(right.sum(), N)
@@ -296,6 +297,44 @@ def test_sums_over_the_spectrum_of_several_outputs_know_their_noise(contraction,
 def test_a_ridge_hardly_above_the_noise_is_told() -> None:
     g = linear_model()
     noisy = SimpleNamespace(**{**vars(g), "noise": 1e-2})
-    for ridge, told in ((1.01e-2, True), (1.9e-2, True), (2.1e-2, False), (1.0, False)):
-        lines = forecast(noisy, g.y, ridge=ridge).assumptions
-        assert any("The ridge is below twice the noise" in line for line in lines) is told
+    for ridge, told in ((1.1e-2, "1.1 times .* of 2 "), (0.11, "11 times .* of 0.2 "), (0.21, None), (1.0, None)):
+        lines = [line for line in forecast(noisy, g.y, ridge=ridge).assumptions if "The ridge is only" in line]
+        assert len(lines) == (told is not None)
+        assert told is None or re.search(told, lines[0])
+
+
+def test_what_the_noise_does_to_the_curve_is_told() -> None:
+    g = linear_model()
+    values, vectors = np.linalg.eigh(g.values)
+    rng = np.random.default_rng(5)
+    for noise in (1e-6, 1e-3, 0.1):
+        small = np.where(np.arange(N) < 5, 0.9 * noise, values)  # not resolved, and really there
+        true = SimpleNamespace(**{**vars(g), "values": (vectors * small) @ vectors.T, "noise": 0.0})
+        E = rng.standard_normal((N, N))
+        E = (E + E.T) * noise / np.linalg.norm(E + E.T, 2)
+        told = forecast(SimpleNamespace(**{**vars(true), "values": true.values + E, "noise": noise}), g.y)
+        assert told.times[-1] <= max(0.1 * N / noise, 10 * N / values[-1]) * (1 + 1e-9)
+        line = next(line for line in told.assumptions if "do not move in the training curve" in line)
+        share = float(re.search(r"residuals by (\S+) %", line)[1]) / 100
+        assert 0 < share <= 0.2 or noise == 0.1
+        exact = forecast(true, g.y, times=told.times)
+        start = np.linalg.norm(g.y - g.outputs)
+        apart = np.abs(np.sqrt(2 * N * told.curve_train_loss[-1]) - np.sqrt(2 * N * exact.curve_train_loss[-1]))
+        assert apart <= share * start
+
+
+def test_an_alignment_has_the_error_that_noise_makes() -> None:
+    rng = np.random.default_rng(0)
+    y, x = np.sign(rng.standard_normal((30, 1))), rng.standard_normal((30, 4))
+    K = x @ x.T + 0.3 * y @ y.T
+    true = centred_alignment(K, y)
+    for noise in (1e-3, 1e-1, 3.0, 100.0):
+        for _ in range(20):
+            E = rng.standard_normal((30, 30)) if rng.random() < 0.5 else np.outer(y, y)
+            E = (E + E.T) * noise / np.linalg.norm(E + E.T, 2)
+            found = centred_alignment(K + E, y, noise)
+            assert abs(found - true) <= found.error
+    assert found.error == np.inf
+    told = forecast(SimpleNamespace(values=K + 1e3, contraction="trace", noise=100.0), y)
+    assert "not resolved" in dict(told.table())["alignment with targets"]
+    assert told.to_dict()["alignment_error"] is None

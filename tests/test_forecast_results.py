@@ -11,7 +11,7 @@ import pytest
 
 from ntkengine.errors import InputError
 from ntkengine.forecast import displacement_bound, forecast, linearisation_gap_bound, risk_bounds
-from ntkengine.forecast.scores import centred_alignment, mean_interval, name_classes, wilson_interval
+from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
 from tests.test_forecast import C, M, N, linear_model
 
 
@@ -157,12 +157,23 @@ def test_scores() -> None:
     assert wilson_interval(0, 5)[1] == 0.0
     assert wilson_interval(5, 5)[2] == pytest.approx(1.0)
     mean, low, high = mean_interval(np.array([1.0, 2.0, 3.0, 4.0]))
-    assert (mean, high - mean) == (2.5, pytest.approx(3.18245 * np.std([1, 2, 3, 4], ddof=1) / 2, rel=1e-5))
+    half = 3.1824463 * np.std([1, 2, 3, 4], ddof=1) / 2
+    assert (mean, low, high) == (2.5, pytest.approx(2.5 - half), pytest.approx(2.5 * np.exp(half / 2.5), rel=1e-5))
+    assert mean_interval(np.zeros(3)) == (0.0, 0.0, 0.0)
     assert mean_interval(np.array([2.0]))[1:] == (0.0, np.inf)
     draws = np.random.default_rng(0).normal(10.0, 1.0, (4000, 4))
     assert np.mean([low <= 10.0 <= high for _, low, high in map(mean_interval, draws)]) == pytest.approx(
         0.95, abs=0.015
     )
+    for count in (3, 5, 10, 30):  # errors squared: skewed
+        draws = np.random.default_rng(1).normal(size=(4000, count)) ** 2
+        assert np.mean([low <= 1.0 <= high for _, low, high in map(mean_interval, draws)]) > 0.91
+    assert all(
+        low <= value <= high for n in range(1, 60) for k in range(n + 1) for value, low, high in [wilson_interval(k, n)]
+    )
+    assert hits(np.zeros((2, 1)), np.array([[1.0], [-1.0]])).tolist() == [False, False]
+    assert hits(np.zeros((2, 3)), np.eye(3)[:2]).tolist() == [False, False]
+    assert hits(np.eye(3)[[0, 2]], np.eye(3)[:2]).tolist() == [True, False]
     y = np.sign(np.random.default_rng(0).standard_normal((31, 2)))
     centred = y - y.mean(axis=0)
     assert centred_alignment(centred @ centred.T + 100.0, y) == pytest.approx(1.0)

@@ -34,7 +34,7 @@ ALLOWED = {
     },
     "store": {"errors", "arguments", "gram", "textfile"},
     "spectrum": {"errors", "arguments", "digits"},
-    "ridge": {"errors", "arguments", "targets", "spectrum"},
+    "ridge": {"errors", "arguments", "digits", "targets", "spectrum"},
     "forecast": {"errors", "arguments", "display", "digits", "targets", "losses", "recipe", "descent", "spectrum"}
     | {"ridge", "report", "inputs", "gram"},
     "targets": {"errors"},

@@ -219,3 +219,19 @@ def test_a_preconditioner_of_what_the_ridge_makes_positive():
     right = rng.standard_normal(60)
     found = conjugate_gradients(K, right, 1.0, preconditioner=preconditioner(K, 1.0, 30))
     np.testing.assert_allclose(found.solution, np.linalg.solve(K + np.eye(60), right), atol=1e-6)
+
+
+def test_the_error_has_the_noise_that_is_told():
+    missed = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        n = int(rng.choice([5, 20, 60]))
+        x = rng.standard_normal((n, 3)) * 10.0 ** rng.uniform(-2, 2, 3)
+        K = x @ x.T
+        noise = 10.0 ** rng.uniform(-8, -2) * np.linalg.norm(K, 2)
+        E = rng.standard_normal((n, n))
+        K += (E + E.T) * noise / np.linalg.norm(E + E.T, 2)
+        diagonal = np.maximum(np.diag(K), 0)
+        found = random_cholesky(lambda i, K=K: K[:, i], diagonal, n, noise=noise, seed=seed)
+        missed += np.linalg.norm(K - found.factor @ found.factor.T, 2) > found.error
+    assert missed == 0

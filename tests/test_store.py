@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 
 import h5py
 import numpy as np
@@ -62,6 +63,23 @@ def test_file_holds_what_memory_holds(job):
         assert plain.attrs["schema"] == "ntkengine-gram/1"
         assert plain["gram"].shape == (7, 7)
     assert [p.name for p in arguments["out"].parent.iterdir()] == ["k.h5"]
+
+
+def test_a_gram_of_a_file_pickles_as_its_path(job):
+    model, inputs, arguments = job
+    compute_gram(model, inputs, **arguments)
+    stored = open_gram(arguments["out"])
+    packed = pickle.dumps(stored)
+    assert len(packed) < 20_000
+    again = pickle.loads(packed)
+    np.testing.assert_array_equal(again.values[2:4], stored.values[2:4])
+    some = np.ix_([5, 1], [0, 2, 6])
+    np.testing.assert_array_equal(again.values[some], stored.values[...][some])
+    for name in stored.modules:
+        np.testing.assert_array_equal(again.cross_modules[name][...], stored.cross_modules[name][...])
+    arguments["out"].unlink()
+    with pytest.raises(InputError, match="no such file"):
+        pickle.loads(packed)
 
 
 def test_same_job_is_not_computed_again_and_another_is_refused(job, monkeypatch):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, RankFailed, Stopped
     from ntkengine.finetune import FineTuning, fine_tune, linearize
+    from ntkengine.finetune.bounds import linearity_bounds
     from ntkengine.finetune.callback import LinearityCallback
     from ntkengine.forecast import CrossFit, Forecast, cross_fit, forecast
     from ntkengine.forecast.lora import rehearse
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _HOME = {
     "errors": ("CheckFailed", "InputError", "NonFinite", "NotConverged", "RankFailed", "Stopped"),
     "finetune": ("FineTuning", "fine_tune", "linearize"),
+    "finetune.bounds": ("linearity_bounds",),
     "finetune.callback": ("LinearityCallback",),
     "forecast": ("CrossFit", "Forecast", "cross_fit", "forecast"),
     "forecast.lora": ("rehearse",),
@@ -111,6 +113,7 @@ __all__ = [
     "fine_tune",
     "fit_head",
     "forecast",
+    "linearity_bounds",
     "linearize",
     "load_model",
     "log_determinant",

@@ -101,8 +101,8 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
         elif gram.targets is not None and gram.contraction != "sum-of-outputs":
             found = forecasts[str(path)] = forecast_file(gram, ridge)
             tables = [facts, forecast_table(found)]
-            if found.modules and gram.meta.get("module_trace"):
-                tables.append(module_table(found.modules, float(found.trace)))
+            if found.modules and (traces := gram.meta.get("module_trace")):
+                tables.append(module_table(found.modules, sum(traces.values())))  # of K, as `info` has it
             sections.append(Section(str(path), tables, forecast_figures(found), found.assumptions))
             continue
         matrix = as_matrix(gram)

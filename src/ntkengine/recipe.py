@@ -69,7 +69,7 @@ class Recipe:
             if not is_number(getattr(self, name)):
                 raise InputError(f"{name}: expected a number, got {getattr(self, name)!r}")
         object.__setattr__(self, "selective", flag("selective", self.selective))
-        if isinstance(self.betas, tuple):
+        if isinstance(self.betas, tuple | list):
             object.__setattr__(self, "betas", tuple(map(scalar, self.betas)))
         if not isinstance(self.betas, tuple) or len(self.betas) != 2 or not all(map(is_number, self.betas)):
             raise InputError(f"betas: expected two numbers, got {self.betas!r}")

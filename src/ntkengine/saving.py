@@ -66,9 +66,12 @@ def save_model(model: nn.Module, folder: Path, below: bool, check: Callable[[Pat
 
     Raises:
         CheckFailed: a weight is not finite.
+        OSError: the disk refused.
     """
     partial = folder.absolute().with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    from safetensors import SafetensorError
+
     tuned: Any = model
     try:
         tuned.save_pretrained(partial)
@@ -86,6 +89,8 @@ def save_model(model: nn.Module, folder: Path, below: bool, check: Callable[[Pat
         _check_finite(partial, folder)
         check(partial)
         partial.rename(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: is not written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -88,6 +88,10 @@ def write_text(path: Path, text: str) -> None:
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{path}: is not written: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from ntkengine.digits import above
 from ntkengine.forecast.crossfit import CrossFit
 from ntkengine.forecast.system import Kernel
 from ntkengine.report.tables import sketch_note
+from ntkengine.ridge.checks import FAR
 from ntkengine.spectrum import ConditionNumber
 
 
@@ -49,12 +50,11 @@ def assumptions_of(
     if kernel.divisor > 1:
         lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
     lines.append(start)
-    if not condition.resolved:
-        lines.append("Eigenvalues at or below the noise do not move in the training curve.")
-    if ridge < 2.0 * condition.noise:
+    if ridge < FAR * condition.noise:
+        share = above(2.0 * condition.noise / ridge, 1)
         lines.append(
-            f"The ridge is below twice the noise ({above(condition.noise, 2)}): figures at it may differ from those of "
-            "the true kernel by more than their intervals say."
+            f"The ridge is only {ridge / condition.noise:.2g} times the noise ({above(condition.noise, 2)}): figures "
+            f"at it may differ from those of the true kernel by a share of {share} beyond their intervals."
         )
     if not classes:
         lines.append(
@@ -65,4 +65,30 @@ def assumptions_of(
             lines.append(f"The {name} optimum is at the largest ridge: the kernel adds little to the start.")
         if edge == "lower":
             lines.append(f"The {name} optimum is at the smallest ridge tried: less regularisation is not resolved.")
+    return lines
+
+
+def curve_notes(times: np.ndarray, best: float | None, n: int, condition: ConditionNumber) -> list[str]:
+    """Return what is to be said of the training curve.
+
+    Args:
+        times: (T,) of the curve.
+        best: of least eval loss, or None.
+        n: train examples.
+        condition: of the kernel, with its noise.
+    """
+
+    def moved(time: float) -> str:
+        # K̃ without what is not resolved is off by at most twice the noise, e^(−K̃t/n) by that times t/n (Duhamel).
+        return f"{above(-100.0 * float(np.expm1(-2.0 * condition.noise * time / n)), 1)} %"
+
+    lines = []
+    if not condition.resolved:
+        line = (
+            "Eigenvalues at or below the noise do not move in the training curve; by its last time they may have moved "
+        )
+        line += f"residuals by {moved(times[-1])} of the start's"
+        lines.append(line + (f", by that of least eval loss by {moved(best)}." if best is not None else "."))
+    if best is not None and best == times[-1]:
+        lines.append("The eval loss still falls at the last time of the curve: it may become less.")
     return lines

@@ -17,6 +17,7 @@ from ntkengine.forecast.system import Flow
 
 _TIMES = 121
 _DECADES = 10.0  # at most, of the default times
+_KNOWN = 0.1  # of n/noise: until then the noise moves residuals by less than 1 − e^−0.2 of them
 
 
 def checked_times(times: ArrayLike) -> np.ndarray:
@@ -28,7 +29,7 @@ def checked_times(times: ArrayLike) -> np.ndarray:
 
 
 def default_times(n: int, top: float, bottom: float, noise: float) -> np.ndarray:
-    """Return a log grid from 0.01·n/λ_max to 100·n/λ_min, or to n/noise where λ_min is unresolved.
+    """Return a log grid from 0.01·n/λ_max to 100·n/λ_min, but no further than the noise lets the flow be known.
 
     Args:
         n: examples the loss is a mean over.
@@ -40,7 +41,8 @@ def default_times(n: int, top: float, bottom: float, noise: float) -> np.ndarray
         (121,) float64, spanning at least three and at most ten decades.
     """
     first = 0.01 * n / top
-    last = 100.0 * n / bottom if bottom > noise else n / noise
+    last = _KNOWN * n / noise
+    last = min(100.0 * n / bottom, last) if bottom > noise else last
     return np.geomspace(first, min(max(last, 1e3 * first), first * 10.0**_DECADES), _TIMES)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ntkengine.arguments import number, real_array
+from ntkengine.digits import above
 from ntkengine.errors import InputError
 from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.operators import EPS
@@ -119,7 +120,7 @@ def ridge_of(ridge: float, noise: float) -> float:
     """Return a ridge as a float; InputError when it is not positive, or below the noise."""
     found = number("ridge", ridge, above=0, what="a number")
     if found < noise:
-        raise InputError(f"ridge: expected a number > 0 and not below the noise {noise:.3g}, got {ridge!r}")
+        raise InputError(f"ridge: expected a number > 0 and not below the noise {above(noise, 4)}, got {ridge!r}")
     return found
 
 

@@ -12,7 +12,7 @@ from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.result import plain
 from ntkengine.recipe import Recipe
 from ntkengine.report.tables import span
-from ntkengine.spectrum import ConditionNumber
+from ntkengine.spectrum import ConditionNumber, Estimate
 
 _SHOWN = 10  # subsets a notebook shows
 
@@ -29,7 +29,7 @@ class Choice:
         condition: of its kernel on the training examples, expected over the start of A; one start's is usually
             larger, as λ_max is convex and λ_min concave in the kernel. None without a per-module Gram.
         trace: of it, or None.
-        alignment: centred kernel-target alignment, or None.
+        alignment: centred kernel-target alignment, with what the noise may do to it, or None.
         weyl: bounds from its modules alone (Σ λ_min(K_l) ≤ λ_min, λ_max ≤ Σ λ_max(K_l)), or None.
     """
 
@@ -39,7 +39,7 @@ class Choice:
     outcome: Outcome
     condition: ConditionNumber | None = None
     trace: float | None = None
-    alignment: float | None = None
+    alignment: Estimate | None = None
     weyl: tuple[float, float] | None = None
 
 
@@ -106,6 +106,7 @@ class Ranking:
             kernel = None if c.condition is None else {"condition": str(c.condition), "trace": c.trace}
             if kernel is not None:
                 kernel |= {"alignment": c.alignment, "weyl_lambda_min": None, "weyl_lambda_max": None}
+                kernel |= {} if c.alignment is None else {"alignment_error": c.alignment.error}
                 if c.weyl is not None:
                     kernel |= {"weyl_lambda_min": c.weyl[0], "weyl_lambda_max": c.weyl[1]}
             one = {"name": c.name, "modules": list(c.modules), "parameters": c.parameters}

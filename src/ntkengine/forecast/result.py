@@ -44,7 +44,8 @@ class Forecast:
         trace: sum of `eigenvalues`, not divided.
         effective_rank: (Σλ)²/Σλ².
         effective_dimension: tr K(K + ridge·I)⁻¹ at the chosen ridge, summed over systems.
-        alignment: centred kernel-target alignment of the kernel over examples; None for constant targets.
+        alignment: centred kernel-target alignment of the kernel over examples, with what the noise may do to it; None
+            for constant targets.
         ridges: (R,) ascending, in the unit of the matrix used: C times as large for `KernelRidge` on a trace kernel.
         train_mse: (R,) after ridge regression, from the real start.
         loo_mse: (R,) leave-one-example-out.
@@ -95,7 +96,7 @@ class Forecast:
     trace: Estimate
     effective_rank: Estimate
     effective_dimension: Estimate
-    alignment: float | None
+    alignment: Estimate | None
     ridges: np.ndarray
     train_mse: np.ndarray
     loo_mse: np.ndarray

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from ntkengine.arguments import flag
 from ntkengine.errors import InputError
-from ntkengine.forecast.assumptions import assumptions_of, start_line
+from ntkengine.forecast.assumptions import assumptions_of, curve_notes, start_line
 from ntkengine.forecast.bounds import risk_bounds
 from ntkengine.forecast.crossfit import CrossFit, Systems
 from ntkengine.forecast.curves import checked_times, default_times, flow_curves
@@ -58,8 +58,8 @@ def forecast(
     Ridge path: f = f0 + K(·, X)(K + ridge·I)⁻¹(y − f0), scored on the training rows, by leave-one-example-out, by GCV
     and on the eval rows. Training curve: gradient flow of the linearised model on the mean over the N examples of
     ½‖f − y‖²: residual e^{−Kt/N}(y − f0), eval prediction f0 + K_x (I − e^{−Kt/N})K⁻¹(y − f0). In the flow,
-    eigen-directions at or below the noise do not move: what K says of them is error, and their true movement is small
-    while t < N/noise.
+    eigen-directions at or below the noise do not move: what K says of them is error. They may really move, by up to
+    1 − e^{−2·noise·t/N} of their residual, which `assumptions` tells for the last time and for the best.
 
     Outputs: "trace" with C > 1 takes every output to have the kernel K/C (its noise too is divided by C); "full"
     couples them, and leaves out all rows of an example; "per-output" gives each its own kernel, with one ridge for all.
@@ -82,7 +82,7 @@ def forecast(
             of `ntkengine gram` keeps for its own targets.
         ridge: "loo", "gcv", or a number in the unit of the kernel used (K/C for "trace"), not below the noise.
         times: (T,) > 0, learning rate × full-batch steps; default 121 on a log grid from 0.01·N/λ_max to 100·N/λ_min,
-            or to N/noise where λ_min is unresolved, within ten decades.
+            and no further than 0.1·N/noise, within ten decades.
         recipe: of the training that will be done, or a mapping of its fields: it is simulated step by step on the
             kernel (`simulate`). Adam needs a Gram with `modules`.
 
@@ -173,7 +173,7 @@ def forecast(
         trace=Estimate(values.sum(), values.size * noise, exact=True),
         effective_rank=rank_from_sums(float(values.sum()), float(np.linalg.norm(values)), values.size, noise),
         effective_dimension=dimension_from_eigenvalues(values, chosen, noise),
-        alignment=centred_alignment(kernel.over_examples(), y),
+        alignment=centred_alignment(kernel.over_examples(), y, noise * kernel.summed),
         ridges=ridges,
         train_mse=np.mean([path.train_mse(ridges) for path in flow.paths], axis=0),
         loo_mse=loo_mse,
@@ -212,6 +212,7 @@ def forecast(
             by_gcv.edge,
             gram,
         )
+        + curve_notes(t, curves["best_time"], N, condition)
         + leak_notes(gram, N, None if y_eval is None else len(y_eval))
         + training_notes(training),
     )

@@ -10,6 +10,7 @@ from ntkengine.report.tables import shortened, span
 
 if TYPE_CHECKING:
     from ntkengine.forecast.result import Forecast
+    from ntkengine.spectrum import Estimate
 
 
 def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
@@ -24,7 +25,7 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         ("condition number", str(found.condition)),
         ("trace", str(found.trace)),
         ("effective rank", str(found.effective_rank)),
-        ("alignment with targets", "undefined" if found.alignment is None else f"{found.alignment:.3f}"),
+        ("alignment with targets", "undefined" if found.alignment is None else _aligned(found.alignment)),
         ("at the start, train", _pair(start["train_mse"], start["train_accuracy"])),
     ]
     if start["held_out_mse"] is not None:
@@ -65,6 +66,11 @@ def _trained(training: Simulation) -> list[tuple[str, str]]:
     rows += [("eval loss after it (90%)", span(o.eval_loss))] if o.eval_loss is not None else []
     rows += [("eval accuracy after it (90%)", span(o.eval_accuracy))] if o.eval_accuracy is not None else []
     return [*rows, ("movement of parameters", f"{training.displacement:.4g}")]
+
+
+def _aligned(found: Estimate) -> str:
+    """Return an alignment with its error; one that the noise may have made is not resolved."""
+    return measured(found, found.error, 3) if found.error < 1.0 else "not resolved: within what the noise may do"
 
 
 def _pair(mse: float | None, accuracy: float | None) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 from scipy.stats import t as student
 from torch import Tensor
 
+from ntkengine.spectrum import Estimate
+
 Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 Z90 = 1.6448536269514722  # of the 90% interval
 
@@ -39,7 +41,7 @@ def hits(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return whether each prediction names the target's class.
 
     Args:
-        predictions: (..., N, C). C = 1: the class is the sign (0 is a miss). C > 1: the largest entry.
+        predictions: (..., N, C). C = 1: the class is the sign. C > 1: the largest entry. 0, and a tie, is a miss.
         targets: (N, C).
 
     Returns:
@@ -47,11 +49,17 @@ def hits(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """
     if targets.shape[1] == 1:
         return (np.sign(predictions) == np.sign(targets))[..., 0]
-    return predictions.argmax(axis=-1) == targets.argmax(axis=-1)
+    named = targets.argmax(axis=-1)
+    own = np.take_along_axis(predictions, np.broadcast_to(named[:, None], (*predictions.shape[:-1], 1)), axis=-1)
+    others = np.where(np.arange(targets.shape[1]) == named[:, None], -np.inf, predictions)
+    return own[..., 0] > others.max(axis=-1)
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Return the mean of non-negative values and a 95% interval from its standard error, by Student's t.
+
+    Upwards it is of the mean's logarithm, mean·e^(half/mean), which differs where examples are few: a few of them have
+    most of the squared error, and where none of those was drawn mean and standard error are both too small.
 
     Args:
         values: (N,), one per example.
@@ -62,7 +70,9 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     mean = float(values.mean())
     N = len(values)
     half = float(student.ppf(0.975, N - 1) * values.std(ddof=1)) / math.sqrt(N) if N > 1 else math.inf
-    return mean, max(mean - half, 0.0), mean + half
+    if not 0 < half < 700 * mean:  # all are equal, or their mean says nothing
+        return mean, max(mean - half, 0.0), mean + half
+    return mean, max(mean - half, 0.0), mean * math.exp(half / mean)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float, float]:
@@ -73,10 +83,11 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float, float]:
     share, z2 = correct / total, Z95**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return share, max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+    low, high = (min(max(float(end), 0.0), 1.0) for end in (centre - half, centre + half))
+    return share, min(low, share), max(high, share)  # by rounding none and all would lie outside
 
 
-def centred_alignment(gram: np.ndarray, targets: np.ndarray) -> float | None:
+def centred_alignment(gram: np.ndarray, targets: np.ndarray, noise: float = 0.0) -> Estimate | None:
     """Return the centred kernel-target alignment, ⟨K_c, Y_c⟩_F / (‖K_c‖_F ‖Y_c‖_F), between −1 and 1.
 
     K_c = H K H and Y_c = H y yᵀ H with H = I − 11ᵀ/N. Uncentred, an empirical NTK's near-constant top mode would hide
@@ -85,9 +96,12 @@ def centred_alignment(gram: np.ndarray, targets: np.ndarray) -> float | None:
     Args:
         gram: (N, N) over examples.
         targets: (N, C).
+        noise: bound of ‖K̃ − K‖₂, for the given K̃. It moves ⟨K_c, Y_c⟩ by at most noise·tr Y_c, and ‖K_c‖_F by at most
+            noise·√(N − 1).
 
     Returns:
-        The alignment, or None where K_c or Y_c is zero (constant targets).
+        The alignment with its error; the error is infinite where K_c is not larger than what the noise may add to it.
+        None where K_c or Y_c is zero (constant targets).
 
     Source: Cortes, Mohri and Rostamizadeh 2012.
     """
@@ -96,4 +110,7 @@ def centred_alignment(gram: np.ndarray, targets: np.ndarray) -> float | None:
     norm = float(np.linalg.norm(K) * np.linalg.norm(centred.T @ centred))
     if norm <= 1e-14 * float(np.linalg.norm(gram)) * float(np.linalg.norm(targets)) ** 2:
         return None
-    return float(np.sum(centred * (K @ centred)) / norm)
+    value = float(np.sum(centred * (K @ centred)) / norm)
+    size, off = float(np.linalg.norm(K)), noise * math.sqrt(len(K) - 1)
+    moved = noise * float((centred**2).sum()) / float(np.linalg.norm(centred.T @ centred))
+    return Estimate(value, (moved + abs(value) * off) / (size - off) if size > off else math.inf, exact=True)

@@ -221,7 +221,8 @@ def _checked(name: str, K: Any, rows: int, columns: int, outputs: int) -> np.nda
     array = real_array(name, K)
     wide = (rows * outputs, columns * outputs)
     if array.shape not in ((rows, columns), wide):
-        raise InputError(f"{name}: expected shape {(rows, columns)} or {wide}, got {array.shape}")
+        shapes = " or ".join(map(str, dict.fromkeys(((rows, columns), wide))))
+        raise InputError(f"{name}: expected shape {shapes}, got {array.shape}")
     if not np.isfinite(array).all():
         raise InputError(f"{name}: expected finite numbers, got NaN or infinity")
     check_size(name, float(np.abs(array).max()))

@@ -215,7 +215,7 @@ class _Judge:
         return {
             "condition": condition_from_eigenvalues(values, noise),
             "trace": float(values.sum()),
-            "alignment": centred_alignment(K, y) if len(K) == len(y) else None,
+            "alignment": centred_alignment(K, y, noise) if len(K) == len(y) else None,
             "weyl": (sum(self._ends[m][0] for m in modules), sum(self._ends[m][1] for m in modules)),
         }
 

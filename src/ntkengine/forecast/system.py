@@ -65,6 +65,11 @@ class Kernel:
             return np.add.reduce([self.matrices[0][c::C, c::C] for c in range(C)])
         return np.add.reduce(self.matrices)
 
+    @property
+    def summed(self) -> int:
+        """How many kernels, each with the noise of a system, `over_examples` adds up."""
+        return 1 if self.layout == "shared" else self.outputs
+
 
 def cut(gram: Any, examples: int, outputs: int, eval_examples: int | None) -> Kernel:
     """Return the systems of a Gram.

@@ -5,6 +5,8 @@ Shapes: n rows of a training kernel, t rows of a test kernel.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from numbers import Real
 from reprlib import repr as shown
@@ -17,9 +19,15 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_array, column_or_1d
 
 from ntkengine.arguments import matrix_of, real_array, without_tensors
+from ntkengine.digits import above
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.checks import check_size
+from ntkengine.spectrum.operators import declared_noise
+
+log = logging.getLogger(__name__)
+
+FAR = 20.0  # times the noise: a ridge from there on lets it move errors by less than a tenth
 
 
 def kernel_of(X: Any) -> np.ndarray:
@@ -32,6 +40,33 @@ def kernel_of(X: Any) -> np.ndarray:
     if hasattr(X, "noise"):
         return as_matrix(X)
     return as_matrix(_array(X if scipy.sparse.issparse(X) else matrix_of(X)))
+
+
+def check_ridge(X: Any, ridge: float, weight: float = 1.0) -> None:
+    """Refuse a ridge below the noise that a kernel carries; warn of one that is less than `FAR` times it.
+
+    Args:
+        X: what the estimator was given; a bare array carries none, a Gram computed with check=False an unknown one.
+        ridge: in the unit of K.
+        weight: the largest of the examples: it multiplies the kernel.
+
+    Raises:
+        InputError: naming both.
+    """
+    told = getattr(X, "noise", None)
+    noise = 0.0 if isinstance(told, float) and math.isnan(told) else weight * (declared_noise(X) or 0.0)
+    if ridge < noise:
+        raise InputError(
+            f"ridge: expected at least the noise of the kernel, {above(noise, 3)}, got {ridge:.6g}; a computation with "
+            "precision='exact' has less"
+        )
+    if ridge < FAR * noise:
+        log.warning(
+            "ridge: %.3g is only %.2g times the kernel's noise, which may move errors at it by a share of %s",
+            ridge,
+            ridge / noise,
+            above(2.0 * noise / ridge, 1),
+        )
 
 
 def check_cross(X: Any, rows: int, multiple: int, name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 from ntkengine.arguments import choice, flag, matrix_of, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge.cg import conjugate_gradients
-from ntkengine.ridge.checks import as_weights, check_cross, check_target, kernel_of, with_classes
+from ntkengine.ridge.checks import as_weights, check_cross, check_ridge, check_target, kernel_of, with_classes
 from ntkengine.ridge.direct import cholesky_solve
 from ntkengine.ridge.nystrom import preconditioner
 from ntkengine.ridge.outofcore import cholesky_on_disk
@@ -98,7 +98,8 @@ class KernelRidge(RegressorMixin, BaseEstimator):
             self.
 
         Raises:
-            InputError: bad parameter, shapes that do not fit, entries not finite, K + ridge·W⁻¹ not positive definite.
+            InputError: bad parameter, shapes that do not fit, entries not finite, K + ridge·W⁻¹ not positive definite,
+                a ridge below the noise that X carries.
             NotConverged: "cg" stopped short.
 
         Cost: 9 n³ flops for "eigen" plus 2n² per grid point; n³ for "cholesky"; see `outofcore` and `cg`.
@@ -112,6 +113,9 @@ class KernelRidge(RegressorMixin, BaseEstimator):
         targets = real_array("y", y)
         outputs = targets.shape[1] if targets.ndim == 2 else 1
         full = outputs > 1 and len(targets) * outputs == rows and len(targets) != rows
+        own = getattr(X, "outputs", None)
+        if getattr(X, "contraction", None) == "full" and own is not None and np.size(own) > len(own) and not full:
+            raise InputError(f"y: expected {np.shape(own)}, an example of this 'full' Gram a row, got {targets.shape}")
         block, examples = (outputs, len(targets)) if full else (1, rows)
         residual = as_columns("y", y, examples)
         meta = getattr(X, "meta", None) or {}
@@ -133,6 +137,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
             dual, loo = self._stream(stored, flat, block, root, solver)
         else:
             dual, loo = self._decompose(X, stored, flat, block, root, solver, searched)
+        check_ridge(X, self.ridge_, float(root.max()) ** 2)
         self.dual_coef_ = dual.reshape(targets.shape)
         self.loo_residuals_ = None if loo is None else loo.reshape(targets.shape)
         self.n_features_in_ = rows

@@ -15,7 +15,15 @@ from sklearn.utils.validation import check_is_fitted
 
 from ntkengine.arguments import flag, number, real_array, whole
 from ntkengine.errors import InputError, NotConverged
-from ntkengine.ridge.checks import as_weights, check_cross, check_target, class_labels, kernel_of, with_classes
+from ntkengine.ridge.checks import (
+    as_weights,
+    check_cross,
+    check_ridge,
+    check_target,
+    class_labels,
+    kernel_of,
+    with_classes,
+)
 from ntkengine.ridge.crossentropy import CrossEntropy
 from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.checks import SIZES
@@ -80,8 +88,8 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
             self.
 
         Raises:
-            InputError: bad parameter, shapes that do not fit, fewer than two classes, or a K so far from positive
-                semi-definite that at this ridge its negative eigenvalues matter.
+            InputError: bad parameter, shapes that do not fit, fewer than two classes, a ridge below the noise that X
+                carries, or a K so far from positive semi-definite that at this ridge its negative eigenvalues matter.
             NotConverged: the gradient is above `tol`, or f above 0.1 % off; `.partial` is the fitted estimator.
 
         Cost: 9 rows³ flops once, then as `crossentropy` says.
@@ -108,6 +116,7 @@ class KernelLogistic(ClassifierMixin, BaseEstimator):
         largest = float(matrix.diagonal().max())
         if largest > SIZES[1] * self.ridge_:  # their ratio would be squared
             raise InputError(f"ridge: expected at least {largest / SIZES[1]:.3g} for this kernel, got {self.ridge!r}")
+        check_ridge(X, self.ridge_, float(weights.max()))
         problem = CrossEntropy(matrix, codes, weights, f0, self.ridge_)
         theta, steps = np.zeros(problem.size), 0
         scale = float(np.linalg.norm(problem.gradient(theta)))

@@ -32,7 +32,8 @@ class LowRank:
         pivots: (r,) rows whose columns of K were read; K̂ equals K there.
         residual: (n,) diagonal of K − K̂, >= 0.
         trace: tr K.
-        noise: of an entry of K, as far as the columns show it: residuals that came out negative; 0 but for rounding.
+        noise: of an entry of K − K̂: what was told, or more, as far as the columns show it: residuals that came out
+            negative, and what is no pivot for its rounding.
     """
 
     factor: np.ndarray
@@ -98,7 +99,8 @@ def random_cholesky(
     tol, noise, rng = number("tol", tol, 0), number("noise", noise, 0), np.random.default_rng(whole("seed", seed))
     below = noise + number("shift", shift, 0)
     F, residual, pivots = np.zeros((n, rank), order="F"), start.copy(), np.empty(rank, dtype=np.int64)
-    floor = max(10.0 * n * EPS * float(start.max()), noise)
+    rounding = 10.0 * n * EPS * float(start.max())
+    floor = max(rounding, noise)
     kept, seen, shown = 0, _UNTOLD, 0.0  # how far columns may be off, relative to the diagonal, and what shows
     if not trace:  # no pivot will be looked at
         some = np.sort(rng.choice(n, size=min(block, n), replace=False))
@@ -129,7 +131,7 @@ def random_cholesky(
                 f"on the diagonal; less than {-lowest:.3g} is no error of theirs"
             )
         if left.min() < -10.0 * n * EPS * largest:
-            shown = max(shown, -float(left.min()) / grown)
+            shown = max(shown, -float(left.min()))
         if left.min() < -floor - 0.1 * smallest:  # F Fᵀ would be more than K is: that pivot was noise
             floor = 2.0 * max(floor, smallest)
             continue
@@ -138,7 +140,7 @@ def random_cholesky(
         kept += len(rows)
         residual = np.maximum(left, 0.0)
         residual[rows] = 0.0
-    return LowRank(np.ascontiguousarray(F[:, :kept]), pivots[:kept], residual, trace, shown)
+    return LowRank(np.ascontiguousarray(F[:, :kept]), pivots[:kept], residual, trace, max(shown, noise, rounding))
 
 
 def _checked(found: np.ndarray, diagonal: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, float]:

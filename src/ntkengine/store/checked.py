@@ -30,12 +30,18 @@ class Checked(h5py.Dataset):
         super().__init__(dataset.id, readonly=True)
         self._path = path
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the file's path: it is opened, and its checksums are looked at, anew."""
+        return again, (type(self), self._path, self.name)
+
     def __getitem__(self, args: Any, new_dtype: Any = None) -> Any:
         """Return what is indexed, as h5py does.
 
         Raises:
             InputError: it does not match its checksum.
         """
+        if isinstance(args, tuple) and any(getattr(one, "ndim", 0) > 1 for one in args):
+            return self[...][args]  # as of `np.ix_`, which h5py does not know
         self._check(args)
         return super().__getitem__(args, new_dtype)
 
@@ -116,6 +122,14 @@ class CheckedTiles(Checked):
             with opened(shard, SHARD_SCHEMA) as part:
                 if name in part:
                     yield _Band.of(int(part[name].attrs["start"]), part[name].shape, part[f"{group}/crc32"][...])
+
+
+def again(kind: type[Checked], path: Path, name: str) -> Checked:
+    """Return an array of a file that is opened again."""
+    file = opened(path)
+    if name not in file:
+        raise InputError(f"{path}: holds no {name} any more")
+    return kind(file[name], path)
 
 
 @dataclass

@@ -36,6 +36,9 @@ class Modules(Mapping[str, Any]):
                 raise InputError(msg)
             self._index[name] = i
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _modules_again, (self._path, self._group.name)
+
     def __getitem__(self, name: str) -> Any:
         return _tiled(self._group[self._index[name]], self._path)
 
@@ -44,6 +47,10 @@ class Modules(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._index)
+
+
+def _modules_again(path: Path, name: str) -> Modules:
+    return Modules(opened(path)[name], path)
 
 
 def open_gram(path: str | Path) -> Gram:
