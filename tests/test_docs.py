@@ -29,6 +29,11 @@ def test_api_page_is_what_the_docstrings_say():
     assert (ROOT / "docs" / "api.md").read_text(encoding="utf-8") == made
 
 
+def test_page_of_the_job_file_is_what_the_docstrings_say():
+    made = runpy.run_path(str(ROOT / "scripts" / "job_docs.py"))["page"]()
+    assert (ROOT / "docs" / "job-file.md").read_text(encoding="utf-8") == made
+
+
 def anchors(text):
     """Return the anchors of a page's headings, as a reader on the web has them."""
     found: list[str] = []

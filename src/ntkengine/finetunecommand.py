@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from ntkengine.console import answered, print_json, show, showing_progress
+from ntkengine.console import answered, print_json, remark, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.jobflags import (
     GRAM_ONLY,
@@ -26,14 +26,14 @@ _COLUMNS = {
     "step": "step",
     "epoch": "epoch",
     "train_loss": "train loss",
-    "train_accuracy": "accuracy",
+    "train_accuracy": "train accuracy",
     "eval_loss": "eval loss",
-    "eval_accuracy": "accuracy",
+    "eval_accuracy": "eval accuracy",
     "displacement": "‖θ − θ₀‖",
     "linear_train_loss": "linear: train loss",
-    "linear_eval_loss": "eval loss",
+    "linear_eval_loss": "linear: eval loss",
     "gap": "‖f − f̄‖",
-    "relative_gap": "of ‖f − f₀‖",
+    "relative_gap": "‖f − f̄‖ / ‖f − f₀‖",
     "divergence": "KL",
 }
 
@@ -47,7 +47,9 @@ def finetune(
     batch_size: BatchSize = None,
     optimizer: Optimizer = None,
     loss: Loss = None,
-    proximal: Annotated[float | None, flag(TRAINING, "λ of (λ/2)‖θ − θ₀‖² (default: 0).")] = None,
+    proximal: Annotated[
+        float | None, flag(TRAINING, "λ of (λ/2)‖θ − θ₀‖², as `forecast` tells it for its ridge (default: 0).")
+    ] = None,
     linear: Annotated[bool | None, flag(TRAINING, "Train the linearised model along.", "--linear/--no-linear")] = None,
     history: Annotated[Path | None, flag(TRAINING, "JSON lines to write: the recipe, then every measurement.")] = None,
     save: Annotated[
@@ -82,3 +84,7 @@ def finetune(
     told = [tuple(row[i] for i in kept) for row in rows[1:]]
     note = f"{run.seconds:.1f} s of training, {run.measuring_seconds:.1f} s of measuring"
     show(Table("Fine-tuning", tuple(_COLUMNS[rows[0][i]] for i in kept), told, note))
+    written = [f"the recipe and every measurement are in {history}"] if history is not None else []
+    if save is not None:
+        written.append(f"the model is in {save}, for ntk.load_model({str(save)!r})")
+    remark(written)

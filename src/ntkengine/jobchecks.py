@@ -98,7 +98,7 @@ def check_stored(job: Job, *, places: bool = False) -> None:
             assert job.out is not None
             unfinished = f"{parts_of(job.out)} holds an unfinished run of another job"
             where = f"{job.out} holds another job" if job.out.exists() else unfinished
-            raise InputError(f"out: {where}: {name} is {found} there, {wanted} here")
+            raise InputError(f"out: {where}: {name} is {found} there, {wanted} here; name another file, or remove it")
     if places and (told := stored.get(_SOURCES)):
         now = marks(job)
         for name, mark in told.items():

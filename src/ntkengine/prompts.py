@@ -122,7 +122,10 @@ def check_ends(job: Job, inputs: Mapping[str, Tensor], tokenizer: Any) -> None:
     for token in last.unique().tolist():
         if token in tokenizer.all_special_ids:
             name = tokenizer.convert_ids_to_tokens(token)
-            raise InputError(f"model: its tokenizer ends prompts with {name}, which no word follows; turn that off")
+            raise InputError(
+                f"model: its tokenizer ends prompts with {name}, which no word follows; save it in the model's folder "
+                "as one that adds nothing there (add_eos_token=False, or without a post-processor)"
+            )
 
 
 def with_labels(job: Job, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class Recipe:
         momentum: of SGD.
         betas: of Adam.
         eps: of Adam, > 0: where a gradient is 0, a step is 0/eps.
-        proximal: λ >= 0.
+        proximal: λ >= 0; a forecast tells the one that comes to its ridge.
         selective: take the proximal gradient only at steps where ⟨∇R(θ_t), θ_t − θ_0⟩ >= 0, R the batch's loss.
         seed: of the order of the examples.
 

@@ -58,6 +58,9 @@ class Simulated(torch.Tensor):
     def data_ptr(self):
         return self.inner.data_ptr()
 
+    def untyped_storage(self):
+        return self.inner.untyped_storage()
+
     def tolist(self):
         return self.inner.tolist()
 

@@ -14,14 +14,14 @@ from ntkengine.ridge.checks import FAR
 from ntkengine.spectrum import ConditionNumber
 
 
-def start_line(held: np.ndarray | None, cross_fit: CrossFit | None, fitted: bool) -> str:
-    """Return from which outputs leave-one-out and GCV start."""
+def start_line(held: np.ndarray | None, cross_fit: CrossFit | None, fitted: bool, words: bool) -> str:
+    """Return from which outputs leave-one-out and GCV start; nothing where they are of `words`, which have no head."""
     if cross_fit is not None:
         return (
             "Leave-one-out and GCV use heads, and their kernels, that did not see the example; curves and eval do not."
         )
     if held is None:
-        return "Leave-one-out and GCV are right only if the head was not fitted on these targets."
+        return "" if words else "Leave-one-out and GCV are right only if the head was not fitted on these targets."
     line = "Leave-one-out and GCV start from the held-out outputs; curves and eval from the real start."
     return line + (" The kernel is of a head that saw all targets, so they are still too small." if fitted else "")
 
@@ -49,7 +49,7 @@ def assumptions_of(
         lines.append(f"The kernel is approximate ({sketch_note(gram)}); its error is part of the noise.")
     if kernel.divisor > 1:
         lines.append(f"Every output is taken to have the kernel K/{kernel.outputs}, independent of the other outputs.")
-    lines.append(start)
+    lines += [start] if start else []
     if ridge < FAR * condition.noise:
         share = above(2.0 * condition.noise / ridge, 1)
         lines.append(

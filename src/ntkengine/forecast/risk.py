@@ -161,6 +161,7 @@ def forecast(
             f"gram: expected the plain inner product (transform 'sgd') to simulate a recipe on, got {gram.transform!r}"
         )
     training = None if recipe is None else simulated(gram, kernel, y, f0, y_eval, f0_eval, Recipe.of(recipe))
+    words = str((getattr(gram, "meta", None) or {}).get("readout", "")).startswith("LabelWords")
     curves = flow_curves(flow, y, y_eval, f0_eval, t, noise, classes)
     return Forecast(
         n=N,
@@ -206,7 +207,7 @@ def forecast(
             kernel,
             condition,
             chosen,
-            start_line(held, cross_fit, fitted),
+            start_line(held, cross_fit, fitted, words),
             classes,
             by_loo.edge,
             by_gcv.edge,
@@ -241,7 +242,15 @@ def _start(
             result[f"{name}_mse"] = float(np.mean((f - target) ** 2))
             if classes:
                 result[f"{name}_accuracy"] = float(hits(f, target).mean())
+                if name != "held_out":
+                    result[f"{name}_largest_class"] = _largest_class(target)
     return result
+
+
+def _largest_class(target: np.ndarray) -> float:
+    """Return the share of the examples (N, C) that are of the class most are of."""
+    named = (target[:, 0] > 0).astype(int) if target.shape[1] == 1 else target.argmax(axis=1)
+    return float(np.bincount(named).max() / len(named))
 
 
 def _module_shares(gram: Any) -> dict[str, float]:

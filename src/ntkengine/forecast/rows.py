@@ -32,6 +32,10 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         rows.append(("at the start, held-out head", _pair(start["held_out_mse"], start["held_out_accuracy"])))
     if start["eval_mse"] is not None:
         rows.append(("at the start, eval", _pair(start["eval_mse"], start["eval_accuracy"])))
+    largest = [(name, start.get(f"{name}_largest_class")) for name in ("train", "eval")]
+    if largest[0][1] is not None:
+        told = ", ".join(f"{name} {share:.3f}" for name, share in largest if share is not None)
+        rows.append(("share of the largest class", told))
     rows += [
         ("ridge", f"{found.ridge:.3g} (LOO {found.ridge_loo:.3g}, GCV {found.ridge_gcv:.3g})"),
         ("effective dimension", str(found.effective_dimension)),
@@ -48,7 +52,8 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         rows.append(("least eval loss on the way", f"{span(found.best_eval_loss)} at time {found.best_time:.3g}"))
         if found.best_eval_accuracy is not None:
             rows.append(("eval accuracy there", span(found.best_eval_accuracy)))
-    rows.append(("the same as", f"proximal {found.proximal:.3g}, or stopping at time {found.stopping_time:.3g}"))
+    told = f"proximal {found.proximal:.3g}, or stop at time {found.stopping_time:.3g}"
+    rows.append(("to get this ridge in training", told))
     if found.training is not None:
         rows += _trained(found.training)
     rows.append(("train mse bounds at ridge", f"{below(found.paper_lower, 3)} to {above(found.paper_upper, 3)}"))

@@ -84,7 +84,19 @@ def rank_subsets(
     else:
         found = [judge.choice(name, modules) for name, modules in named_subsets(subsets, judge.names).items()]
     found.sort(key=_loss)
-    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions)
+    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions + _not_told_apart(found))
+
+
+def _not_told_apart(ordered: list[Choice]) -> list[str]:
+    """Return how many of the choices, best first, lie within the best one's interval."""
+    best = ordered[0].outcome.eval_loss
+    near = sum(best is not None and _loss(one) <= best[2] for one in ordered)
+    if near < 2:
+        return []
+    return [
+        f"{near} of {len(ordered)} forecasts lie within the interval of the first. All are scored on the same "
+        "examples, so differences are surer than intervals, but small ones decide nothing."
+    ]
 
 
 class _Judge:
@@ -152,8 +164,8 @@ class _Judge:
         ]
         if gram is not None:
             self.assumptions.append(
-                "Condition numbers are of the kernel expected over the start of A; one start has, on average, a λ_max "
-                "no lower and a λ_min no higher, the more so the lower the rank."
+                "Condition numbers are of the kernel averaged over random starts of A; that of one start is usually "
+                "larger, the more so the lower the rank."
             )
         if fold is not None:
             self.assumptions.append("Every example is scored out of its fold: neither head nor adapters saw it.")

@@ -107,7 +107,7 @@ def existing(
         raise InputError(msg)
     difference = store.first_difference(store.read_job(path), wanted)
     if difference is not None:
-        msg = f"out: {path} holds another job: {difference}"
+        msg = f"out: {path} holds another job: {difference}; name another file, or remove it"
         raise InputError(msg)
     gram = store.open_gram(path)
     for kind, names in ids.items():

@@ -21,6 +21,7 @@ from ntkengine.inputs.parameters import check_values, select_parameters
 from ntkengine.inputs.readout import Readout, ReadoutFunction, resolve_readout
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import as_inputs
+from ntkengine.inputs.strangers import refuse_strangers
 from ntkengine.inputs.streaming import converted
 
 
@@ -81,6 +82,8 @@ class Task:
         running = in_precision(model, "exact" if precision == "exact" else "high")
         by_name = dict(running.named_parameters())
         samples = Samples(groups)
+        if running is not model:
+            refuse_strangers(model, running, chosen, samples)
         selected = {n: by_name[n] for n in names}
         scale = transform if isinstance(transform, Preconditioner) else None
         roots = None if scale is None else scale.roots(selected)
@@ -110,6 +113,8 @@ class Task:
     def fast(self, running: ExitStack) -> Task:
         """Return the task in bfloat16."""
         model = in_precision(self.model, "fast")
+        if model is not self.model:
+            refuse_strangers(self.model, model, self.readout, self.samples)
         running.enter_context(evaluation(model))
         return self.on(model, torch.bfloat16)
 

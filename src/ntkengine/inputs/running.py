@@ -31,7 +31,7 @@ _INFERENCE = "support_avx512bf16_for_cpu"  # bitsandbytes' switch of a kernel wi
 def arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Return what a model is called with on a batch: labels are kept back (the readout, not the model, reads them)."""
     given = {k: v for k, v in inputs.items() if k != "labels"}
-    if len(given) == 1 and (not hasattr(model, "config") or _unnamed(model, next(iter(given)))):
+    if len(given) == 1 and _unnamed(model, next(iter(given))):
         return tuple(given.values()), {}
     return (), given
 
@@ -41,7 +41,9 @@ def _unnamed(model: nn.Module, name: str) -> bool:
     if hasattr(model, "main_input_name"):
         return False
     taken = inspect.signature(model.forward).parameters
-    return name not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    if name in taken:
+        return taken[name].kind is inspect.Parameter.POSITIONAL_ONLY
+    return not hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def call_model(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:

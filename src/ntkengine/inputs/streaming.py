@@ -157,13 +157,21 @@ def converted(
     imaginary = torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def moved(x: Tensor) -> Tensor:
-        if entry_of(x) is not None:
-            return x
         wanted = dtype if x.is_floating_point() else imaginary if x.is_complex() else x.dtype
         return x.to(device or x.device, wanted)
 
     attach(other)
+    left_out = [
+        (module._parameters, name, p)
+        for module in other.modules()
+        for name, p in module._parameters.items()
+        if p is not None and entry_of(p) is not None
+    ]
+    for parameters, name, _ in left_out:  # torch may make new parameters, which would have no file
+        parameters[name] = None
     other._apply(moved)
+    for parameters, name, p in left_out:
+        parameters[name] = p
     for module in other.modules():
         for name, value in vars(module).items():  # plain attributes: `.to` does not know them
             if isinstance(value, Tensor):

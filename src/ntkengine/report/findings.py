@@ -73,7 +73,8 @@ def ridge_table(forecast: Any, approximation: str = "") -> Table:
         )
         for i in keep
     ]
-    note = "gradient² is the unit of K; mse: mean over examples and outputs"
+    shared = f"K/{forecast.outputs}" if forecast.contraction == "trace" and forecast.outputs > 1 else "K"
+    note = f"gradient² is the unit of {shared}, whose ridge it is; mse: mean over examples and outputs"
     note += f"; {approximation}" if approximation else ""
     return Table("Ridge path", ("ridge (gradient²)", "effective dimension", *held, ""), rows, note)
 

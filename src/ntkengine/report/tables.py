@@ -167,10 +167,14 @@ def _noise(gram: Any) -> str:
 
 
 def _readout(name: str, meta: Mapping[str, Any]) -> str:
-    """Return a readout's name; of label words, the words and not the numbers of their tokens."""
+    """Return a readout's name; of label words, the words, each with its class."""
     asked = (meta.get("settings") or {}).get("gram") or {}
-    words = asked.get("words")
-    return f"{asked.get('readout')} of {', '.join(map(repr, words))}" if words else str(name)
+    words, classes = asked.get("words"), (meta.get("settings") or {}).get("classes") or []
+    if not words:
+        return str(name)
+    paired = len(classes) == len(words)
+    told = [f"{w!r} ({c})" for w, c in zip(words, classes, strict=True)] if paired else list(map(repr, words))
+    return f"{asked.get('readout')} of {', '.join(told)}"
 
 
 def _shape(array: Any) -> str:

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 # Relative change of f that rounding explains when the width changes; more, and padding is looked at.
 CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
+_TOLD = 10.0  # times as much is no rounding, and told
 _LENGTHS, _WIDTHS = 12, 4  # at which cuts are tried
 
 
@@ -42,6 +43,7 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
                 pairs.append((whole[i : i + 1], outputs_of(model, Samples([cut], trim=False), readout, parameter)))
                 if plain_values(model) != state:  # its attention, for good, when it meets a short input
                     before.restore()
+                    _warn(pairs)
                     return _uncut("the model changes with the width of its inputs")
                 if pairs[-1][0].shape != pairs[-1][1].shape:
                     return _uncut("the outputs' shape depends on it")
@@ -49,15 +51,22 @@ def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: 
             return _uncut("the model wants the width it is given")
     scale = max((float(f.norm()) for f, _ in pairs), default=0.0)
     if not all(float((f - cut).norm()) <= CUT.get(f.dtype, 1e-2) * scale for f, cut in pairs):
-        worst = max(float((f - cut).norm()) for f, cut in pairs) / scale if scale else 0.0
-        if worst > agreement(pairs[0][0].dtype):
-            log.warning(
-                "inputs: padding changes f, by a relative %.0e: this is the kernel of inputs as padded, and "
-                "a wider batch has another; pass examples of one length at a time for that without padding",
-                worst,
-            )
+        _warn(pairs)
         return _uncut("f depends on it")
     return True
+
+
+def _warn(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Warn where f of examples as padded is not f of them cut."""
+    scale = max((float(f.norm()) for f, _ in pairs), default=0.0)
+    worst = max((float((f - cut).norm()) for f, cut in pairs), default=0.0) / scale if scale else 0.0
+    dtype = pairs[0][0].dtype if pairs else torch.float64
+    if worst > min(_TOLD * CUT.get(dtype, 1e-2), agreement(dtype)):
+        log.warning(
+            "inputs: padding changes f, by a relative %.0e: this is the kernel of inputs as padded, and "
+            "a wider batch has another; pass examples of one length at a time for that without padding",
+            worst,
+        )
 
 
 def outputs_of(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> Tensor:
@@ -98,6 +107,36 @@ def _spread(widths: Iterable[int], most: int) -> list[int]:
     every = sorted(widths)
     places = {round(i * (len(every) - 1) / max(1, most - 1)) for i in range(most)}
     return [every[i] for i in sorted(places)]
+
+
+def warn_of_kept_padding(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
+    """Log a warning when padding on the right, which other inputs of many tokens keep, changes f of the most padded.
+
+    Labels and embedded tokens are cut with the mask. Decoders have tokens of their own, and are left out.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    for group, trimmed in zip(samples.groups, samples.trim, strict=True):
+        mask = group.get("attention_mask")
+        if trimmed or mask is None or mask.ndim != 2 or bool((mask[:, :-1] < mask[:, 1:]).any()):
+            continue
+        lengths = (mask != 0).sum(1)
+        row = int(lengths.argmin())
+        width = int(lengths[row])
+        alone = Samples([{k: v[row : row + 1] for k, v in group.items()}], trim=False)
+        one = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
+        known = {*TOKEN_KEYS, "labels", "inputs_embeds"}
+        bare = {k: v[:, :width] if k in known and v.shape[1:2] == mask.shape[1:] else v for k, v in one.items()}
+        before = Attributes(model)
+        with torch.no_grad():
+            try:
+                f, cut_f = (readout(call_model(model, x), x) for x in (one, bare))
+            except (RuntimeError, IndexError, ValueError):
+                continue  # the model wants this length
+            finally:
+                before.restore()
+        if f.shape == cut_f.shape:
+            _warn([(f, cut_f)])
 
 
 def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:

@@ -27,7 +27,7 @@ from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.blocks import Stack, find_stack
-from ntkengine.tangents.padding import trim_holds, warn_of_left_padding
+from ntkengine.tangents.padding import trim_holds, warn_of_kept_padding, warn_of_left_padding
 from ntkengine.tangents.rehearsal import Rehearsal, close
 from ntkengine.tangents.settle import GRADIENTS, Verifier
 from ntkengine.tangents.structure import Structure
@@ -68,6 +68,7 @@ def probe(
     foreign = check_repeats(model, samples, readout, selected)
     with unrounded(parameter.dtype, foreign=foreign):
         trim = trim_holds(model, samples, readout, parameter)
+        warn_of_kept_padding(model, samples, readout, parameter)
         warn_of_left_padding(model, samples, readout, parameter)
         group = int(np.argmax(samples.sizes))
         order = samples.order[group]

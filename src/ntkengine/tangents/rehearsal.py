@@ -70,7 +70,8 @@ class Rehearsal:
         f: (n, C), detached.
         depends: whether f depends on anything: not where the readout is detached.
         apart: whether segments share nothing but the hidden states: no other argument carries a gradient or a state,
-            and no operation belongs to two of them, as a skip connection around the blocks would.
+            no operation belongs to two of them, as a skip connection around the blocks would, and what enters a block
+            is read nowhere else, as by a readout of the first hidden states.
         whole: whether every segment's output has one row for each sample.
         expand: modules whose one row was given to all samples.
         held: bytes of activations that a segment's graph holds, by segment.
@@ -97,6 +98,7 @@ class Rehearsal:
         self._saved: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._after: dict[int, Tensor] = {}  # each segment's output, to compare a replay with
         self._kept: dict[int, Scene] = {}
+        self._entered: dict[int, tuple[Tensor, int]] = {}  # by a leaf's id the leaf, so that it stays, and its segment
         recorder = Recorder(self.modules, self.n, expand=expand)
         leaf: Tensor | None = None
 
@@ -119,6 +121,7 @@ class Rehearsal:
                 self._kept[segment] = Scene(hidden, leaf, dict(recorder.calls))
             recorder.calls.clear()
             leaf = hidden.detach().requires_grad_(True)
+            self._entered[id(leaf)] = leaf, segment + 1
             return leaf
 
         def before(segment: int) -> Any:
@@ -160,7 +163,10 @@ class Rehearsal:
         ahead: list[Any] = [out.grad_fn]
         while ahead:
             node = ahead.pop()
-            if node is None or hasattr(node, "variable"):  # a parameter may be used anywhere
+            if node is None:
+                continue
+            if hasattr(node, "variable"):  # a parameter may be used anywhere, what entered a block only there
+                self.apart &= self._entered.get(id(node.variable), (None, segment))[1] == segment
                 continue
             tag = node.metadata.get(_TAG)
             if tag is None:

@@ -13,7 +13,7 @@ from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import FIRST_CALLS, call_model, coarsest, explained, wanting_gradients
 from ntkengine.inputs.sources import Source, as_inputs
-from ntkengine.inputs.unrounded import watching
+from ntkengine.inputs.unrounded import unrounded, watching
 from ntkengine.tangents.labelled import check_labels
 from ntkengine.tangents.padding import CUT, outputs_of, trim_holds
 from ntkengine.tangents.rehearsal import agreement, close, rounding
@@ -72,6 +72,17 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
         InputError: the model or the readout cannot be run on it, or keeps what depends on parameters for later calls.
         CheckFailed: the second output is another: the model draws random numbers, or keeps a state.
     """
+    dtype = next(iter(selected.values())).dtype
+    try:
+        return _check_repeats(model, samples, readout, selected)
+    except InputError:
+        if dtype != torch.float64:
+            raise
+    with unrounded(dtype):  # as it will run, unless it has kernels of others: its own float32 may not go with float64
+        return _check_repeats(model, samples, readout, selected)
+
+
+def _check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected: Mapping[str, nn.Parameter]) -> bool:
     if torch.is_inference_mode_enabled():
         msg = "model: gradients cannot be taken inside torch.inference_mode()"
         raise InputError(msg)
@@ -102,7 +113,8 @@ def check_repeats(model: nn.Module, samples: Samples, readout: Readout, selected
             call_model(model, inputs)
         _refuse_kept(held_tensors(model), kept)
         before.restore()
-    for places in [list(start), *([place] for place in list(start)[:_PLACES])] if start else ():
+    stayed = [place for place, x in start.items() if once.get(place) is x]  # the others are made in every call
+    for places in [stayed, *([place] for place in stayed[:_PLACES])] if stayed else ():
         empty(model, places)  # a call before this one may have filled them
         now = None
         try:
