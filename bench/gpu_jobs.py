@@ -183,6 +183,7 @@ def measure(
     values |= more or {}
     if "bus_floor_s" in values:
         values["bus_share"] = values["bus_floor_s"] / spent
+        values["bus_share_of_passes"] = values["bus_floor_s"] / gram.meta["pass_seconds"]  # without the probe's reads
     N, T = inputs["input_ids"].shape
     config = {"job": name, "N": N, "T": T, "parameters": gram.meta["parameters"], **options}
     if GPU:

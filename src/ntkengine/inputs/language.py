@@ -109,7 +109,8 @@ class SequenceLoss:
     Attributes:
         reduction: `"mean"` over the example's scored tokens, or `"sum"`.
         shift: whether position t predicts label t + 1 (causal models; the last virtual token of prompt tuning predicts
-            the first label); None: known from the model's output type.
+            the first label); None: known from the model's output type. The own `loss` of decoders taken out of
+            encoder–decoders (`BartForCausalLM`, …) does not shift: `shift=False` for labels made for it.
     """
 
     reduction: str = "mean"
