@@ -64,8 +64,8 @@ def test_tiles_that_are_finished_are_not_swept_again(tmp_path, contracted, monke
     planned = computing.planned
 
     def in_tiles(size):
-        def laid_out(*args):
-            structure, plan, _, samples, sketches = planned(*args)
+        def laid_out(*args, **more):
+            structure, plan, _, samples, sketches = planned(*args, **more)
             return structure, plan, Layout(tile=size), samples, sketches
 
         monkeypatch.setattr(computing, "planned", laid_out)
@@ -151,8 +151,8 @@ def test_another_layout_goes_on_from_the_checkpoint(tmp_path, contracted, monkey
     call |= {"out": tmp_path / "k.h5", "checkpoint_s": 0.0}
     planned = computing.planned
 
-    def split(*args):
-        structure, plan, _, samples, sketches = planned(*args)
+    def split(*args, **more):
+        structure, plan, _, samples, sketches = planned(*args, **more)
         return structure, plan, Layout(factor_bytes=1.0), samples, sketches
 
     for stop in (6, 7):

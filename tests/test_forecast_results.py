@@ -38,7 +38,7 @@ def test_bare_arrays_default_to_a_zero_start() -> None:
     np.testing.assert_array_equal(result.loo_mse, same.loo_mse)
     assert result.start == {
         "train_mse": 1.0, "train_accuracy": 0.0, "held_out_mse": None, "held_out_accuracy": None,
-        "eval_mse": None, "eval_accuracy": None,
+        "eval_mse": None, "eval_accuracy": None, "train_largest_class": max((g.y > 0).mean(), (g.y < 0).mean()),
     }  # fmt: skip
     full = linear_model("full", C)
     assert forecast(full.values, full.y).contraction == "full"

@@ -84,7 +84,7 @@ def test_dtype(saved):
         ({"peft": LORA | {"target_modules": 5}}, "^peft.target_modules: expected a list of names, got 5$"),
         ({"peft": LORA | {"bias": "some"}}, "^peft: [^;]*$"),
         ({"num_labels": 0}, "num_labels: expected an integer >= 1, got 0"),
-        ({"num_labels": 5}, "classifier.* has another shape than num_labels=5"),
+        ({"num_labels": 5}, "classifier.* has another number of outputs than num_labels=5 asks for"),
     ],
 )
 def test_bad_arguments(saved, arguments, message):
