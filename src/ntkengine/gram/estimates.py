@@ -195,7 +195,7 @@ def needs_of(
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         norms=float(max(norms, default=0) * plan.outputs * dtype.itemsize),
         weights=float(streamed),
-        block=float(max(blocks, default=streamed) * (2 if brought_ahead(parameter.device) else 1)),
+        block=float(max(blocks, default=0) * (2 if brought_ahead(parameter.device) else 1)),
         entry=entry,
         parameter=max(row.rows * row.columns for row in plan.parameters) if plan.parameters else 0,
         segment=max(segments.values(), default=0),
