@@ -11,6 +11,7 @@ import pytest
 from ntkengine import gramfiles
 from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh
 from ntkengine.store import Folder, open_gram
+from tests.tiny import save_tiny, tiny_sentences
 
 
 def test_info_shows_everything(run, gram_file):
@@ -82,6 +83,19 @@ def test_report_is_written(run, gram_file, tmp_path):
     code, out, err = run("report", gram_file, "-o", tmp_path / "r.html")
     assert (code, out.strip(), err) == (0, str(tmp_path / "r.html"), "")
     assert "data:image/png;base64," in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_report_has_the_traces_that_info_has(run, tmp_path):
+    save_tiny(tmp_path / "model", num_labels=3)
+    rows = [f"{text}\t{'abc'[i % 3]}" for i, text in enumerate(tiny_sentences(12))]
+    (tmp_path / "train.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    made = ["--model", tmp_path / "model", "--data", tmp_path / "train.tsv", "--num-labels", 3, "--no-fit-head"]
+    assert run("gram", *made, "--params", "all", "--out", tmp_path / "k.h5")[0] == 0
+    (section,) = gramfiles.report_files([tmp_path / "k.h5"])
+    shown = next(table for table in section.tables if table.title == "Trace by module").rows
+    traces = open_gram(tmp_path / "k.h5").meta["module_trace"]
+    assert len(shown) == len(traces)
+    assert sum(float(row[1]) for row in shown) == pytest.approx(sum(traces.values()), rel=1e-3)
 
 
 def test_info_of_a_running_job(run, tmp_path):
