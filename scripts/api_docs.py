@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +147,26 @@ def _parameter(parameter: inspect.Parameter) -> str:
     return f"{star}{parameter.name}{kind}{default}"
 
 
+def keep(page: Path, make: Callable[[], str]) -> None:
+    """Write a page, or compare it."""
+    sys.path[:0] = [str(ROOT / folder) for folder in ("src", "kernels")]
+    text = make()
+    if "--check" not in sys.argv[1:]:
+        page.write_text(text, encoding="utf-8")
+    elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+        msg = f"{page}: is not what the docstrings say; run {sys.argv[0]}"
+        raise SystemExit(msg)
+
+
 def main() -> None:
     """Write the page, or compare it."""
-    sys.path[:0] = [str(ROOT / folder) for folder in ("src", "kernels")]
-    import ntkengine
 
-    text = Reference(ntkengine).page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        msg = f"{PAGE}: is not what the docstrings say; run scripts/api_docs.py"
-        raise SystemExit(msg)
+    def make() -> str:
+        import ntkengine
+
+        return Reference(ntkengine).page()
+
+    keep(PAGE, make)
 
 
 if __name__ == "__main__":

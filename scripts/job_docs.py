@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def meanings(thing: Any, section: str) -> dict[str, str]:
 
 
 def flags() -> dict[str, str]:
-    """Return the flag of each key, `table.key`, of those that have one of their own."""
+    """Return the flag of each parameter of the commands that has one."""
     from ntkengine.finetunecommand import finetune
     from ntkengine.jobflags import collect
 
@@ -59,10 +58,8 @@ def flags() -> dict[str, str]:
     for call in (collect, finetune):
         for name, parameter in inspect.signature(call, eval_str=True).parameters.items():
             for option in getattr(parameter.annotation, "__metadata__", ()):
-                given = [
-                    getattr(option, "default", None),
-                    *(getattr(option, "param_decls", None) or ()),
-                ]  # as typer does
+                # Typer takes a name in the default's place for one.
+                given = [getattr(option, "default", None), *(getattr(option, "param_decls", None) or ())]
                 spelt = [s.partition("/")[0] for s in given if isinstance(s, str) and s.startswith("--")]
                 found.setdefault(name, spelt[0] if spelt else "--" + name.replace("_", "-"))
     return found
@@ -101,13 +98,9 @@ def toml(value: Any) -> str:
 
 def main() -> None:
     """Write the page, or compare it."""
-    sys.path[:0] = [str(ROOT / folder) for folder in ("src", "kernels")]
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        msg = f"{PAGE}: is not what the docstrings say; run scripts/job_docs.py"
-        raise SystemExit(msg)
+    from api_docs import keep  # beside this file
+
+    keep(PAGE, page)
 
 
 if __name__ == "__main__":

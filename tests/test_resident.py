@@ -75,7 +75,7 @@ def test_what_is_no_longer_expected_does_not_stay(keys):
     store.expect(keys[:1], keys[1:3])
     store.expect(keys[4:5], keys[5:6])
     assert list(store._coming) == keys[5:6]
-    store.shrink(0)
+    store.clear()
     assert not held(store)
 
 
@@ -116,7 +116,7 @@ def test_a_sweep_back_reads_each_weight_once(tmp_path, monkeypatch, reads, bus):
         structure, plan, _, samples, sketches = planned(*given, **more)
         samples = type(samples)(samples.groups, microbatch=2)  # four microbatches
         reads.clear()
-        RESIDENT.shrink(0)
+        RESIDENT.clear()
         RESIDENT.limit = limit
         return structure, plan, Layout(resident_bytes=limit), samples, sketches
 

@@ -68,10 +68,10 @@ def save_model(model: nn.Module, folder: Path, below: bool, check: Callable[[Pat
         CheckFailed: a weight is not finite.
         OSError: the disk refused.
     """
-    partial = folder.absolute().with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     from safetensors import SafetensorError
 
+    partial = folder.absolute().with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     tuned: Any = model
     try:
         tuned.save_pretrained(partial)

@@ -137,7 +137,7 @@ class Ranking:
                     span(o.eval_loss),
                     span(o.eval_accuracy),
                     f"{o.train_loss:.4g}",
-                    "" if c.condition is None else str(c.condition).partition(" (unresolved")[0],
+                    "" if c.condition is None else c.condition.short,
                     bound,
                 )
             )

@@ -37,7 +37,6 @@ from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.seen import seen_before
-from ntkengine.inputs.strangers import refuse_strangers
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
@@ -233,9 +232,7 @@ def measures_noise(task: Task, *, check: bool) -> bool:
 def _double(task: Task, running: ExitStack, *, lazy: bool) -> Task | None:
     """Return the task in float64, ready to run: itself, or on a copy; None where that fails, and no signs need it."""
     try:
-        model = in_precision(task.model, "exact", lazy=lazy)
-        if model is not task.model:
-            refuse_strangers(task.model, model, task.readout, task.samples)
+        model = in_precision(task.model, "exact", task.readout, task.samples, lazy=lazy)
     except InputError as error:
         if task.transform in SIGNS:
             raise

@@ -23,7 +23,6 @@ from ntkengine.inputs.batches import Chunk
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
 from ntkengine.inputs.sources import Source
-from ntkengine.inputs.strangers import refuse_strangers
 from ntkengine.inputs.unrounded import unrounded
 from ntkengine.tangents.trial import check_repeats
 
@@ -132,9 +131,7 @@ class TangentProducts:
     def _in_double(self) -> Iterator[None]:
         """Within the block products are those of a copy of the model in float64."""
         task = self._task
-        double = in_precision(task.model, "exact")
-        if double is not task.model:
-            refuse_strangers(task.model, double, task.readout, task.samples)
+        double = in_precision(task.model, "exact", task.readout, task.samples)
         self._task = task.on(double, torch.float64)
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -184,9 +185,7 @@ def fit(
     least = float("inf")
     resident = max(base.resident_bytes, int(min(needs.block, budget / 2)))
     for layout in _layouts(base, needs):
-        for hidden, held in dict.fromkeys(
-            (hidden, held) for hidden in ("device", spill) for held in (resident, base.resident_bytes)
-        ):
+        for hidden, held in product(("device", spill), dict.fromkeys((resident, base.resident_bytes))):
             candidate = replace(layout, hidden=hidden, resident_bytes=held)
             peak = needs.peak(candidate)
             if peak <= budget:
@@ -204,8 +203,8 @@ def _within(needs: Needs, room: float, spill: str, base: Layout) -> Layout:
     """Return a layout within the room there is; the given one, with a warning, where none is."""
     wanted, free = needs.peak(base) / GIB, room / GIB
     budget = float(f"{0.995 * free:.3g}")
-    bounded = replace(bounds(budget, needs.entry), window=base.window, bundle_bytes=base.bundle_bytes)
-    bounded = replace(bounded, microbatch_tokens=base.microbatch_tokens)
+    given = {name: getattr(base, name) for name in ("window", "bundle_bytes", "microbatch_tokens")}
+    bounded = replace(bounds(budget, needs.entry), **given)
     try:
         layout = fit(needs, budget, spill=spill, base=bounded)
     except InputError:

@@ -79,11 +79,9 @@ class Task:
             check_inputs(group)
         chosen = resolve_readout(readout, contraction)
         names = list(select_parameters(model, params))
-        running = in_precision(model, "exact" if precision == "exact" else "high")
-        by_name = dict(running.named_parameters())
         samples = Samples(groups)
-        if running is not model:
-            refuse_strangers(model, running, chosen, samples)
+        running = in_precision(model, "exact" if precision == "exact" else "high", chosen, samples)
+        by_name = dict(running.named_parameters())
         selected = {n: by_name[n] for n in names}
         scale = transform if isinstance(transform, Preconditioner) else None
         roots = None if scale is None else scale.roots(selected)
@@ -112,9 +110,7 @@ class Task:
 
     def fast(self, running: ExitStack) -> Task:
         """Return the task in bfloat16."""
-        model = in_precision(self.model, "fast")
-        if model is not self.model:
-            refuse_strangers(self.model, model, self.readout, self.samples)
+        model = in_precision(self.model, "fast", self.readout, self.samples)
         running.enter_context(evaluation(model))
         return self.on(model, torch.bfloat16)
 
@@ -126,26 +122,31 @@ class Task:
         return Frame((0, self.samples.total), first, outputs, self.contraction, self.transform)
 
 
-def in_precision(model: nn.Module, precision: str, *, lazy: bool = False) -> nn.Module:
+def in_precision(
+    model: nn.Module, precision: str, readout: Readout, samples: Samples, *, lazy: bool = False
+) -> nn.Module:
     """Return the model itself when all its floating parameters have the wanted dtype, else a converted copy.
 
     `"exact"` wants float64, `"high"` float32 (or float64, when that is what the model is in), `"fast"` bfloat16.
     A lazy copy converts each large weight only while its module runs.
 
     Raises:
-        InputError: a weight of another library's that has no such dtype.
+        InputError: a weight of another library's that has no such dtype; f of the samples depends on the model's own
+            parameters where the copy is run.
     """
     wanted = {"exact": torch.float64, "high": torch.float32, "fast": torch.bfloat16}[precision]
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes == {wanted} or dtypes == {torch.float64} and precision != "fast":
         return model
     try:
-        return converted(model, wanted, lazy=lazy)
+        copy = converted(model, wanted, lazy=lazy)
     except (AssertionError, NotImplementedError) as error:
         kinds = sorted({type(p.data).__name__ for p in model.parameters()} - {"Tensor"})
         name = str(wanted).removeprefix("torch.")
         reason = f" ({str(error).splitlines()[0][:100]})" if str(error) else ""
         raise InputError(f"model: its weights, {', '.join(kinds)}, cannot be made {name}{reason}") from error
+    refuse_strangers(model, copy, readout, samples)
+    return copy
 
 
 def refuse(

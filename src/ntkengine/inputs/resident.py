@@ -77,19 +77,19 @@ class Resident:
             self._make_room(_size(key))
             self._coming[key] = _Arrival(key)
 
-    def shrink(self, limit: int) -> None:
-        """Let go of weights until at most `limit` bytes are held: of those unused for longest, the wanted ones last."""
-        if limit <= 0:
-            self._coming.clear()
-        over = sum(map(_size, [*self._kept, *self._coming])) - max(limit, 0)
+    def clear(self) -> None:
+        """Let go of all weights."""
+        self._kept.clear()
+        self._coming.clear()
+
+    def _make_room(self, size: int) -> None:
+        """Let go of weights until another has room: of those unused for longest, the wanted ones last."""
+        over = sum(map(_size, [*self._kept, *self._coming])) + size - self.limit
         for key in sorted(self._kept, key=self._wanted.__contains__):
             if over <= 0:
                 break
             del self._kept[key]
             over -= _size(key)
-
-    def _make_room(self, size: int) -> None:
-        self.shrink(max(1, self.limit - size))
 
 
 class _Arrival:

@@ -210,7 +210,7 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
         before.restore()
         for module, key, value in noted:
             vars(module)[key] = value
-        RESIDENT.shrink(0)
+        RESIDENT.clear()
         for buffer, version, value in buffers:
             if buffer._version != version:
                 with torch.no_grad():
@@ -243,12 +243,12 @@ def _torch_settings(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def wanting_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within the block these frozen parameters require gradients."""
-    chosen = list(parameters)
+    """Within the block these parameters require gradients; after it those that did before."""
+    before = [(p, p.requires_grad) for p in parameters]
     try:
-        for p in chosen:
+        for p, _ in before:
             p.requires_grad_(True)
         yield
     finally:
-        for p in chosen:
-            p.requires_grad_(False)
+        for p, wanted in before:
+            p.requires_grad_(wanted)

@@ -6,8 +6,6 @@ goes on reading that model when a copy is run: what it gives is no function of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from ntkengine.errors import InputError
 from ntkengine.inputs.batches import Chunk, Samples
 from ntkengine.inputs.readout import Readout
-from ntkengine.inputs.running import call_model, evaluation
+from ntkengine.inputs.running import call_model, evaluation, wanting_gradients
 from ntkengine.inputs.unrounded import unrounded
 
 
@@ -38,7 +36,7 @@ def refuse_strangers(model: nn.Module, copy: nn.Module, readout: Readout, sample
     chunk = Chunk(samples.chunks[0].group, samples.chunks[0].rows[:1], samples.chunks[0].start)
     inputs = samples.inputs(chunk, parameter.device, parameter.dtype)
     found = None
-    with evaluation(copy), _differentiable(p for p in model.parameters() if id(p) in theirs), torch.enable_grad():
+    with evaluation(copy), wanting_gradients(p for p in model.parameters() if id(p) in theirs), torch.enable_grad():
         try:
             with unrounded(parameter.dtype):
                 f = readout(call_model(copy, inputs), inputs)
@@ -51,19 +49,6 @@ def refuse_strangers(model: nn.Module, copy: nn.Module, readout: Readout, sample
             f"copy in {str(parameter.dtype).removeprefix('torch.')} that is computed with; read it in a module's "
             "forward from `self`, or give the model in that dtype"
         )
-
-
-@contextmanager
-def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within the block these parameters require gradients; after it those that did."""
-    before = [(p, p.requires_grad) for p in parameters]
-    try:
-        for p, _ in before:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, wanted in before:
-            p.requires_grad_(wanted)
 
 
 def _leaves(f: Tensor) -> set[int]:

@@ -130,7 +130,7 @@ def random_cholesky(
                 f"columns: expected those of a positive semi-definite matrix, row {bad} is left with {left[bad]:.3g} "
                 f"on the diagonal; less than {-lowest:.3g} is no error of theirs"
             )
-        if left.min() < -10.0 * n * EPS * largest:
+        if left.min() < -rounding:
             shown = max(shown, -float(left.min()))
         if left.min() < -floor - 0.1 * smallest:  # F Fᵀ would be more than K is: that pivot was noise
             floor = 2.0 * max(floor, smallest)

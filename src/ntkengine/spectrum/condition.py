@@ -40,14 +40,20 @@ class ConditionNumber:
     upper: float
     resolved: bool
 
-    def __str__(self) -> str:
+    @property
+    def short(self) -> str:
+        """The number with its interval, or its lower bound."""
         if self.resolved:
             return between(self.lambda_max / self.lambda_min, self.lower, self.upper)
-        lower = f"> {below(self.lower, 3)}"
+        return f"> {below(self.lower, 3)}"
+
+    def __str__(self) -> str:
+        if self.resolved:
+            return self.short
         if self.lambda_min >= self.noise:
-            return f"{lower} (unresolved: the smallest eigenvalue is at most {above(self.lambda_min, 2)})"
+            return f"{self.short} (unresolved: the smallest eigenvalue is at most {above(self.lambda_min, 2)})"
         return (
-            f"{lower} (unresolved: the smallest eigenvalue {nearest(self.lambda_min, 2)} is not above "
+            f"{self.short} (unresolved: the smallest eigenvalue {nearest(self.lambda_min, 2)} is not above "
             f"its error {above(self.noise, 2)})"
         )
 

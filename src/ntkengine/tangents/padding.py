@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,7 @@ def warn_of_kept_padding(model: nn.Module, samples: Samples, readout: Readout, p
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return
+    known = {*TOKEN_KEYS, "labels", "inputs_embeds"}
     for group, trimmed in zip(samples.groups, samples.trim, strict=True):
         mask = group.get("attention_mask")
         if trimmed or mask is None or mask.ndim != 2 or bool((mask[:, :-1] < mask[:, 1:]).any()):
@@ -123,20 +124,8 @@ def warn_of_kept_padding(model: nn.Module, samples: Samples, readout: Readout, p
         lengths = (mask != 0).sum(1)
         row = int(lengths.argmin())
         width = int(lengths[row])
-        alone = Samples([{k: v[row : row + 1] for k, v in group.items()}], trim=False)
-        one = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
-        known = {*TOKEN_KEYS, "labels", "inputs_embeds"}
-        bare = {k: v[:, :width] if k in known and v.shape[1:2] == mask.shape[1:] else v for k, v in one.items()}
-        before = Attributes(model)
-        with torch.no_grad():
-            try:
-                f, cut_f = (readout(call_model(model, x), x) for x in (one, bare))
-            except (RuntimeError, IndexError, ValueError):
-                continue  # the model wants this length
-            finally:
-                before.restore()
-        if f.shape == cut_f.shape:
-            _warn([(f, cut_f)])
+        keys = {k for k, v in group.items() if k in known and v.shape[1:2] == mask.shape[1:]}
+        _warn(_given_and_cut(model, group, row, keys, slice(width), readout, parameter))
 
 
 def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> None:
@@ -154,15 +143,10 @@ def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, p
         cut = int(before[row])
         if not cut:
             continue
-        alone = Samples([{k: v[row : row + 1] for k, v in group.items()}], trim=False)
-        one = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
-        bare = {k: v[:, cut:] if v.shape[1:] == mask.shape[1:] else v for k, v in one.items()}
-        with torch.no_grad():
-            try:
-                f, cut_f = (readout(call_model(model, x), x) for x in (one, bare))
-            except (RuntimeError, IndexError, ValueError):
-                continue  # the model wants this length
-        if f.shape == cut_f.shape and not close(f, cut_f):
+        keys = {k for k, v in group.items() if v.shape[1:] == mask.shape[1:]}
+        pairs = _given_and_cut(model, group, row, keys, slice(cut, None), readout, parameter)
+        if pairs and not close(*pairs[0]):
+            f, cut_f = pairs[0]
             log.warning(
                 "inputs: the model counts positions from the first column, so padding on the left changes f (example "
                 "%d: by %.1e); pad on the right, or pass position_ids",
@@ -170,3 +154,27 @@ def warn_of_left_padding(model: nn.Module, samples: Samples, readout: Readout, p
                 float((f - cut_f).abs().max()),
             )
             return
+
+
+def _given_and_cut(
+    model: nn.Module,
+    group: Mapping[str, Tensor],
+    row: int,
+    keys: Collection[str],
+    columns: slice,
+    readout: Readout,
+    parameter: nn.Parameter,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (f of an example as given, f of some columns of some inputs); nothing where the model wants them all."""
+    alone = Samples([{k: v[row : row + 1] for k, v in group.items()}], trim=False)
+    one = alone.inputs(alone.chunks[0], parameter.device, parameter.dtype)
+    bare = {k: v[:, columns] if k in keys else v for k, v in one.items()}
+    before = Attributes(model)
+    try:
+        with torch.no_grad():
+            f, cut_f = (readout(call_model(model, x), x) for x in (one, bare))
+    except (RuntimeError, IndexError, ValueError):
+        return []
+    finally:
+        before.restore()
+    return [(f, cut_f)] if f.shape == cut_f.shape else []
