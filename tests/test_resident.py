@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 import ntkengine as ntk
 from ntkengine.errors import InputError
 from ntkengine.gram import computing, planning, room
-from ntkengine.gram.layout import Layout
+from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
 from ntkengine.inputs import resident, streaming
 from ntkengine.inputs.resident import RESIDENT, Resident
 from ntkengine.inputs.weights import Entry, Held, entries
@@ -50,7 +51,8 @@ def ahead(monkeypatch):
 
 
 def held(store):
-    return SIZE * (len(store._kept) + len(store._coming))
+    kept = [*store._settled.values(), *store._kept.values()]
+    return sum(x.numel() * x.itemsize for x in kept) + SIZE * len(store._coming)
 
 
 @pytest.mark.usefixtures("ahead")
@@ -99,6 +101,42 @@ def test_a_file_that_ends_is_refused_where_its_weight_is_needed(keys, tmp_path):
         store.bring(*keys[-1])
 
 
+@pytest.mark.parametrize(("room", "turn", "again"), [(6, 2, 4), (6, 1, 3), (3, 3, 8), (3, None, 8), (8, 2, 0)])
+def test_passes_over_and_over_read_only_what_does_not_stay(weights, keys, reads, room, turn, again):
+    store = Resident(room * SIZE, None if turn is None else turn * SIZE // 4)
+    for count in (8, again, again):
+        reads.clear()
+        for key, value in zip(keys, weights.values(), strict=True):
+            assert torch.equal(store.bring(*key), value.float())
+            assert held(store) <= room * SIZE
+        assert len(reads) == count
+    for first in range(0, 8, turn or room):  # a block's are used several times, and do not make room for each other
+        block = keys[first : first + (turn or room)]
+        reads.clear()
+        for _ in range(3):
+            for key in block:
+                store.bring(*key)
+        assert len(reads) <= len(block)
+    for dtype in (torch.float64, torch.float32):  # weights of another dtype take the place of those that stayed
+        for _ in range(3):
+            reads.clear()
+            for key, value in zip(keys, weights.values(), strict=True):
+                assert torch.equal(store.bring(key[0], dtype, CPU), value.to(dtype))
+                assert held(store) <= room * SIZE
+    assert len(reads) == again
+
+
+@pytest.mark.usefixtures("ahead")
+def test_what_stays_is_not_brought_ahead(keys, reads):
+    store = Resident(6 * SIZE, 2 * SIZE // 4)
+    for _ in range(3):
+        for first in range(0, 8, 1):
+            store.expect(keys[first : first + 1], keys[first + 1 : first + 2])
+            store.bring(*keys[first])
+            assert held(store) <= 6 * SIZE
+    assert len(reads) <= 8 + 2 * 4
+
+
 @pytest.mark.parametrize("bus", [False, True])
 def test_a_sweep_back_reads_each_weight_once(tmp_path, monkeypatch, reads, bus):
     monkeypatch.setattr(streaming, "STREAMED", 256)
@@ -117,7 +155,7 @@ def test_a_sweep_back_reads_each_weight_once(tmp_path, monkeypatch, reads, bus):
         samples = type(samples)(samples.groups, microbatch=2)  # four microbatches
         reads.clear()
         RESIDENT.clear()
-        RESIDENT.limit = limit
+        RESIDENT.limit, RESIDENT.turn = limit, None
         return structure, plan, Layout(resident_bytes=limit), samples, sketches
 
     monkeypatch.setattr(computing, "planned", planned)
@@ -125,6 +163,29 @@ def test_a_sweep_back_reads_each_weight_once(tmp_path, monkeypatch, reads, bus):
     counts = {offset: reads.count(offset) for offset in blocks}
     assert set(counts.values()) <= {4, 5}  # four passes forward, one back, of which the last block's came last
     assert max(relative_error(gram.values, ntk.compute_gram(loaded, inputs, params="model.layers.*").values)) < 1e-6
+
+
+def test_streamed_weights_take_what_a_budget_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "STREAMED", 256)
+    loaded = tiny_model("llama")
+    loaded.save_pretrained(tmp_path)
+    model = ntk.load_model(tmp_path, num_labels=3, stream=True)
+    total = streaming.streamed_entries(model) * 4
+    turn = streaming.turn_entries(model, CPU)
+    assert turn == max(streaming.streamed_entries(block) for block in model.model.layers)
+    needs = Needs(10, 100, 800.0, 0.0, 400.0, [{"a": 1e4}], 1e4, 10.0, float(total), 4)
+    found = []
+    for budget in (1e5, 1.1e5, 1.2e5, 1e6):
+        layout = fit(needs, budget / GIB, spill="disk", base=bounds(budget / GIB, 4, turn=4 * turn))
+        assert needs.peak(layout) <= budget
+        found.append(layout.resident_bytes)
+    assert found == sorted(found)
+    assert 4 * turn < found[0] < total == found[-1]
+    gpu = replace(bounds(None, 4, turn=4 * turn), resident_bytes=4 * turn, keeps=False)
+    room = 2 * needs.peak(gpu)
+    assert fit(needs, None, spill="host", base=gpu).resident_bytes == total
+    assert 4 * turn < fit(needs, None, spill="host", base=gpu, room=room).resident_bytes <= total
+    assert fit(needs, None, spill="disk", base=replace(gpu, keeps=True), room=1e9).resident_bytes == 4 * turn
 
 
 def test_a_job_that_would_not_fit_in_what_is_free_is_laid_out_to_fit(monkeypatch, caplog):

@@ -32,7 +32,7 @@ from ntkengine.tangents.structure import Structure
 
 _LEAST, _SHARE = 24, 16  # examples: a sixteenth of all, but no fewer
 _WIDE = 0.1  # of the sweep's tokens: at most, where padding makes examples wide; but a dozen
-_TOKENS = 512  # of a batch, whose graph is that of the whole model
+_TOKENS = 512  # of a batch whose graph, that of the whole model, is kept
 _PASSES = 4  # where whole gradients would need more, only f is compared
 
 
@@ -83,8 +83,9 @@ def compare_anew(
         pulled = []
         for g, rows in enumerate(drawn):
             few = {k: x[torch.from_numpy(rows).to(x.device)] for k, x in samples.groups[g].items()}
-            one = 1 if structure.one_by_one or not layout.keeps else None
-            batches = Samples([few], microbatch=one, microbatch_tokens=_TOKENS, trim=False)
+            one = 1 if structure.one_by_one or (names and not layout.keeps) else None
+            tokens = _TOKENS if names else layout.microbatch_tokens
+            batches = Samples([few], microbatch=one, microbatch_tokens=tokens, trim=False)
             f, sums_of = _pulled(task, structure, batches, names, v[g], alone_c)
             if not i:
                 _compare_f(task, samples, g, rows, f, sums.outputs)

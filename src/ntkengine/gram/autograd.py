@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ def plain_gradients(
     outputs: int,
     *,
     foreign: bool,
+    reduced: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, Found]:
     """Return gradients by parameter and (sample, output); of an embedding the rows touched.
 
@@ -36,25 +38,60 @@ def plain_gradients(
         readout: f.
         outputs: C.
         foreign: as `Structure` has it.
+        reduced: further parameters, of whose gradients only what these functions make of them is returned; no two of
+            the gradients are there at once.
     """
     parameter = next(iter(model.parameters()))
-    wanted = [selected[name] for name in names]
-    found: dict[str, Found] = {name: {} for name in names}
+    reduced = reduced or {}
+    wanted = [selected[name] for name in (*names, *reduced)]
+    found: dict[str, Found] = {name: {} for name in (*names, *reduced)}
     for i, one in enumerate(samples):
         given = Samples([dict(one)], microbatch=1, trim=False)
         batch = given.inputs(given.chunks[0], parameter.device, parameter.dtype)
-        with wanting_gradients(wanted), sparse_tables(model), unrounded(parameter.dtype, foreign=foreign):
+        with (
+            wanting_gradients(wanted),
+            sparse_tables(model),
+            unrounded(parameter.dtype, foreign=foreign),
+            _caught(selected, reduced) as caught,
+        ):
             f = readout(call_model(model, batch), batch)
             for c in range(outputs):
-                for name, g in zip(names, _grad(f[0, c], wanted), strict=True):
+                caught.clear()
+                for name, g in zip(names, _grad(f[0, c], wanted)[: len(names)], strict=True):
                     if g is not None:
                         found[name][i, c] = g.detach().coalesce() if g.is_sparse else g.detach()
+                for name, g in caught.items():
+                    found[name][i, c] = g
             del f
     return found
 
 
-def stacked(found: Found, m: int, C: int, p: nn.Parameter) -> tuple[Tensor, Tensor | None]:
-    """Return gradients by (sample, output) as (m, C, entries); where all are sparse, of the rows any of them has."""
+@contextmanager
+def _caught(
+    selected: Mapping[str, nn.Parameter], reduced: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[dict[str, Tensor]]:
+    """Within the block, gradients of some parameters are reduced as soon as they are made, and go no further."""
+    caught: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[Tensor], Tensor | None]:
+        def reduce(gradient: Tensor) -> Tensor | None:
+            caught[name] = reduced[name](gradient.detach())
+            if gradient.is_sparse:  # little, and must stay so
+                return None
+            return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
+
+        return reduce
+
+    handles = [selected[name].register_hook(hook(name)) for name in reduced]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stacked(found: Found, m: int, C: int, p: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return gradients by (sample, output), shaped as p, as (m, C, entries); if all are sparse, the rows any has."""
     if len(found) == m * C and not any(g.is_sparse for g in found.values()):
         return torch.stack(list(found.values())).reshape(m, C, p.numel()), None
     rows = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ntkengine.errors import CheckFailed
 from ntkengine.gram.autograd import plain_gradients, stacked
 from ntkengine.gram.frame import Frame, gram_rows
 from ntkengine.gram.layout import Layout
+from ntkengine.gram.reduced import reducer, reductions
 from ntkengine.gram.run import Sums, sum_gram
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
@@ -21,6 +23,7 @@ from ntkengine.gram.turned import turned_norm
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.embeddings import tables
 from ntkengine.inputs.parameters import leave_out
+from ntkengine.inputs.streaming import is_streamed
 from ntkengine.products import unrouted
 from ntkengine.tangents.grouping import grouped
 from ntkengine.tangents.sketch import Sketch
@@ -34,12 +37,15 @@ UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have tu
 TURNED = {"exact": 1e-12, "fast": 3e-2}  # likewise, by the precision it was computed in
 DEVIATIONS = 10.0  # of a sketched entry; a wrong sketch is off by all of it
 DRAWN = 2  # samples of each group
-_PASSES = 8  # through the model; where a budget would need more, only as many parameters, drawn, are compared
+_PASSES = 8  # through the model; where a budget would need more, not all gradients are compared whole
 _TILE = 1 << 16  # entries in float64 that stay in cache
 
 
 class Check:
     """Truth for a few samples: their Gram entries by plain autograd, whole and by parameter.
+
+    Where whole gradients would take too many passes, those of drawn parameters are compared whole, of all others a few
+    numbers (`gram.reduced`).
 
     Args:
         task: the job; its model frozen and in eval mode.
@@ -51,9 +57,9 @@ class Check:
         turned: of a gradient's root mean square, below which the job's rounding may turn an entry's sign.
 
     Attributes:
-        compared: names of the parameters compared; all of them unless that would take too many passes.
+        compared: names of the parameters compared whole; all of them unless that would take too many passes.
 
-    Cost: for each drawn sample and output one ordinary backward pass for every `layout.gradients` entries.
+    Cost: for each drawn sample and output one ordinary backward pass for every `layout.gradients` entries, or one.
     """
 
     def __init__(
@@ -81,27 +87,41 @@ class Check:
             7, frame.layers, rows, rows, dtype=torch.float64, device=self.device
         )
         self.parts: dict[str, Tensor] = {}
-        few = tables(self.model)  # the rows a sample touches are as good as nothing
-        entries = {name: 0 if name in few else p.numel() for name, p in self.selected.items()}
-        parts = grouped(entries, self.layout.gradients // (len(self.drawn) * frame.outputs))
-        if len(parts) > _PASSES:
-            parts = [parts[i] for i in sorted(rng.choice(len(parts), size=_PASSES, replace=False))]
+        self.sketches: dict[str, Sketch] = {}
+        parts = self._choose(seed, rng)
         self.compared = [name for names in parts for name in names]
-        for names in parts:
-            found = plain_gradients(
-                self.model, self.selected, names, self.inputs, task.readout, frame.outputs, foreign=structure.foreign
-            )
+        reduced = {n: reducer(s, transposed=structure.transposed.get(n, False)) for n, s in self.sketches.items()}
+        for k, names in enumerate(parts):
+            given = self.model, self.selected, names, self.inputs, task.readout, frame.outputs
+            found = plain_gradients(*given, foreign=structure.foreign, reduced=None if k else reduced)
             with unrouted():  # many small operations, no large product
                 while found:
                     name = next(iter(found))
-                    G, touched = stacked(found.pop(name), len(self.inputs), self.frame.outputs, self.selected[name])
+                    p: Tensor = self.selected[name]
+                    like = p.new_empty(self.sketches[name].features) if name in self.sketches else p
+                    G, touched = stacked(found.pop(name), len(self.inputs), self.frame.outputs, like)
                     self.parts[name] = self._products(G, G)
                     self.raw += self.parts[name]
+                    if name in self.sketches:
+                        continue
                     if self.frame.transform in SIGNS or self.roots is not None:
                         self._transform(name, G, touched)
                     else:
                         for sum_of_products in (self.total, self.left, self.right):
                             sum_of_products += self.parts[name]
+
+    def _choose(self, seed: int, rng: np.random.Generator) -> list[list[str]]:
+        """Return parameters to compare whole, by pass; how the others are reduced is noted."""
+        few, signs = tables(self.model), self.frame.transform in SIGNS
+        entries = {name: 0 if name in few else p.numel() for name, p in self.selected.items()}  # few rows are touched
+        parts = grouped(entries, self.layout.gradients // (len(self.drawn) * self.frame.outputs))
+        if len(parts) <= (1 if is_streamed(self.model) else _PASSES):
+            return parts
+        size = min(len(parts), _PASSES if signs else 1)  # what rounding does to signs is seen in whole gradients
+        parts = [parts[i] for i in sorted(rng.choice(len(parts), size=size, replace=False))]
+        others = self.selected.keys() - {name for names in parts for name in names}
+        self.sketches = reductions(self.structure, self.selected, sorted(others), seed)
+        return [[*parts[0], *sorted(others - self.sketches.keys())], *parts[1:]]
 
     def _transform(self, name: str, G: Tensor, rows: Tensor | None) -> None:
         """Add a parameter's part of the job's own inner product, and what entries of unsure sign may change in it."""
@@ -166,8 +186,8 @@ class Check:
         m = len(self.drawn)
         frame = Frame((0, m), (0, m), self.frame.outputs, self.frame.contraction)
         raw = replace(self.task, roots=None, kernels=False)
-        keep_bytes = self.layout.keep_bytes
-        sums = sum_gram(raw, self.structure, few, frame, group=lambda name: name, keep_bytes=keep_bytes)
+        given: dict[str, Any] = {"keep_bytes": self.layout.keep_bytes, "sketches": self.sketches}
+        sums = sum_gram(raw, self.structure, few, frame, group=lambda name: name, **given)
         with unrouted():  # many small operations, no large product
             for name, truth in self.parts.items():
                 part = sums.parts.get(name)
@@ -183,7 +203,7 @@ class Check:
         Raises:
             CheckFailed: naming the examples.
         """
-        if name in self.parts:
+        if name in self.parts and name not in self.sketches:
             G = torch.stack([of(g, r) for g, r in self.drawn])
             self._compare(name, self._products(G, G))
 

@@ -22,8 +22,7 @@ from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
-from ntkengine.inputs.resident import brought_ahead
-from ntkengine.inputs.streaming import entry_of
+from ntkengine.inputs.streaming import entry_of, streamed_entries
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.sweep import KEEP_BYTES
@@ -161,8 +160,7 @@ def needs_of(
         for row in plan.parameters
     )
     widest = plan.samples * plan.outputs * max(tiles, default=0)
-    streamed = _streamed(model, dtype)
-    blocks = [_streamed(block, dtype) for block in structure.stack.blocks]
+    streamed = streamed_entries(model) * dtype.itemsize
     parameter = next(iter(model.parameters()))
     entry = parameter.element_size()
     segments: dict[str, int] = {}
@@ -195,7 +193,6 @@ def needs_of(
         activations=1.5 * max(structure.held, default=0.0) * dtype.itemsize / 4,
         norms=float(max(norms, default=0) * plan.outputs * dtype.itemsize),
         weights=float(streamed),
-        block=float(max(blocks, default=0) * (2 if brought_ahead(parameter.device) else 1)),
         entry=entry,
         parameter=max(row.rows * row.columns for row in plan.parameters) if plan.parameters else 0,
         segment=max(segments.values(), default=0),
@@ -239,11 +236,6 @@ def _factors(rows: Sequence[PlanRow]) -> list[dict[str, float]]:
     for row in rows:
         found.setdefault(row.segment, {})[row.parameter] = row.bytes
     return list(found.values())
-
-
-def _streamed(module: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of a module's streamed weights."""
-    return sum(p.numel() * dtype.itemsize for p in module.parameters() if entry_of(p) is not None)
 
 
 def _loaded(model: nn.Module) -> int:

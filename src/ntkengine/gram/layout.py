@@ -20,6 +20,7 @@ _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twic
 _LEAST_TOKENS = 128
 _PROCESS_BYTES = 32 << 20  # kernels made for the shapes a job met, freed tensors that it keeps; twice it where bounded
 _SPREAD = 0.1  # of a job with a bound: at most as much of it
+_SHARE = 0.9  # of a GPU's free memory: what allocating leaves between pieces is the rest
 NEAR = 0.75  # of what a bounded job may take: from there on freed memory is given back
 GIB = 2.0**30
 
@@ -89,7 +90,6 @@ class Needs:
         kept_share: share of the samples they belong to: those leave no hidden states.
         copy: a copy of the weights in another dtype.
         double: a float64 copy of them, where one measures the noise.
-        block: streamed weights of the largest block, twice where the next one's are brought meanwhile.
         copies: of one parameter's factors, in the order that ghost products or token matching read.
         copies_in_pieces: where they are contracted with those of some other ranks at a time.
         met: samples of a contraction for each of the rank's own, where other ranks' are met.
@@ -115,7 +115,6 @@ class Needs:
     kept_share: float = 0.0
     copy: float = 0.0
     double: float = 0.0
-    block: float = 0.0
     projections: float = 0.0
     copies: float = 0.0
     copies_in_pieces: float = 0.0
@@ -179,17 +178,19 @@ def fit(
     """
     base = base or bounds(memory_gib, needs.entry)
     if memory_gib is None:
-        base = replace(base, resident_bytes=max(base.resident_bytes, int(needs.block)))
-        return base if needs.peak(base) <= room else _within(needs, room, spill, base)
+        if needs.peak(base) > room:
+            return _within(needs, room, spill, base)
+        return base if base.keeps else _filled(base, needs, _SHARE * room)  # a host's system keeps files in memory
     budget = memory_gib * GIB
     least = float("inf")
-    resident = max(base.resident_bytes, int(min(needs.block, budget / 2)))
     for layout in _layouts(base, needs):
-        for hidden, held in product(("device", spill), dict.fromkeys((resident, base.resident_bytes))):
+        for hidden, held in product(("device", spill), dict.fromkeys((base.resident_bytes, int(budget / 4)))):
             candidate = replace(layout, hidden=hidden, resident_bytes=held)
             peak = needs.peak(candidate)
             if peak <= budget:
-                return candidate if candidate.window else replace(candidate, copies=needs.room(candidate))
+                if not candidate.window:
+                    candidate = replace(candidate, copies=needs.room(candidate))
+                return _filled(candidate, needs, budget)
             least = min(least, peak)
     where, other = (" on every rank", "more ranks") if base.window else ("", "fewer examples")
     told = 1.005 * least / GIB  # three digits of it are never below the least
@@ -204,7 +205,7 @@ def _within(needs: Needs, room: float, spill: str, base: Layout) -> Layout:
     wanted, free = needs.peak(base) / GIB, room / GIB
     budget = float(f"{0.995 * free:.3g}")
     given = {name: getattr(base, name) for name in ("window", "bundle_bytes", "microbatch_tokens")}
-    bounded = replace(bounds(budget, needs.entry), **given)
+    bounded = replace(bounds(budget, needs.entry, turn=base.resident_bytes), **given)
     try:
         layout = fit(needs, budget, spill=spill, base=bounded)
     except InputError:
@@ -219,27 +220,38 @@ def _within(needs: Needs, room: float, spill: str, base: Layout) -> Layout:
     return layout
 
 
+def _filled(layout: Layout, needs: Needs, room: float) -> Layout:
+    """Return a layout in which streamed weights take what room is left."""
+    spare = (room - needs.peak(layout)) / (1.0 + _SPREAD)
+    if not needs.weights or spare <= 0:
+        return layout
+    return replace(layout, resident_bytes=int(min(needs.weights, layout.resident_bytes + spare)))
+
+
 def heap_limit(memory_gib: float | None) -> float:
     """Return what `Heap.begin` is told before there is a plan."""
     return float("inf") if memory_gib is None else NEAR * memory_gib * GIB
 
 
-def bounds(memory_gib: float | None, entry: int, device: torch.device | None = None) -> Layout:
+def bounds(memory_gib: float | None, entry: int, device: torch.device | None = None, turn: int = 0) -> Layout:
     """Return a layout in which only what the budget and the device decide is set.
 
     Args:
         memory_gib: the budget; None: no bound.
         entry: bytes of a gradient entry.
         device: where the job runs; None: on the CPU.
+        turn: bytes of the streamed weights that are used over and over, a block's or two.
     """
     # A GPU recomputes fast, and one of its microbatches would be kept whole: gigabytes.
     gpu = device is not None and device.type == "cuda"
     tokens = _GPU_TOKENS if gpu else MICROBATCH_TOKENS
     if memory_gib is None:
-        return Layout(keeps=not gpu, doubles=True, microbatch_tokens=tokens)
+        resident = max(Layout.resident_bytes, turn)
+        return Layout(keeps=not gpu, doubles=True, microbatch_tokens=tokens, resident_bytes=resident)
     budget = memory_gib * GIB
     gradients = max(1 << 20, int(budget / 16 / entry))
-    return Layout(resident_bytes=int(budget / 4), gradients=gradients, microbatch_tokens=tokens)
+    resident = int(max(budget / 4, min(turn, budget / 2)))
+    return Layout(resident_bytes=resident, gradients=gradients, microbatch_tokens=tokens)
 
 
 def _layouts(base: Layout, needs: Needs) -> list[Layout]:

@@ -23,7 +23,7 @@ from ntkengine.gram.task import Task
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.resident import RESIDENT
 from ntkengine.inputs.running import taken_apart
-from ntkengine.inputs.streaming import is_streamed
+from ntkengine.inputs.streaming import is_streamed, turn_entries
 from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
@@ -66,7 +66,9 @@ def planned(
         CheckFailed: ranks disagree.
     """
     dtype = torch.bfloat16 if precision == "fast" else task.dtype
-    before = bounds(memory_gib, task.dtype.itemsize, task.device)
+    RESIDENT.turn = turn_entries(task.model, task.device)
+    turn = (RESIDENT.turn or 0) * task.dtype.itemsize
+    before = bounds(memory_gib, task.dtype.itemsize, task.device, turn)
     RESIDENT.limit = before.resident_bytes
     began = time.perf_counter()
     with together(team):

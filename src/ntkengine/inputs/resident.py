@@ -28,14 +28,19 @@ def brought_ahead(device: torch.device) -> bool:
 
 
 class Resident:
-    """The weights brought last, up to a number of bytes: one block's, so that its microbatches read it once.
+    """Weights in memory, up to a number of bytes: those brought last, so that a block's microbatches read it once.
+
+    Passes go through the model over and over, and what was brought last is then what is needed last. So where the
+    limit is more than a block or two, the rest of it is for the weights that came first, which stay.
 
     Attributes:
         limit: bytes; a larger weight is not kept.
+        turn: entries of the weights brought last that always have a place: one block's, or two; None: all that fit.
     """
 
-    def __init__(self, limit: int = 512 << 20) -> None:
-        self.limit = limit
+    def __init__(self, limit: int = 512 << 20, turn: int | None = None) -> None:
+        self.limit, self.turn = limit, turn
+        self._settled: dict[Key, Tensor] = {}
         self._kept: OrderedDict[Key, Tensor] = OrderedDict()
         self._coming: dict[Key, _Arrival] = {}
         self._wanted: set[Key] = set()
@@ -45,12 +50,14 @@ class Resident:
         key = entry, dtype, device
         for arrival in self._coming.values():
             arrival.go_on()
+        if key in self._settled:
+            return self._settled[key]
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         arrived = self._coming.pop(key, None)
         if arrived is None:
-            self._make_room(_size(key))
+            self._make_room(key)
             weight = entry.read().to(device).to(dtype)  # converted there: a GPU is faster at it
         else:
             weight = arrived.take()
@@ -67,29 +74,42 @@ class Resident:
         """
         self._wanted = {*now, *then}
         self._coming = {key: arrival for key, arrival in self._coming.items() if key in self._wanted}
-        free = self.limit - sum(map(_size, {*now, *self._coming, *(key for key in then if key in self._kept)}))
+        needed = {*now, *self._coming, *(key for key in then if key in self._kept), *self._settled}
+        free = self.limit - sum(map(_size, needed))
         for key in then:
-            if key in self._kept or key in self._coming or not _is_elsewhere(key):
+            if key in self._settled or key in self._kept or key in self._coming or not _is_elsewhere(key):
                 continue
             free -= _size(key)
             if free < 0:
                 break
-            self._make_room(_size(key))
+            self._make_room(key)
             self._coming[key] = _Arrival(key)
 
     def clear(self) -> None:
         """Let go of all weights."""
+        self._settled.clear()
         self._kept.clear()
         self._coming.clear()
 
-    def _make_room(self, size: int) -> None:
-        """Let go of weights until another has room: of those unused for longest, the wanted ones last."""
-        over = sum(map(_size, [*self._kept, *self._coming])) + size - self.limit
+    def _make_room(self, new: Key) -> None:
+        """Let go of weights until another has room: of another dtype, then of those unused for longest, wanted last."""
+        over = sum(map(_size, [*self._settled, *self._kept, *self._coming])) + _size(new) - self.limit
+        for key in [key for key in self._settled if key[1:] != new[1:]]:  # a pass in another dtype has begun
+            if over <= 0:
+                break
+            del self._settled[key]
+            over -= _size(key)
+        settled = sum(map(_size, self._settled))
+        most = 0 if self.turn is None else self.limit - self.turn * new[1].itemsize
         for key in sorted(self._kept, key=self._wanted.__contains__):
             if over <= 0:
                 break
-            del self._kept[key]
-            over -= _size(key)
+            weight = self._kept.pop(key)
+            if key[1:] == new[1:] and settled + _size(key) <= most:
+                self._settled[key] = weight
+                settled += _size(key)
+            else:
+                over -= _size(key)
 
 
 class _Arrival:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import InputError
-from ntkengine.inputs.resident import RESIDENT, Key
+from ntkengine.inputs.resident import RESIDENT, Key, brought_ahead
 from ntkengine.inputs.weights import Entry, Held, entries
 
 STREAMED = 1 << 18  # entries; smaller parameters and vectors are loaded
@@ -43,6 +43,21 @@ def entry_of(parameter: Any) -> Entry | Held | None:
 def streamed_keys(module: nn.Module) -> list[Key]:
     """Return what `Resident` calls the module's streamed weights, each once, in the order of its modules."""
     return [(entry, p.dtype, p.device) for p in module.parameters() if (entry := entry_of(p)) is not None]
+
+
+def streamed_entries(module: nn.Module) -> int:
+    """Return the number of entries of a module's streamed weights."""
+    return sum(p.numel() for p in module.parameters() if entry_of(p) is not None)
+
+
+def turn_entries(model: nn.Module, device: torch.device) -> int | None:
+    """Return `Resident.turn` for a model: its largest block, twice where the next is brought meanwhile; None without.
+
+    Blocks are what its lists of modules hold, before it is known which list they are called in.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    largest = max((streamed_entries(block) for blocks in lists for block in blocks), default=0)
+    return (2 if brought_ahead(device) else 1) * largest or None
 
 
 def is_streamed(model: nn.Module) -> bool:

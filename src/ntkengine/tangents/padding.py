@@ -12,6 +12,7 @@ from ntkengine.inputs.attributes import Attributes, plain_values
 from ntkengine.inputs.batches import TOKEN_KEYS, Samples
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
+from ntkengine.inputs.streaming import is_streamed
 from ntkengine.tangents.rehearsal import agreement, close
 
 log = logging.getLogger(__name__)
@@ -20,19 +21,22 @@ log = logging.getLogger(__name__)
 CUT = {torch.float64: 1e-7, torch.float32: 1e-5}
 _TOLD = 10.0  # times as much is no rounding, and told
 _LENGTHS, _WIDTHS = 12, 4  # at which cuts are tried
+_FEW = 4, 2  # likewise, where each reads all weights again
 
 
 def trim_holds(model: nn.Module, samples: Samples, readout: Readout, parameter: nn.Parameter) -> bool:
     """Return whether cutting padding columns leaves f, and the model's settings, unchanged.
 
     On examples of a dozen lengths, and in the widths of four microbatches: strided convolutions and pooling may see
-    padding at some widths only.
+    padding at some widths only. Of a streamed model on fewer; what they miss, the examples compared after the sweep
+    may show.
     """
     if not any(samples.trim):
         return False
     pairs: list[tuple[Tensor, Tensor]] = []
 
-    for group, tried in _cuts(samples).items():
+    most = _FEW if is_streamed(model) else (_LENGTHS, _WIDTHS)
+    for group, tried in _cuts(samples, *most).items():
         before, state = Attributes(model), plain_values(model)
         rows = torch.tensor([row for row, _ in tried])
         few = {k: v[rows.to(v.device)] for k, v in samples.groups[group].items()}
@@ -84,8 +88,8 @@ def _uncut(reason: str) -> bool:
     return False
 
 
-def _cuts(samples: Samples) -> dict[int, list[tuple[int, int]]]:
-    """Return (example, width) of the cuts to try, by group."""
+def _cuts(samples: Samples, lengths_tried: int, widths_tried: int) -> dict[int, list[tuple[int, int]]]:
+    """Return (example, width) of the cuts to try, by group: at so many lengths and widths of microbatches."""
     found: dict[int, list[tuple[int, int]]] = {}
     for g, trimmed in enumerate(samples.trim):
         if not trimmed:
@@ -95,10 +99,10 @@ def _cuts(samples: Samples) -> dict[int, list[tuple[int, int]]]:
         for row in samples.order[g][::-1]:
             rows.setdefault(int(lengths[row]), []).append(int(row))
         together = {int(lengths[c.rows].max()): int(c.rows[0]) for c in samples.chunks if c.group == g}
-        tried, lone = found.setdefault(g, []), _spread(rows, _LENGTHS)
-        while len(tried) < _LENGTHS and any(rows[w] for w in lone):  # of few lengths several
+        tried, lone = found.setdefault(g, []), _spread(rows, lengths_tried)
+        while len(tried) < lengths_tried and any(rows[w] for w in lone):  # of few lengths several
             tried.extend((rows[w].pop(), w) for w in lone if rows[w])
-        tried.extend((together[w], w) for w in _spread(together, _WIDTHS))
+        tried.extend((together[w], w) for w in _spread(together, widths_tried))
     return found
 
 
