@@ -20,7 +20,7 @@ _USUAL_TOKENS = 512  # smaller microbatches lose more time than a block run twic
 _LEAST_TOKENS = 128
 _PROCESS_BYTES = 32 << 20  # kernels made for the shapes a job met, freed tensors that it keeps; twice it where bounded
 _SPREAD = 0.1  # of a job with a bound: at most as much of it
-_SHARE = 0.9  # of a GPU's free memory: what allocating leaves between pieces is the rest
+_SHARE = 0.8  # of a GPU's free memory: what allocating leaves between pieces is the rest
 NEAR = 0.75  # of what a bounded job may take: from there on freed memory is given back
 GIB = 2.0**30
 
