@@ -92,9 +92,7 @@ def test_bad_flags_are_one_line_and_exit_2(run, arguments, message, tmp_path, mo
         (MemoryError("8 GiB"), 1),
         (NotImplementedError("use 'sgd'"), 2),
         (FileNotFoundError(2, "No such file or directory", "x"), 2),
-        (KeyboardInterrupt(), 130),
-        (Stopped(15, "stopped by SIGTERM: the same command goes on from here"), 143),
-        (Stopped(2), 130),
+        (Stopped(15, "the same command goes on from here"), 143),
     ],
 )
 def test_what_fails_is_one_line_with_its_code(run, monkeypatch, gram_file, raised, code):
@@ -105,6 +103,42 @@ def test_what_fails_is_one_line_with_its_code(run, monkeypatch, gram_file, raise
     found, out, err = run("forecast", gram_file)
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert err.startswith("error: ")
+    assert code != 143 or err == "error: stopped by SIGTERM: the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (Stopped(2), "interrupted"),
+        (Stopped(2, "the same command goes on from here"), "interrupted: the same command goes on from here"),
+    ],
+)
+def test_an_interruption_is_no_error(run, monkeypatch, gram_file, raised, told):
+    def fail(*_):
+        raise raised
+
+    monkeypatch.setattr(gramfiles, "forecast_file", fail)
+    assert run("forecast", gram_file) == (130, "", f"{told}\n")
+
+
+def test_an_interrupted_job_says_whether_it_kept_anything(run, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("jobs.run_gram", "selectjob.run_select", "finetunejob.run_finetune"):
+        monkeypatch.setattr(f"ntkengine.{name}", fail)
+    words = ("--model", "m", "--data", "a.tsv")
+    out = tmp_path / "k.h5"
+    told = "interrupted: the same command starts anew\n"
+    assert run("gram", *words, "--out", out) == (130, "", told)
+    (tmp_path / ".k.h5.parts").mkdir()
+    (tmp_path / ".k.h5.parts" / "rank-0000-of-0001.a").touch()
+    told = "interrupted: the same command goes on from its last checkpoint\n"
+    assert run("gram", *words, "--out", out) == (130, "", told)
+    for command in ("select", "finetune"):
+        told = "interrupted: nothing was kept, the same command starts anew\n"
+        assert run(command, *words, "--learning-rate", "1") == (130, "", told)
 
 
 def test_a_bug_is_not_hidden(monkeypatch, gram_file):

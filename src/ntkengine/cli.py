@@ -14,14 +14,15 @@ import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from signal import SIGINT
 from typing import Annotated, Any
 
 import typer
 
 from ntkengine import __version__
 from ntkengine.cluster.launch import launched, one_voice
-from ntkengine.console import answered, open_streams, print_json, remark, say, show, showing_progress
-from ntkengine.errors import InputError
+from ntkengine.console import answered, interrupted, open_streams, print_json, remark, say, show, showing_progress
+from ntkengine.errors import InputError, Stopped
 from ntkengine.filecommands import Json, described, info, merge, verify
 from ntkengine.finetunecommand import finetune
 from ntkengine.helpexamples import epilog
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, prog_name="ntkengine", standalone_mode=False)
     except typer.Abort:
-        code = say("interrupted", 130)
+        code = interrupted()
     except Exception as error:
         # Usage errors come from typer's own or from an installed click; both look like this.
         message = getattr(error, "format_message", None)
@@ -141,14 +142,20 @@ def gram_command(
 
 def _run(team: Any, flags: dict[str, Any]) -> Any:
     from ntkengine.jobs import run_gram
+    from ntkengine.store import going_on
 
     with nullcontext() if team is None else team.together():
         path, given, _ = collect(**flags)
         job = job_of(path, given)
         if job.out is None:
             raise InputError("--out: is missing; name the HDF5 file to write")
-    with showing_progress() as progress:
-        return run_gram(job, progress, team=team)
+    try:
+        with showing_progress() as progress:
+            return run_gram(job, progress, team=team)
+    except KeyboardInterrupt as error:  # before the job listened to it, or for the second time
+        if team is not None:
+            raise
+        raise Stopped(SIGINT, going_on(job.out)) from error
 
 
 def _tell(found: Any, as_json: bool, seconds: float) -> None:

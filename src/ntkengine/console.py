@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from signal import SIGINT
 from typing import Any
 
 import typer
@@ -17,9 +18,16 @@ from ntkengine.cluster.launch import launcher_rank
 from ntkengine.errors import CheckFailed, InputError, NonFinite, NotConverged, RankFailed, Stopped
 from ntkengine.textfile import json_text
 
+NOTHING_KEPT = "nothing was kept, the same command starts anew"
 
-def answered(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a command raises into one line and an exit code; other exceptions are bugs and keep their traceback."""
+
+def answered(command: Callable[..., None], *, how: str = "") -> Callable[..., None]:
+    """Turn what a command raises into one line and an exit code; other exceptions are bugs and keep their traceback.
+
+    Args:
+        command: what may raise.
+        how: what to say of going on where it was interrupted and nothing is known of checkpoints.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -43,9 +51,10 @@ def answered(command: Callable[..., None]) -> Callable[..., None]:
         except MemoryError as error:
             raise typer.Exit(say(f"out of memory: {error}", 1)) from error
         except Stopped as error:
-            raise typer.Exit(say(error, 128 + error.signal)) from error
+            by_hand = error.signal == SIGINT
+            raise typer.Exit(interrupted(error.how) if by_hand else say(error, 128 + error.signal)) from error
         except KeyboardInterrupt as error:
-            raise typer.Exit(say("interrupted", 130)) from error
+            raise typer.Exit(interrupted(how)) from error
 
     return run
 
@@ -106,8 +115,13 @@ def print_json(value: Any) -> None:
         print(json_text(value))
 
 
-def say(error: object, code: int) -> int:
+def say(error: object, code: int, mark: str = "error: ") -> int:
     """Print one line on standard error, one process of a job for all, and return the exit code."""
     if speaks():
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(mark + " ".join(str(error).split()), file=sys.stderr)
     return code
+
+
+def interrupted(how: str = "") -> int:
+    """Say that a command was interrupted, which is no error, and how to go on; return the exit code."""
+    return say("interrupted" + (f": {how}" if how else ""), 128 + SIGINT, mark="")

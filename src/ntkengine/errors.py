@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from signal import Signals
 from typing import Any
 
 _SHOWN = dict.fromkeys("\n\r\t", " ")
@@ -46,11 +47,13 @@ class Stopped(BaseException):  # noqa: N818
 
     Attributes:
         signal: its number.
+        how: what there is to go on from; empty where that is not known.
     """
 
-    def __init__(self, signal: int, message: str = "") -> None:
-        super().__init__(message or f"stopped by signal {signal}")
+    def __init__(self, signal: int, how: str = "") -> None:
+        super().__init__(f"stopped by {Signals(signal).name}" + (f": {how}" if how else ""))
         self.signal = signal
+        self.how = how
 
 
 class RankFailed(RuntimeError):  # noqa: N818

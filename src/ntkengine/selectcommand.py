@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from ntkengine.console import answered, print_json, remark, show, showing_progress
+from ntkengine.console import NOTHING_KEPT, answered, print_json, remark, show, showing_progress
 from ntkengine.errors import InputError
 from ntkengine.jobflags import (
     GRAM_ONLY,
@@ -26,7 +26,7 @@ from ntkengine.textfile import check_apart, check_folder, json_text, write_text
 _PANEL = "Selection"
 
 
-@answered
+@partial(answered, how=NOTHING_KEPT)
 @partial(takes_job, hides=("out",), refuses=GRAM_ONLY)
 def select(
     *,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -131,8 +130,7 @@ class Checkpoints:
             kept = any(self.folder.path.glob("rank-*"))
         if isinstance(error, Stopped):
             how = "the same command goes on from here" if kept else "nothing was summed yet"
-            msg = f"stopped by {signal.Signals(error.signal).name}: {how}"
-            raise Stopped(error.signal, msg) from error
+            raise Stopped(error.signal, how) from error
 
     @property
     def start(self) -> tuple[int, int, bool]:

@@ -38,7 +38,7 @@ from ntkengine.store.checkpoints import (
     saved_states,
     slots,
 )
-from ntkengine.store.folder import Folder, followed, parts_of, read_progress, staged
+from ntkengine.store.folder import Folder, followed, going_on, parts_of, read_progress, staged
 from ntkengine.store.merging import merge_gram
 from ntkengine.store.overlay import overlay
 from ntkengine.store.placing import place, refuse_shards, tidy
@@ -63,6 +63,7 @@ __all__ = [
     "find_damage",
     "first_difference",
     "followed",
+    "going_on",
     "link_shards",
     "is_cross",
     "load",

@@ -187,6 +187,12 @@ def staged(out: Path) -> Path:
     return parts_of(out) / "sharded" / followed(out).name
 
 
+def going_on(out: str | Path) -> str:
+    """Return what a job that was cut short has to go on from, as words."""
+    kept = any(parts_of(Path(out)).glob("rank-*"))
+    return f"the same command {'goes on from its last checkpoint' if kept else 'starts anew'}"
+
+
 def read_progress(out: str | Path) -> dict[str, Any] | None:
     """Return what an unfinished job last said of itself, or None when there is none.
 
