@@ -102,7 +102,7 @@ def test_a_ranking_is_escaped_in_a_report(seeds, tmp_path):
     html = render_report([selection_section(path)])
     assert "<script" not in html
     assert "<b>" not in html
-    assert html.count("&lt;script&gt;") == 2
+    assert html.count("&lt;script&gt;") == 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from ntkengine.errors import InputError
 from ntkengine.forecast import forecast
-from ntkengine.report import Section, Table, findings, plots, tables, text, write_report
+from ntkengine.report import Section, Table, findings, plots, tables, text, verdict, write_report
 from ntkengine.report.planned import plan_table
 from ntkengine.report.training import training_section
 from ntkengine.spectrum import condition_number, eigsh
@@ -297,6 +297,48 @@ def test_report_is_one_escaped_page_with_its_pictures(found, tmp_path):
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
     assert "prefers-color-scheme: dark" in html
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_the_verdict_at_the_top_has_the_figures_of_the_table(found, tmp_path):
+    rows = dict(found.table())
+    lines = verdict.forecast_verdict(found)
+    assert rows["eval accuracy at ridge"] in lines[0]
+    assert rows["at the start, eval"] in lines[0]
+    assert rows["share of the largest class"] in lines[1]
+    assert f"{found.proximal:.3g}" in lines[2]
+    assert lines[3].count("%") == 3
+    share = found.start["eval_largest_class"]
+    for low, high, told in ((0.0, 1.0, "within"), (share + 0.01, 1.0, "below"), (0.0, share - 0.01, "above")):
+        changed = replace(found, eval_accuracy_at_ridge=(low, low, high))
+        assert f": {told} the interval" in verdict.forecast_verdict(changed)[1]
+    page = write_report(tmp_path / "r.html", [Section("first"), Section("a & b", verdict=lines)]).read_text()
+    assert page.index("In short") < page.index(lines[0]) < page.index("<h2>first</h2>")
+    assert page.count("a &amp; b") == 1
+    assert "In short" not in write_report(tmp_path / "r.html", [Section("first")]).read_text()
+
+
+def test_the_verdict_without_eval_examples_or_classes(gram):
+    less = {"cross": None, "eval_outputs": None, "eval_targets": None, "meta": {}}
+    alone = forecast(SimpleNamespace(**{**vars(gram), **less}), gram.targets)
+    lines = verdict.forecast_verdict(alone)
+    assert lines[0].startswith(f"Fine-tuning is forecast to reach leave-one-out accuracy {span(alone)}, a 95 %")
+    assert lines[1].startswith("Always naming the largest class gets train 0.")
+    assert len(lines) == 3
+    values = forecast(gram.values, gram.targets * np.arange(1, N + 1)[:, None])
+    assert len(verdict.forecast_verdict(values)) == 2
+    assert verdict.forecast_verdict(values)[0].startswith("Fine-tuning is forecast to reach leave-one-out mse ")
+
+
+def span(found):
+    return dict(found.table())["leave-one-out accuracy"]
+
+
+def test_the_verdict_of_a_ranking_is_its_first_row():
+    columns, rows = ("modules", "eval loss", "bound"), [("query", "0.4 (0.3 to 0.5)", ""), ("key", "0.6", "")]
+    assert verdict.ranking_verdict(columns, rows, [(0.4, 0.3, 0.5), (0.6, 0.5, 0.7)]) == [
+        "Adapt query: eval loss 0.4 (0.3 to 0.5)."
+    ]
+    assert "2 of 2" in verdict.ranking_verdict(columns, rows, [(0.4, 0.3, 0.5), (0.5, 0.4, 0.6)])[1]
 
 
 def test_report_that_fails_keeps_the_old_one(tmp_path, monkeypatch):

@@ -84,6 +84,7 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
     from ntkengine.report.selection import selection_section
     from ntkengine.report.tables import gram_table, sketch_note
     from ntkengine.report.training import training_section
+    from ntkengine.report.verdict import forecast_verdict
     from ntkengine.spectrum import as_matrix, condition_from_eigenvalues, eigsh, noise_of
     from ntkengine.store import open_gram
 
@@ -103,7 +104,8 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
             tables = [facts, forecast_table(found)]
             if found.modules and (traces := gram.meta.get("module_trace")):
                 tables.append(module_table(found.modules, sum(traces.values())))  # of K, as `info` has it
-            sections.append(Section(str(path), tables, forecast_figures(found), found.assumptions))
+            figures = forecast_figures(found)
+            sections.append(Section(str(path), tables, figures, found.assumptions, forecast_verdict(found)))
             continue
         matrix = as_matrix(gram)
         values = np.linalg.eigvalsh(matrix)[::-1]

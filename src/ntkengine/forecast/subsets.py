@@ -25,6 +25,7 @@ from ntkengine.forecast.scores import centred_alignment
 from ntkengine.forecast.simulate import simulate
 from ntkengine.losses import as_targets
 from ntkengine.recipe import Recipe
+from ntkengine.report.verdict import not_told_apart
 from ntkengine.spectrum import condition_from_eigenvalues
 
 if TYPE_CHECKING:
@@ -84,19 +85,8 @@ def rank_subsets(
     else:
         found = [judge.choice(name, modules) for name, modules in named_subsets(subsets, judge.names).items()]
     found.sort(key=_loss)
-    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions + _not_told_apart(found))
-
-
-def _not_told_apart(ordered: list[Choice]) -> list[str]:
-    """Return how many of the choices, best first, lie within the best one's interval."""
-    best = ordered[0].outcome.eval_loss
-    near = sum(best is not None and _loss(one) <= best[2] for one in ordered)
-    if near < 2:
-        return []
-    return [
-        f"{near} of {len(ordered)} forecasts lie within the interval of the first. All are scored on the same "
-        "examples, so differences are surer than intervals, but small ones decide nothing."
-    ]
+    near = not_told_apart([_interval(one) for one in found])
+    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions + near)
 
 
 class _Judge:
@@ -239,9 +229,13 @@ class _Judge:
 
 
 def _loss(choice: Choice) -> float:
+    return _interval(choice)[0]
+
+
+def _interval(choice: Choice) -> tuple[float, float, float]:
     """Return the forecast eval loss, which every choice has: without held-out examples there is no ranking."""
     assert choice.outcome.eval_loss is not None
-    return choice.outcome.eval_loss[0]
+    return choice.outcome.eval_loss
 
 
 def _shapes(gram: Any, factors: TangentFactors | None) -> dict[str, tuple[int, int]]:

@@ -22,6 +22,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background:
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.3rem; margin: 3rem 0 .75rem;
   border-bottom: 1px solid var(--line); padding-bottom: .3rem; overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+.verdict p { margin: .3rem 0; overflow-wrap: anywhere; }
 p.note, .lead { color: var(--soft); font-size: .9rem; margin: .3rem 0 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .22rem .9rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
@@ -45,12 +46,14 @@ class Section:
         tables: in order.
         figures: matplotlib figures by name; the name is the picture's text alternative.
         notes: sentences under "What this rests on".
+        verdict: sentences that go to the top of the page.
     """
 
     title: str
     tables: Sequence[Table] = ()
     figures: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    verdict: Sequence[str] = ()
 
 
 def write_report(path: str | Path, sections: Sequence[Section], title: str = "Tangent kernel report") -> Path:
@@ -80,13 +83,22 @@ def render_report(sections: Sequence[Section], title: str = "Tangent kernel repo
         "Empirical neural tangent kernel, exact unless its facts say sketched, and what it forecasts of fine-tuning. "
         "Every number is read from the files named below."
     )
-    body = "\n".join(_section(section) for section in sections)
+    told = [section for section in sections if section.verdict]
+    body = "\n".join([*([_verdicts(told)] if told else []), *map(_section, sections)])
     return (
         f'{PAGE}\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n{body}\n</body>\n</html>\n'
     )
+
+
+def _verdicts(sections: Sequence[Section]) -> str:
+    parts = ['<section class="verdict">\n<h2>In short</h2>']
+    for section in sections:
+        parts += [f"<h3>{escape(section.title)}</h3>"] if len(sections) > 1 else []
+        parts += [f"<p>{escape(line)}</p>" for line in section.verdict]
+    return "\n".join([*parts, "</section>"])
 
 
 def _section(section: Section) -> str:

@@ -10,6 +10,7 @@ from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import selection_figure
 from ntkengine.report.tables import Table, span, trained
+from ntkengine.report.verdict import ranking_verdict
 from ntkengine.textfile import parse_json
 
 _SHOWN = 20  # subsets in the figure
@@ -25,7 +26,7 @@ def selection_section(path: Path) -> Section:
         found = parse_json(path.read_text(encoding="utf-8"), path, dict, "an object")
         choices, recipe = found["choices"], found["recipe"]
         rows = [_row(c) for c in choices]
-        losses = [_three(c["eval_loss"]) for c in choices[:_SHOWN]]
+        losses = [_three(c["eval_loss"]) for c in choices]
         note = f"LoRA of rank {found['peft']['r']}, {trained(recipe)}; best first"
         notes = [str(line) for line in found["assumptions"]]
         names = [str(c["name"]) for c in choices[:_SHOWN]]
@@ -38,8 +39,9 @@ def selection_section(path: Path) -> Section:
         raise InputError(f"{path}: holds no ranked subsets")
     columns = ("modules", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "expected cond. number")
     adapted = Table("The best choice adapts", (), [(f"{i + 1}", m) for i, m in enumerate(best)])
-    figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses)}
-    return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes)
+    figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses[:_SHOWN])}
+    verdict = ranking_verdict(columns, rows, losses)
+    return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes, verdict)
 
 
 def _row(choice: dict[str, Any]) -> tuple[str, ...]:
