@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from ntkengine.errors import InputError
+from ntkengine.finetune.history import Measured
 from ntkengine.forecast import forecast
-from ntkengine.report import Section, Table, findings, plots, tables, text, verdict, write_report
+from ntkengine.report import Section, Table, findings, plots, tables, text, training, verdict, write_report
 from ntkengine.report.planned import plan_table
-from ntkengine.report.training import training_section
 from ntkengine.spectrum import condition_number, eigsh
 
 N, M = 37, 21
@@ -229,22 +229,34 @@ def test_the_risk_figure_shows_the_whole_interval(found):
 
 
 def test_a_loss_that_was_not_finite_leaves_the_others_in_the_figure(tmp_path):
-    names = ("epoch", "train_accuracy", "eval_accuracy", "displacement", "relative_gap")
-    names += ("linear_eval_loss", "linear_train_loss")
+    names = set(training.COLUMNS) - {"step", "train_loss", "eval_loss"}
     losses = ((0, 0.7, 0.5), (5, 2.0, None), (9, None, 0.25))
     recipe = {"optimizer": "sgd", "learning_rate": 1.0, "epochs": 2}
     rows = [dict.fromkeys(names) | {"step": s, "train_loss": a, "eval_loss": b} for s, a, b in losses]
     path = tmp_path / "h.jsonl"
     lines = [{"recipe": recipe, "seconds": 1.0, "measuring_seconds": 1.0}, *rows]
     path.write_text("\n".join(map(json.dumps, lines)))
-    section = training_section(path)
+    section = training.training_section(path)
     drawn = {
         line.get_label(): line.get_xydata().tolist() for line in next(iter(section.figures.values())).axes[0].lines
     }
     assert drawn == {"train": [[0, 0.7], [5, 2.0]], "eval": [[0, 0.5], [9, 0.25]]}
     assert any("without a finite loss" in note for note in section.notes)
     path.write_text("\n".join(map(json.dumps, lines[:2])))
-    assert not any("without a finite loss" in note for note in training_section(path).notes)
+    assert not any("without a finite loss" in note for note in training.training_section(path).notes)
+
+
+def test_the_columns_of_a_fine_tuning_are_those_of_its_measurements(tmp_path):
+    assert set(training.COLUMNS) <= set(Measured.__dataclass_fields__)
+    recipe = {"optimizer": "sgd", "learning_rate": 1.0, "epochs": 2}
+    step = dict.fromkeys(training.COLUMNS) | {"step": 123456, "epoch": 1.5, "train_loss": 0.25}
+    run = {"recipe": recipe, "history": [step], "seconds": 1.0, "measuring_seconds": 2.0}
+    shown = training.training_table(run)
+    assert shown.columns == ("step", "epoch", "train loss")
+    assert shown.rows == [("123456", "1.5", "0.25")]
+    path = tmp_path / "h.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in (run, step)))
+    assert list(training.training_section(path).tables) == [shown]
 
 
 def test_spectrum_figure_with_an_unresolved_tail():

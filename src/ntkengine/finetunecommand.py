@@ -22,21 +22,6 @@ from ntkengine.jobflags import (
     takes_job,
 )
 
-_COLUMNS = {
-    "step": "step",
-    "epoch": "epoch",
-    "train_loss": "train loss",
-    "train_accuracy": "train accuracy",
-    "eval_loss": "eval loss",
-    "eval_accuracy": "eval accuracy",
-    "displacement": "‖θ − θ₀‖",
-    "linear_train_loss": "linear: train loss",
-    "linear_eval_loss": "linear: eval loss",
-    "gap": "‖f − f̄‖",
-    "relative_gap": "‖f − f̄‖ / ‖f − f₀‖",
-    "divergence": "KL",
-}
-
 
 @partial(answered, how=NOTHING_KEPT)
 @partial(takes_job, hides=("out",), refuses=(*GRAM_ONLY, "memory_gib"))
@@ -59,7 +44,7 @@ def finetune(
 ) -> None:
     """Train the job's model on the job's data."""
     from ntkengine.finetunejob import run_finetune
-    from ntkengine.report.tables import Table
+    from ntkengine.report.training import training_table
 
     path, given, as_json = collect(**flags)
     if given["out"] is not None:
@@ -79,11 +64,7 @@ def finetune(
     if as_json:
         print_json(run.to_dict())
         return
-    rows = run.table()
-    kept = [i for i, name in enumerate(rows[0]) if name in _COLUMNS]
-    told = [tuple(row[i] for i in kept) for row in rows[1:]]
-    note = f"{run.seconds:.1f} s of training, {run.measuring_seconds:.1f} s of measuring"
-    show(Table("Fine-tuning", tuple(_COLUMNS[rows[0][i]] for i in kept), told, note))
+    show(training_table(run.to_dict()))
     written = [f"the recipe and every measurement are in {history}"] if history is not None else []
     if save is not None:
         written.append(f"the model is in {save}, for ntk.load_model({str(save)!r})")

@@ -11,7 +11,7 @@ from ntkengine.display import html_facts
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.result import plain
 from ntkengine.recipe import Recipe
-from ntkengine.report.tables import span
+from ntkengine.report.tables import RANKED, span
 from ntkengine.spectrum import ConditionNumber, Estimate
 
 _SHOWN = 10  # subsets a notebook shows
@@ -116,17 +116,7 @@ class Ranking:
 
     def table(self) -> list[tuple[str, ...]]:
         """Return rows for printing, the first naming the columns."""
-        rows: list[tuple[str, ...]] = [
-            (
-                "modules",
-                "parameters",
-                "eval loss (90 %)",
-                "accuracy (90 %)",
-                "train loss",
-                "expected kernel's cond. number",
-                "its bound",
-            )
-        ]
+        rows: list[tuple[str, ...]] = [RANKED]
         for c in self.choices:
             o = c.outcome
             bound = "" if c.weyl is None else "∞" if c.weyl[0] <= 0 else f"≤ {above(c.weyl[1] / c.weyl[0], 3)}"

@@ -9,7 +9,7 @@ from typing import Any
 from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import selection_figure
-from ntkengine.report.tables import Table, span, trained
+from ntkengine.report.tables import RANKED, Table, span, trained
 from ntkengine.report.verdict import ranking_verdict
 from ntkengine.textfile import parse_json
 
@@ -37,7 +37,7 @@ def selection_section(path: Path) -> Section:
         raise InputError(f"{path}: expected a ranking written by `ntkengine select --save`") from None
     if not rows:
         raise InputError(f"{path}: holds no ranked subsets")
-    columns = ("modules", "parameters", "eval loss (90 %)", "accuracy (90 %)", "train loss", "expected cond. number")
+    columns = RANKED[: len(rows[0])]
     adapted = Table("The best choice adapts", (), [(f"{i + 1}", m) for i, m in enumerate(best)])
     figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses[:_SHOWN])}
     verdict = ranking_verdict(columns, rows, losses)

@@ -1,8 +1,8 @@
-"""A fine-tuning that was run, as a section of a report."""
+"""A fine-tuning that was run, as a table, and as a section of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,34 @@ from ntkengine.report.plots import training_figure
 from ntkengine.report.tables import Table, trained
 from ntkengine.textfile import parse_json
 
-_COLUMNS = {
+# What a measurement's fields are called wherever people see them.
+COLUMNS = {
     "step": "step",
     "epoch": "epoch",
     "train_loss": "train loss",
-    "eval_loss": "eval loss",
     "train_accuracy": "train accuracy",
+    "eval_loss": "eval loss",
     "eval_accuracy": "eval accuracy",
-    "displacement": "‖θ_t − θ_0‖",
-    "relative_gap": "gap to the linear model",
-    "linear_eval_loss": "linear eval loss",
+    "displacement": "‖θ − θ₀‖",
+    "linear_train_loss": "linear: train loss",
+    "linear_eval_loss": "linear: eval loss",
+    "gap": "‖f − f̄‖",
+    "relative_gap": "‖f − f̄‖ / ‖f − f₀‖",
+    "divergence": "KL",
 }
+
+
+def training_table(run: Mapping[str, Any]) -> Table:
+    """Return the measurements of a fine-tuning, a row each; columns without a number are left out.
+
+    Args:
+        run: `recipe`, `history`, `seconds` and `measuring_seconds` of `FineTuning.to_dict`.
+    """
+    history = run["history"]
+    shown = {name: head for name, head in COLUMNS.items() if any(m[name] is not None for m in history)}
+    rows = [tuple(_cell(m[name]) for name in shown) for m in history]
+    times = f"{run['seconds']:.3g} s of training and {run['measuring_seconds']:.3g} s of measuring"
+    return Table("Fine-tuning", tuple(shown.values()), rows, f"{trained(run['recipe'])}; {times}")
 
 
 def training_section(path: Path) -> Section:
@@ -33,25 +50,21 @@ def training_section(path: Path) -> Section:
     """
     try:
         first, *history = (parse_json(line, path, dict) for line in path.read_text(encoding="utf-8").splitlines())
-        recipe, seconds, measuring = first["recipe"], float(first["seconds"]), float(first["measuring_seconds"])
-        shown = {name: head for name, head in _COLUMNS.items() if any(m[name] is not None for m in history)}
-        rows = [tuple(_cell(m[name]) for name in shown) for m in history]
-        how = trained(recipe)
+        table = training_table(first | {"history": history})
         figure = training_figure(_curves(history))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         raise InputError(f"{path}: expected measurements written by `ntkengine finetune --history`") from None
-    note = f"{how}; {seconds:.3g} s of training and {measuring:.3g} s of measuring"
     notes = ["Measured, not forecast. Losses are means over examples, without a proximal term."]
-    if "relative_gap" in shown:
+    if COLUMNS["gap"] in table.columns:
         notes.append(
-            "The gap is ‖f_θ − f̄_θ̄‖ / ‖f_θ − f_θ0‖ over the training outputs: at 1 the linear model says nothing."
+            "f̄ is the linear model, trained beside f. Norms are over the training outputs: where ‖f − f̄‖ / ‖f − f₀‖ is "
+            "1, it says nothing of f."
         )
-    figured = (name for name in shown if name.endswith("_loss"))
+    figured = (name for name, head in COLUMNS.items() if head in table.columns and name.endswith("_loss"))
     if any(m[name] is None for name in figured for m in history):
         notes.append("A measurement without a finite loss has an empty cell, and no point in the figure.")
-    table = Table("What fine-tuning did", tuple(shown.values()), rows, note)
     return Section(str(path), [table], {"measured losses by step": figure}, notes)
 
 
@@ -71,4 +84,4 @@ def _curves(history: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], l
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
