@@ -34,6 +34,77 @@ def test_page_of_the_job_file_is_what_the_docstrings_say():
     assert (ROOT / "docs" / "job-file.md").read_text(encoding="utf-8") == made
 
 
+JSON = {  # what is printed, by the heading that has its keys
+    "gram, info": ("info all.h5",),
+    "verify": ("verify all.h5", "verify all.h5 --repair"),
+    "plan": ("plan job.toml --ranks 2",),
+    "spectrum": ("spectrum all.h5",),
+    "ridge": ("ridge all.h5",),
+    "forecast": ("forecast all.h5", "gram job.toml", "forecast job.toml"),
+    "select": ("select job.toml --repeats 1",),
+    "finetune": ("finetune job.toml --epochs 1 --linear",),
+    "doctor": ("doctor",),
+    "doctor --model": ("doctor --model MODEL_DIR",),
+}
+
+
+@pytest.fixture(scope="module")
+def json_page():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        made = runpy.run_path(str(ROOT / "scripts" / "json_docs.py"))
+        return {"page": made["page"](), "shapes": made["shapes"]()}
+
+
+def test_page_of_json_is_what_the_docstrings_say(json_page):
+    assert (ROOT / "docs" / "json.md").read_text(encoding="utf-8") == json_page["page"]
+
+
+def without_a_line(found, heading, shapes):
+    """Yield the keys of a printed object, and of those in it, that the page has no line for."""
+    shape = shapes[heading]
+    if shape.every:
+        for item in found.values():
+            yield from without_a_line(item, shape.every, shapes)
+        return
+    for key, value in found.items():
+        if key not in shape.rows:
+            yield f"{heading}: {key}"
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, dict) or key in shape.free:
+                continue
+            if key in shape.inner:
+                yield from without_a_line(one, shape.inner[key], shapes)
+            else:  # a few keys, named in the line
+                yield from (f"{heading}: {key}.{name}" for name in one if f"`{name}`" not in shape.rows[key])
+
+
+@pytest.mark.parametrize("heading", JSON)
+def test_every_key_of_json_has_a_line(heading, json_page, job_folder, tmp_path, monkeypatch, run):
+    for item in job_folder.iterdir():
+        (tmp_path / item.name).symlink_to(item)
+    monkeypatch.chdir(tmp_path)
+    shapes, printed = json_page["shapes"], set()
+    for words in JSON[heading]:
+        code, out, errors = run(*shlex.split(words), "--json")
+        assert code == 0, errors
+        found = json.loads(out)
+        if heading.split(",")[0] == "forecast" and words.startswith("gram"):
+            assert list(without_a_line(found, "gram, info", shapes)) == []
+            continue
+        assert list(without_a_line(found, heading, shapes)) == []
+        printed |= set(found)
+    assert shapes[heading].every or printed == set(shapes[heading].rows)
+
+
+def test_every_key_of_an_unfinished_job_has_a_line(json_page, tmp_path, run):
+    with store.Folder(tmp_path / "k.h5") as folder:
+        folder.tell({"done": 25.0, "total": 100.0, "stage": "layer.3", "started": 1.0})
+        found = json.loads(run("info", tmp_path / "k.h5", "--json")[1])
+    assert set(found) == set(json_page["shapes"]["info of a job that is not complete"].rows)
+
+
 def anchors(text):
     """Return the anchors of a page's headings, as a reader on the web has them."""
     found: list[str] = []

@@ -56,14 +56,16 @@ class Forecast:
         ridge_loo: minimiser of `loo_mse`.
         ridge_gcv: minimiser of `gcv`.
         ridge: the chosen one.
-        loo: leave-one-out mse at it; the interval is from the standard error over examples taken as independent. Leave-
-            one-out errors share their training examples, so with a large head fitted on few examples it is too narrow.
+        loo: leave-one-out mse at it; the interval is from the standard error over examples taken as independent.
+            Leave-one-out errors share their training examples, so with a large head fitted on few examples it is too
+            narrow.
         loo_accuracy_at_ridge: leave-one-out accuracy at it, Wilson interval, or None.
         gcv_value: GCV at it.
         eval_mse_at_ridge: on the eval examples at it, or None.
         eval_accuracy_at_ridge: likewise, Wilson interval, or None where targets name no class.
         start: before training: `train_mse`, `train_accuracy` from the real start, `held_out_mse`, `held_out_accuracy`
-            from the held-out offset, `eval_mse`, `eval_accuracy`; None where unknown.
+            from the held-out offset, `eval_mse`, `eval_accuracy`, and the shares of the largest class,
+            `train_largest_class`, `eval_largest_class`; None where unknown.
         times: (T,) ascending; learning rate × full-batch steps on the loss above.
         curve_train_loss: (T,) under gradient flow of the linearised model.
         curve_train_accuracy: (T,) or None.
