@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ntkengine as ntk
-from ntkengine import store
+from ntkengine import gramfiles, store
 from ntkengine.jobfile import make_job
 from tests.test_shards import CUTS, make, sharded
 from tests.tiny import save_tiny, tiny_sentences
@@ -211,6 +211,14 @@ def test_file_format_names_all_that_is_written(format_page, job_folder, shards):
     got, got_root = found_in(store.shard_path(shards, 0, len(CUTS) - 1))
     assert shard == got
     assert shard_root == got_root
+
+
+def test_every_row_of_a_forecast_is_explained(job_folder):
+    recipe = ntk.Recipe(learning_rate=1e-3, epochs=1)
+    text = (ROOT / "docs" / "forecast.md").read_text(encoding="utf-8")
+    told = [names[0] for names, _ in table(text, "## What each row means")]
+    shown = [label for label, _ in gramfiles.forecast_file(job_folder / "all.h5", recipe=recipe).table()]
+    assert told == list(dict.fromkeys(re.sub("^(share of trace, ).*", r"\1…", label) for label in shown))
 
 
 def test_file_format_names_the_keys_of_its_texts(format_page, job_folder, shards):
