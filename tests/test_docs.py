@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import runpy
@@ -301,8 +302,9 @@ def test_examples_run_as_printed(page, kind, job_folder, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for mark, code in found:
-        assert not mark or re.match("file: .|not run: .", mark), mark
-        waits = mark.startswith("not run")
+        assert not mark or re.match("file: .|not run: .|needs .", mark), mark
+        needed = mark.removeprefix("needs ").split(", ") if mark.startswith("needs ") else []
+        waits = mark.startswith("not run") or any(importlib.util.find_spec(name) is None for name in needed)
         if kind == "python":
             compiled = compile(code, page.name, "exec")
             if not waits:
