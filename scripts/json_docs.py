@@ -143,9 +143,9 @@ def shapes() -> dict[str, Shape]:
         "training": Shape(of(Simulation), {"recipe": "recipe"}),
         "recipe": Shape(of(Recipe)),
         "select": Shape(
-            {name: ranking[name] for name in ("choices", "recipe", "assumptions")}
+            {name: ranking[name] for name in ("choices", "recipe", "assumptions", "start")}
             | {"peft": "fields of the best one's `peft.LoraConfig`: `peft_type`, `r`, `lora_alpha`, `target_modules`"},
-            {"choices": "a choice", "recipe": "recipe"},
+            {"choices": "a choice", "recipe": "recipe", "start": "before training"},
         ),
         "a choice": Shape(
             {name: one[name] for name in ("name", "modules", "parameters")}
@@ -154,6 +154,7 @@ def shapes() -> dict[str, Shape]:
             {"kernel": "kernel"},
         ),
         "kernel": Shape(kernel),
+        "before training": Shape(of(Outcome)),
         "finetune": Shape(of(FineTuning), {"recipe": "recipe", "history": "a measurement"}),
         "a measurement": Shape(of(Measured)),
         "doctor": Shape(every="what was looked at"),

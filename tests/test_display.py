@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -123,6 +125,10 @@ def test_ranking():
     assert f"{NASTY}9" in told
     assert f"{NASTY}10" not in told
     assert any("the best 10 of 12" in text for text in told)
+    told = page(replace(ranking, start=choices[0].outcome)._repr_html_())
+    assert f"{NASTY}9" in told
+    assert f"{NASTY}10" not in told
+    assert "before training" in told
 
 
 def test_what_holds_arrays_prints_in_a_line():

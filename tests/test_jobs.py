@@ -254,7 +254,9 @@ def test_a_job_that_ended_after_its_held_out_heads_does_not_do_them_again(folder
 
 
 def test_plan_is_of_the_same_job_and_writes_nothing(folder):
-    plan = jobs.run_plan(read_job(folder / "job.toml"))
+    stages = []
+    plan = jobs.run_plan(read_job(folder / "job.toml"), lambda _done, _total, stage: stages.append(stage))
+    assert stages == ["reading examples", "loading the model", "tokenizing", "probing and timing a few examples"]
     assert plan.samples == 20
     assert (plan.outputs, plan.held_out_grams) == (1, 5)
     assert plan.held_out_seconds > 0

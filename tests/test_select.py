@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -63,6 +64,13 @@ def test_without_held_out_text_folds_are_used(job):
     found = run_select(read_job(job), subsets="layers", repeats=1, kernels=False)
     assert len(found.choices) == 3
     assert any(line.startswith("Every example is scored out of its fold") for line in found.assumptions)
+    still = read_job(job)
+    still = replace(still, finetune=replace(still.finetune, learning_rate=1e-14))
+    still = run_select(still, subsets="layers", repeats=1, kernels=False)
+    end = still.choices[0].outcome
+    assert found.start == still.start
+    assert still.start.eval_loss == pytest.approx(end.eval_loss, rel=1e-6)
+    assert still.start.train_loss == pytest.approx(end.train_loss, rel=1e-6)
     job.write_text(text.replace("fit = true", "fit = false"))
     with pytest.raises(InputError, match="data.eval: expected held-out examples"):
         run_select(read_job(job), subsets="layers", repeats=1, kernels=False)
@@ -156,10 +164,16 @@ def test_a_ranking_is_part_of_a_report(job, run, tmp_path):  # noqa: F811
     assert run("report", saved, "-o", page)[0] == 0
     text = page.read_text(encoding="utf-8")
     assert "Which modules to adapt" in text
+    assert "<p>Before training: eval loss (90 %) " in text
+    assert "<td>before training</td><td>0</td>" in text
     assert "attention.self.query" in text
     broken = tmp_path / "broken.json"
     good = json.loads(saved.read_text())
     unnamed, crossed, endless = (json.loads(json.dumps(good)) for _ in range(3))
+    older = {name: part for name, part in good.items() if name != "start"}
+    broken.write_text(json.dumps(older))
+    assert run("report", broken, "-o", page)[0] == 0
+    assert "before training" not in page.read_text(encoding="utf-8").lower()
     del unnamed["choices"][0]["modules"]
     crossed["choices"][0]["eval_loss"] = [0.5, 0.9, 0.1]
     endless["choices"][0]["parameters"] = float("inf")

@@ -79,7 +79,7 @@ def test_rankings(job, subsets):
     if isinstance(subsets, str) and subsets in expected:
         assert len(found.choices) == expected[subsets]
     rows = found.table()
-    assert len(rows) == len(found.choices) + 1
+    assert len(rows) == len(found.choices) + 2
     assert {len(row) for row in rows} == {7}
     every = {c.name: c.outcome.eval_loss[0] for c in found.choices}
     if subsets == "greedy":
@@ -176,6 +176,39 @@ def test_kernels_of_another_inner_product_are_refused(job):
         ntk.forecast(gram, y, recipe=RECIPE)
 
 
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_the_start_is_where_training_that_does_nothing_ends(job, rehearsed):
+    *_, y, y_held, gram, factors = job
+    still = replace(RECIPE, learning_rate=1e-14)
+    given = factors if rehearsed else None
+    found = rank_subsets(gram, y, "types", recipe=still, factors=given, eval_targets=y_held, repeats=1)
+    end = found.choices[0].outcome
+    assert found.start.eval_loss == pytest.approx(end.eval_loss, rel=1e-6)
+    assert found.start.eval_accuracy == pytest.approx(end.eval_accuracy, rel=1e-6)
+    assert found.start.train_loss == pytest.approx(end.train_loss, rel=1e-6)
+    assert found.table()[-1][:2] == ("before training", "0")
+    assert found.to_dict()["start"]["eval_loss"] == list(found.start.eval_loss)
+
+
+def test_progress_counts_the_work_of_each_subset(job):
+    *_, y, y_held, gram, factors = job
+    call = {"recipe": RECIPE, "factors": factors, "eval_targets": y_held, "repeats": 1}
+    seen = []
+    found = rank_subsets(None, y, "types", **call, progress=lambda *now: seen.append(now))
+    total = seen[0][1]
+    assert [done for done, *_ in seen] == sorted(done for done, *_ in seen)
+    assert [stage for *_, stage in seen] == [f"rehearsing {i} of 3" for i in (1, 2, 3)] + ["done"]
+    assert (seen[0][0], seen[-1][0]) == (0.0, total)
+    tokens = sum(range(3, 15))
+    most = 6.0 * sum(c.parameters for c in found.choices) * tokens * RECIPE.epochs
+    assert 0.5 * most < total < most  # of the last queries the first token counts alone
+    seen.clear()
+    rank_subsets(None, y, "greedy", **call, size=1, progress=lambda *now: seen.append(now))
+    assert all(stage.startswith("rehearsing ") and total <= 1 for _, total, stage in seen)
+    with pytest.raises(InputError, match="progress: expected a function"):
+        rank_subsets(None, y, "types", **call, progress=3)
+
+
 def test_a_bound_knows_the_noise_of_its_kernels(job):
     *_, y, y_held, gram, _ = job
     found = rank_subsets(gram, y, "types", recipe=RECIPE, eval_targets=y_held)
@@ -185,7 +218,7 @@ def test_a_bound_knows_the_noise_of_its_kernels(job):
     for one, other in zip(found.choices, noisy.choices, strict=True):
         assert other.weyl[0] == 0.0 <= one.weyl[0]
         assert one.weyl[1] < other.weyl[1]
-    assert all(row[-1] == "∞" for row in noisy.table()[1:])
+    assert all(row[-1] == "∞" for row in noisy.table()[1:-1])
 
 
 def test_numbers_that_are_no_classes_have_no_accuracy(job):

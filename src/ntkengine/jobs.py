@@ -94,9 +94,11 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
     job = replace(job, out=None)
     check_early(job)
     check_ranks(ranks.get("ranks", 1), ranks.get("gpus_per_node"), ranks.get("network"))
-    prepared = Prepared(job, progress or quiet, None)
+    tell = progress or quiet
+    prepared = Prepared(job, tell, None)
     call = prepared.arguments()
     part, inputs = job.gram, prepared.inputs
+    tell(0.0, 1.0, "probing and timing a few examples")
     plan = plan_gram(prepared.model, inputs, **call, memory_gib=part.memory_gib, check=part.check, **ranks)
     if not prepared.folds:
         return plan

@@ -110,7 +110,6 @@ def run_select(
     if kernels:
         call |= {"memory_gib": room, "per_module": True, "progress": progress}
         gram = compute_gram(model, prepared.inputs, **call, eval_inputs=prepared.eval_inputs)
-    tell(0.0, 1.0, "rehearsing")
     return rank_subsets(
         gram,
         targets,
@@ -123,6 +122,7 @@ def run_select(
         eval_targets=held,
         repeats=repeats,
         size=size,
+        progress=tell,
     )
 
 

@@ -12,16 +12,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.forecast.crossed import rehearse_folds
 from ntkengine.forecast.given import differing
 from ntkengine.forecast.lora import rehearse
-from ntkengine.forecast.outcome import Outcome
+from ntkengine.forecast.outcome import Outcome, outcome
 from ntkengine.forecast.ranking import Choice
-from ntkengine.forecast.scores import centred_alignment
+from ntkengine.forecast.scores import centred_alignment, tells_classes
 from ntkengine.forecast.simulate import simulate
-from ntkengine.losses import as_targets
+from ntkengine.losses import as_targets, correct, losses
 from ntkengine.recipe import Recipe
 from ntkengine.spectrum import condition_from_eigenvalues
 
@@ -68,6 +69,7 @@ class Judge:
         self.eval_targets = getattr(gram, "eval_targets", None) if eval_targets is None else eval_targets
         if self.eval_targets is None and fold is None:
             raise InputError("eval_targets: expected held-out examples to rank by, got none")
+        self.parts = parts
         self.shapes = _shapes(gram, parts[0] if parts else None)
         if gram is not None and parts:
             _refuse_apart(gram, parts[0], alike=not by_fold)
@@ -110,6 +112,35 @@ class Judge:
             count = self.rank * sum(sum(self.shapes[m]) for m in modules)
             self._done[modules] = Choice(name, modules, count, outcome, **self._described(modules))
         return replace(self._done[modules], name=name)
+
+    def start(self) -> Outcome:
+        """Return the same figures of the model as it is, which cost nothing further."""
+        loss = self.recipe.loss
+        if self.fold is not None:
+            f = torch.stack([torch.from_numpy(part.outputs) for part in self.parts])
+            y = y_eval = as_targets("targets", self.targets, loss, f.shape[1], f.shape[2])
+            where = torch.as_tensor(self.fold).long()
+            every, rest = torch.arange(len(where)), torch.arange(len(f))[:, None] != where
+            seen = torch.stack([losses(part, y, loss) for part in f])
+            train, held = (seen * rest).sum(0) / rest.sum(0), f[where, every]
+        else:
+            both = [self.gram.outputs, self.gram.eval_outputs] if not self.parts else []
+            for part in self.parts:  # one
+                both = np.split(part.outputs, [part.train])
+            now, held = (torch.as_tensor(np.asarray(outputs, dtype=np.float64)) for outputs in both)
+            y = as_targets("targets", self.targets, loss, len(now), now.shape[1], self.eval_targets)
+            y_eval = as_targets("eval_targets", self.eval_targets, loss, len(held), now.shape[1], y)
+            train = losses(now, y, loss)
+        right = correct(held, y_eval)[None].numpy() if tells_classes(y, y_eval) else None
+        return outcome(train[None].numpy(), losses(held, y_eval, loss)[None].numpy(), right, movement=0.0)
+
+    def work(self, modules: Sequence[str]) -> float:
+        """Return about how many flops a subset's rehearsals take, in proportion at least; 0 where they are not known.
+
+        Every token of every epoch meets A and B three times, forward and backward.
+        """
+        met = [int(part.maps[m].starts[part.train]) * sum(self.shapes[m]) for part in self.parts for m in modules]
+        return 6.0 * self.rank * sum(met) * self.recipe.epochs * self.repeats
 
     def _rehearsed(self, modules: tuple[str, ...]) -> Outcome:
         options: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "repeats": self.repeats, "seed": self.seed}

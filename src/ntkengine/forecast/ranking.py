@@ -11,7 +11,7 @@ from ntkengine.display import html_facts
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.result import plain
 from ntkengine.recipe import Recipe
-from ntkengine.report.tables import RANKED, span
+from ntkengine.report.tables import BEFORE, RANKED, span
 from ntkengine.spectrum import ConditionNumber, Estimate
 
 _SHOWN = 10  # subsets a notebook shows
@@ -53,6 +53,7 @@ class Ranking:
         alpha: α.
         recipe: the training they are forecast for.
         assumptions: what the figures rest on.
+        start: the same figures of the model before training, to compare with.
     """
 
     choices: list[Choice]
@@ -60,6 +61,7 @@ class Ranking:
     alpha: float
     recipe: Recipe
     assumptions: list[str]
+    start: Outcome | None = None
 
     def peft(self, which: int = 0) -> dict[str, Any]:
         """Return the fields of the `peft.LoraConfig` of a choice.
@@ -90,8 +92,9 @@ class Ranking:
     def _repr_html_(self) -> str:
         columns, *rows = self.table()
         note = self.note
-        note += f"; the best {_SHOWN} of {len(rows)}" if len(rows) > _SHOWN else ""
-        return html_facts("Modules by forecast eval loss", rows[:_SHOWN], columns, note)
+        note += f"; the best {_SHOWN} of {len(self.choices)}" if len(self.choices) > _SHOWN else ""
+        shown = rows[:_SHOWN] + rows[max(_SHOWN, len(self.choices)) :]
+        return html_facts("Modules by forecast eval loss", shown, columns, note)
 
     @property
     def note(self) -> str:
@@ -112,10 +115,11 @@ class Ranking:
             one = {"name": c.name, "modules": list(c.modules), "parameters": c.parameters}
             choices.append({**one, **asdict(c.outcome), "kernel": kernel})
         found = {"choices": choices, "peft": self.peft(), "recipe": self.recipe, "assumptions": self.assumptions}
+        found["start"] = self.start
         return {name: plain(value) for name, value in found.items()}
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return rows for printing, the first naming the columns."""
+        """Return rows for printing, the first naming the columns, the last of the model before training."""
         rows: list[tuple[str, ...]] = [RANKED]
         for c in self.choices:
             o = c.outcome
@@ -131,4 +135,7 @@ class Ranking:
                     bound,
                 )
             )
+        if self.start is not None:
+            o = self.start
+            rows.append((BEFORE, "0", span(o.eval_loss), span(o.eval_accuracy), f"{o.train_loss:.4g}", "", ""))
         return rows

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkengine.arguments import number, whole
+from ntkengine.arguments import called, number, whole
 from ntkengine.forecast.candidates import grouped, kind_of, layer_of, named_subsets
 from ntkengine.forecast.judge import Judge
 from ntkengine.forecast.lora import RANK
@@ -17,6 +17,8 @@ from ntkengine.report.verdict import not_told_apart
 
 if TYPE_CHECKING:
     from ntkengine.gram.linear import TangentFactors
+
+Progress = Callable[[float, float, str], None]
 
 
 def rank_subsets(
@@ -33,6 +35,7 @@ def rank_subsets(
     repeats: int = 3,
     size: int | None = None,
     seed: int = 0,
+    progress: Callable[[float, float, str], None] | None = None,
 ) -> Ranking:
     """Rank subsets of a model's linear maps for LoRA, by the eval loss their training is forecast to reach.
 
@@ -56,24 +59,38 @@ def rank_subsets(
         repeats: rehearsals of each subset that differ in their seeds.
         size: at most so many groups in a greedy subset.
         seed: of the rehearsals.
+        progress: called with (flops done, flops in all, stage) before each subset: see `show_progress`.
 
     Raises:
         InputError: no eval examples, names that match nothing, too many subsets, or as `rehearse`.
 
     Cost: a rehearsal or simulation a subset; 9 N³ flops more for its eigenvalues with a Gram.
     """
+    called("progress", progress)
     if size is not None:
         size = whole("size", size, 1)
     rank, repeats, seed = whole("rank", rank, 1, RANK), whole("repeats", repeats, 1), whole("seed", seed)
     alpha = 2.0 * rank if alpha is None else number("alpha", alpha, above=0, what="a number")
     judge = Judge(gram, targets, Recipe.of(recipe), factors, fold, rank, alpha, eval_targets, repeats, seed)
     if subsets == "greedy":
-        found = _greedy(judge, size)
+        found = _greedy(judge, size, progress)
     else:
-        found = [judge.choice(name, modules) for name, modules in named_subsets(subsets, judge.names).items()]
+        found = _each(judge, named_subsets(subsets, judge.names), progress)
     found.sort(key=_loss)
     near = not_told_apart([_interval(one) for one in found])
-    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions + near)
+    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions + near, judge.start())
+
+
+def _each(judge: Judge, subsets: Mapping[str, tuple[str, ...]], progress: Progress | None) -> list[Choice]:
+    found, done, total = [], 0.0, sum(judge.work(modules) for modules in subsets.values())
+    for i, (name, modules) in enumerate(subsets.items()):
+        if progress is not None:
+            progress(done, total, f"rehearsing {i + 1} of {len(subsets)}")
+        found.append(judge.choice(name, modules))
+        done += judge.work(modules)
+    if progress is not None:
+        progress(total, total, "done")
+    return found
 
 
 def _loss(choice: Choice) -> float:
@@ -86,7 +103,7 @@ def _interval(choice: Choice) -> tuple[float, float, float]:
     return choice.outcome.eval_loss
 
 
-def _greedy(judge: Judge, size: int | None) -> list[Choice]:
+def _greedy(judge: Judge, size: int | None, progress: Progress | None) -> list[Choice]:
     """Return the subsets met on the way from nothing: at each step the group that lowers the forecast most."""
     groups = grouped(judge.names, lambda n: f"{layer_of(n)} {kind_of(n)}")
     chosen: list[str] = []
@@ -95,6 +112,8 @@ def _greedy(judge: Judge, size: int | None) -> list[Choice]:
         tried = []
         for label in groups:
             if label not in chosen:
+                if progress is not None:
+                    progress(0.0, 0.0, f"rehearsing {' + '.join([*chosen, label])}")
                 wanted = {n for g in [*chosen, label] for n in groups[g]}
                 tried.append((label, judge.choice(" + ".join([*chosen, label]), tuple(sorted(wanted)))))
         label, best = min(tried, key=lambda item: _loss(item[1]))

@@ -9,10 +9,11 @@ from typing import Any
 from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import selection_figure
-from ntkengine.report.tables import RANKED, Table, span, trained
+from ntkengine.report.tables import BEFORE, RANKED, Table, span, trained
 from ntkengine.report.verdict import ranking_verdict
 from ntkengine.textfile import parse_json
 
+_START = {"name": BEFORE, "parameters": 0, "kernel": None}
 _SHOWN = 20  # subsets in the figure
 
 
@@ -26,6 +27,7 @@ def selection_section(path: Path) -> Section:
         found = parse_json(path.read_text(encoding="utf-8"), path, dict, "an object")
         choices, recipe = found["choices"], found["recipe"]
         rows = [_row(c) for c in choices]
+        before = [] if found.get("start") is None else [_row(found["start"] | _START)]
         losses = [_three(c["eval_loss"]) for c in choices]
         note = f"LoRA of rank {found['peft']['r']}, {trained(recipe)}; best first"
         notes = [str(line) for line in found["assumptions"]]
@@ -40,7 +42,8 @@ def selection_section(path: Path) -> Section:
     columns = RANKED[: len(rows[0])]
     adapted = Table("The best choice adapts", (), [(f"{i + 1}", m) for i, m in enumerate(best)])
     figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses[:_SHOWN])}
-    verdict = ranking_verdict(columns, rows, losses)
+    verdict = ranking_verdict(columns, rows, losses, before)
+    rows += before
     return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes, verdict)
 
 

@@ -32,6 +32,7 @@ class Table:
     note: str = ""
 
 
+BEFORE = "before training"  # the last row of a ranking
 # What the columns of a ranking are called wherever people see them.
 RANKED = (
     "modules",

@@ -38,16 +38,27 @@ def forecast_verdict(forecast: Any) -> list[str]:
     return lines
 
 
-def ranking_verdict(columns: Sequence[str], rows: Sequence[Sequence[str]], losses: Sequence[Interval]) -> list[str]:
+def ranking_verdict(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    losses: Sequence[Interval],
+    before: Sequence[Sequence[str]] = (),
+) -> list[str]:
     """Return what a ranking says of its first choice.
 
     Args:
         columns: headings of its table, the first that of names.
         rows: of the table, best first.
         losses: their forecast eval losses.
+        before: likewise rows, of the model before training.
     """
-    told = ", ".join(f"{head} {cell}" for head, cell in zip(columns[1:], rows[0][1:], strict=True) if cell)
-    return [f"Adapt {rows[0][0]}: {told}.", *not_told_apart(losses)]
+
+    def told(row: Sequence[str]) -> str:
+        pairs = zip(columns[1:], row[1:], strict=True)
+        return ", ".join(f"{head} {cell}" for head, cell in pairs if cell not in ("", "0"))
+
+    lines = [f"Adapt {rows[0][0]}: {told(rows[0])}.", *(f"{row[0].capitalize()}: {told(row)}." for row in before)]
+    return [*lines, *not_told_apart(losses)]
 
 
 def not_told_apart(losses: Sequence[Interval]) -> list[str]:
