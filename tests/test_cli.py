@@ -25,6 +25,7 @@ def test_help_is_quick_and_names_every_command():
         "info",
         "verify",
         "merge",
+        "compare",
         "spectrum",
         "ridge",
         "forecast",

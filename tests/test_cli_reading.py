@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ntkengine import gramfiles
 from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh
-from ntkengine.store import Folder, open_gram
+from ntkengine.store import Folder, open_gram, read_job, write_gram
 from tests.tiny import save_tiny, tiny_sentences
 
 
@@ -96,6 +98,88 @@ def test_a_report_has_the_traces_that_info_has(run, tmp_path):
     traces = open_gram(tmp_path / "k.h5").meta["module_trace"]
     assert len(shown) == len(traces)
     assert sum(float(row[1]) for row in shown) == pytest.approx(sum(traces.values()), rel=1e-3)
+
+
+@pytest.fixture
+def changed(gram_file, tmp_path):
+    """Return what writes another file of the Gram with some of it changed."""
+
+    def write(job=None, **fields):
+        path = tmp_path / "other.h5"
+        path.unlink(missing_ok=True)
+        write_gram(path, replace(open_gram(gram_file), **fields), job=read_job(gram_file) | (job or {}), ids={})
+        return path
+
+    return write
+
+
+def test_compare_holds_a_difference_against_the_noise(run, gram_file, changed):
+    gram = open_gram(gram_file)
+    K = np.asarray(gram)
+    step = np.zeros_like(K)
+    step[1, 1] = 3.0 * gram.noise
+    for factor, told in ((0.0, True), (0.5, True), (1.0, False)):
+        other = changed(values=K + factor * step)
+        code, out, err = run("compare", gram_file, other, "--json")
+        assert (code, err) == (0, "")
+        found = json.loads(out)
+        assert (found["same_examples"], found["within_noise"]) == (True, told)
+        assert found["noise"] == pytest.approx(2.0 * gram.noise)
+        assert found["spectral_difference"] == pytest.approx(factor * step[1, 1], abs=1e-12 * K.max())
+        assert found["relative_difference"] == pytest.approx(found["spectral_difference"] / np.linalg.norm(K))
+        assert found["effective_rank"] == [effective_rank(open_gram(path)) for path in (gram_file, other)]
+    code, out, _ = run("compare", gram_file, other)
+    assert code == 0
+    for text in ("beyond the noise of both", "Side by side", "leave-one-out mse"):
+        assert text in out
+
+
+def test_compare_knows_scaled_kernels_and_other_settings(run, gram_file, changed):
+    gram = open_gram(gram_file)
+    other = changed(values=2.0 * np.asarray(gram), transform="sign")
+    found = json.loads(run("compare", gram_file, other, "--json")[1])
+    assert found["scale"] == pytest.approx(2.0)
+    assert found["alignment"] == pytest.approx(1.0)
+    assert 0.0 < found["alignment_error"] < 1e-4
+    assert found["relative_difference"] == pytest.approx(1.0)
+    assert found["differing"]["shape"] == ["7 × 7 (trace, sgd)", "7 × 7 (trace, sign)"]
+    assert "precision" not in found["differing"]
+
+
+def test_compare_without_the_same_examples_or_forecasts(run, gram_file, changed):
+    data = {"data": ["other", *read_job(gram_file)["data"][1:]]}
+    path = changed(targets=None, eval_targets=None, job=data)
+    code, out, err = run("compare", gram_file, path)
+    assert (code, err) == (0, "")
+    assert "not known to be the same" in out
+    assert "alignment" not in out
+    assert "holds no targets" in out
+    found = json.loads(run("compare", gram_file, path, "--json")[1])
+    assert (found["same_examples"], found["alignment"]) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"noise": float("nan")}, "its noise is not known"),
+        ({"values": np.zeros((7, 7))}, "not all zeros"),
+        ({"values": np.eye(6), "cross": None, "outputs": np.zeros((6, 1)), "targets": None}, "expected 7 rows, as"),
+        ({"values": np.ones((7, 6)), "cross": None, "targets": None}, r"of shape \(n, n\) to compare, got \(7, 6\)"),
+    ],
+)
+def test_compare_refuses_what_cannot_be_compared(run, gram_file, changed, fields, message):
+    other = changed(
+        **{"modules": {}, "cross_modules": {}, "eval_outputs": None, "eval_targets": None, "cross": None} | fields
+    )
+    code, out, err = run("compare", gram_file, other)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(f"other.h5: .*{message}", err), err
+
+
+def test_a_file_is_not_compared_with_itself(run, gram_file):
+    code, _, err = run("compare", gram_file, gram_file.parent / "." / gram_file.name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the same one twice" in err
 
 
 def test_info_of_a_running_job(run, tmp_path):

@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,7 @@ JSON = {  # what is printed, by the heading that has its keys
     "plan": ("plan job.toml --ranks 2",),
     "spectrum": ("spectrum all.h5",),
     "ridge": ("ridge all.h5",),
+    "compare": ("compare all.h5 other.h5",),
     "forecast": ("forecast all.h5", "gram job.toml", "forecast job.toml"),
     "select": ("select job.toml --repeats 1",),
     "finetune": ("finetune job.toml --epochs 1 --linear",),
@@ -85,6 +87,7 @@ def without_a_line(found, heading, shapes):
 def test_every_key_of_json_has_a_line(heading, json_page, job_folder, tmp_path, monkeypatch, run):
     for item in job_folder.iterdir():
         (tmp_path / item.name).symlink_to(item)
+    shutil.copy(job_folder / "all.h5", tmp_path / "other.h5")
     monkeypatch.chdir(tmp_path)
     shapes, printed = json_page["shapes"], set()
     for words in JSON[heading]:

@@ -21,6 +21,7 @@ import typer
 
 from ntkengine import __version__
 from ntkengine.cluster.launch import launched, one_voice
+from ntkengine.comparecommand import compare
 from ntkengine.console import answered, interrupted, open_streams, print_json, remark, say, show, showing_progress
 from ntkengine.errors import InputError, Stopped
 from ntkengine.filecommands import Json, described, info, merge, verify
@@ -189,7 +190,7 @@ def _log_to(folder: Path | None, rank: int) -> None:
     logging.getLogger("ntkengine").setLevel(logging.INFO)
 
 
-for command in (info, verify, merge, finetune, select, spectrum, ridge, forecast, report):
+for command in (info, verify, merge, compare, finetune, select, spectrum, ridge, forecast, report):
     app.command(epilog=epilog(command.__name__))(command)
 
 

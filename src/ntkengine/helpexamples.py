@@ -29,6 +29,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("mend it, or open damaged tiles for the next run", "ntkengine verify k.h5 --repair"),
     ),
     "merge": (("the parts of a job over ranks as one packed file", "ntkengine merge k.h5 --out one.h5 --compress"),),
+    "compare": (("how far two files are apart, against their noise", "ntkengine compare lora.h5 full.h5"),),
     "finetune": (
         ("train, with the linearised model along", "ntkengine finetune job.toml --linear --history run.jsonl"),
         ("other training", "ntkengine finetune job.toml --learning-rate 1e-3 --epochs 4 --save adapter"),
