@@ -118,7 +118,8 @@ def test_module_and_comparison_tables(found):
     both = findings.comparison_table({"one.h5": found, "two.h5": found})
     assert both.columns == ("", "one.h5", "two.h5")
     assert all(row[1] == row[2] for row in both.rows)
-    assert not any(row[0].startswith("share of") for row in both.rows)
+    shares = [row[0] for row in both.rows if row[0].startswith("share of")]
+    assert shares == ["share of the largest class"]
 
 
 def test_plan_table_folds_layers():

@@ -93,7 +93,9 @@ def module_table(shares: Mapping[str, float], trace: float, top: int | None = No
 def comparison_table(forecasts: Mapping[str, Any]) -> Table:
     """Return several forecasts side by side, one column each."""
     tables = {name: dict(forecast.table()) for name, forecast in forecasts.items()}
-    labels = dict.fromkeys(label for rows in tables.values() for label in rows if not label.startswith("share of"))
+    labels = dict.fromkeys(
+        label for rows in tables.values() for label in rows if not label.startswith("share of trace")
+    )
     rows = [(label, *(rows.get(label, "") for rows in tables.values())) for label in labels]
     return Table("Side by side", ("", *tables), rows)
 
