@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from ntkengine.errors import InputError
 from ntkengine.forecast import forecast
-from ntkengine.forecast.scores import centred_alignment, wilson_interval
+from ntkengine.forecast.scores import centred_alignment, mean_interval, wilson_interval
 from ntkengine.ridge import KernelRidge
 
 N, M, C, P = 23, 14, 3, 90
@@ -132,7 +132,8 @@ def test_ridge_path_matches_refits(contraction: str, outputs: int) -> None:
     assert result.loo_mse[at] == pytest.approx(squares.mean(), rel=1e-9)
     half = student.ppf(0.975, N - 1) * squares.std(ddof=1) / np.sqrt(N)
     assert result.loo[1] == pytest.approx(max(0.0, squares.mean() - half), rel=1e-6)
-    assert result.loo[2] == pytest.approx(squares.mean() * np.exp(half / squares.mean()), rel=1e-6)
+    assert result.loo[2] == pytest.approx(mean_interval(squares)[2], rel=1e-6)
+    assert result.loo[2] > squares.mean() + half
     right = (np.sign(left_out) == g.y)[:, 0] if outputs == 1 else left_out.argmax(1) == g.y.argmax(1)
     assert result.loo_accuracy[at] == pytest.approx(right.mean())
     assert result.loo_accuracy_at_ridge == wilson_interval(right.sum(), N)

@@ -268,11 +268,34 @@ def test_an_interval_of_few_repeats_covers_the_next_run(repeats):
         assert share_covered(repeats, examples, between, 0.3, 1500) > 0.88, (examples, between)
 
 
+SKEWED = {
+    "squared, about the target": lambda rng, n: 0.5 * rng.standard_normal((1, n)) ** 2,
+    "squared, short of the target": lambda rng, n: 0.5 * (0.7 + 0.5 * rng.standard_normal((1, n))) ** 2,
+    "cross-entropy": lambda rng, n: np.log1p(np.exp(-2 - 2 * rng.standard_normal((1, n)))),
+}
+
+
+@pytest.mark.parametrize("kind", SKEWED)
+def test_an_interval_of_few_losses_covers_the_next_draw(kind):
+    rng, draw = np.random.default_rng(0), SKEWED[kind]
+    for count in (5, 10, 20):
+        covered = 0
+        for _ in range(2000):
+            losses = draw(rng, count)
+            _, low, high = outcome(losses, losses, None, 0.0).eval_loss
+            covered += low <= draw(rng, count).mean() <= high
+        assert covered > 1780, count
+
+
 def test_one_repeat_says_nothing_of_chance():
     losses = np.random.default_rng(0).random((1, 40))
     found = outcome(losses, losses, None, 0.5)
-    half = np.sqrt(2 * student.ppf(0.95, 39) ** 2 * losses.var(ddof=1) / 40 + (1.6448536 * 0.06 * 0.5) ** 2)
-    assert found.eval_loss[2] - found.eval_loss[0] == pytest.approx(half, rel=1e-6)
+    mean, t, model = losses.mean(), student.ppf(0.95, 39), 1.6448536 * 0.06 * 0.5
+    drawn = np.sqrt(2 * losses.var(ddof=1) / 40) * t
+    skewness = max(0.0, ((losses - mean) ** 3).mean()) / losses.var(ddof=1) * (1 + 2 * t**2) / 240
+    above = mean * np.expm1((drawn + skewness) / mean)
+    assert found.eval_loss[1] == pytest.approx(mean - np.hypot(drawn, model), rel=1e-6)
+    assert found.eval_loss[2] == pytest.approx(mean + np.hypot(above, model), rel=1e-6)
     assert found.chance == 0.0
 
 

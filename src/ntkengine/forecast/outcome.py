@@ -1,7 +1,7 @@
 """One training run's forecast as figures with intervals.
 
 Three errors are told apart and added as independent:
-* sampling: the eval examples are a draw; standard error of the mean over them;
+* sampling: the eval examples are a draw; standard error of the mean over them, more above a loss, which is skewed;
 * chance: the start of the adapters and the order of batches; standard deviation over repeats, known the less, the
   fewer there are;
 * model: what a first-order forecast leaves out. It grows with how far outputs move: `MODEL` times the root mean square
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
-from ntkengine.forecast.scores import Z90
+from ntkengine.forecast.scores import Z90, reach_above
 
 # Of the eval loss, for each unit of root mean square movement of outputs; for accuracy, likewise.
 MODEL_LOSS, MODEL_ACCURACY = 0.06, 0.1
@@ -59,16 +59,30 @@ def outcome(
         return Outcome(train, None, None, 0.0, 0.0, 0.0)
     sampling, chance = _errors(eval_losses)
     model = MODEL_LOSS * movement
-    half = float(half_width(sampling, chance, model, *eval_losses.shape))
-    loss = float(eval_losses.mean())
     return Outcome(
         train_loss=train,
-        eval_loss=(loss, max(0.0, loss - half), loss + half),
+        eval_loss=_loss(eval_losses.mean(axis=0), sampling, chance, model, len(eval_losses)),
         eval_accuracy=None if eval_correct is None else _accuracy(eval_correct, movement),
         sampling=sampling,
         chance=chance,
         model=model,
     )
+
+
+def _loss(
+    over_examples: np.ndarray, sampling: float, chance: float, model: float, repeats: int
+) -> tuple[float, float, float]:
+    """Return the mean loss and its interval.
+
+    Upwards the draw of examples reaches as far as `reach_above` says; the distances of independent errors are added as
+    squares on each side by itself.
+
+    Source: Zou and Donner 2008.
+    """
+    M, loss = len(over_examples), float(over_examples.mean())
+    drawn, others = float(half_width(sampling, 0.0, 0.0, examples=M)), half_width(0.0, chance, model, repeats)
+    above = reach_above(over_examples, drawn, _quantile(M))
+    return loss, max(0.0, loss - float(np.hypot(drawn, others))), loss + float(np.hypot(above, others))
 
 
 def _accuracy(correct: np.ndarray, movement: float) -> tuple[float, float, float]:
@@ -98,11 +112,16 @@ def half_width(
         repeats: R.
         examples: M.
     """
-    among, between = (float(student.ppf(0.95, max(count - 1, 1))) for count in (examples, repeats))
+    among, between = _quantile(examples), _quantile(repeats)
     drawn = 2 * np.square(among * np.asarray(sampling))
     return np.sqrt(
         drawn + (1 + 1 / repeats) * np.square(between * np.asarray(chance)) + np.square(Z90 * np.asarray(model))
     )
+
+
+def _quantile(count: float) -> float:
+    """Return Student's 95 % point for the mean of some values."""
+    return float(student.ppf(0.95, max(count - 1, 1)))
 
 
 def _errors(values: np.ndarray) -> tuple[float, float]:
