@@ -37,6 +37,7 @@ from ntkengine.gram.task import Task, check_rows, check_settings, refuse
 from ntkengine.gram.teamwork import checkpointing
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.gram.versions import versions
+from ntkengine.gram.zerorows import zero_rows_named
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.heap import HEAP
@@ -188,9 +189,10 @@ def compute_gram(
 
     def made(checkpoints: Checkpoints | None) -> tuple[Gram, Sums | Spread, Samples]:
         report = progress if checkpoints is None else checkpoints.watched(progress)
-        gram, sums, samples = computed(
-            task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints, team, start
-        )
+        with zero_rows_named(task):
+            gram, sums, samples = computed(
+                task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints, team, start
+            )
         gram.targets, gram.eval_targets = as_float(targets), as_float(eval_targets)
         began = time.perf_counter()
         with together(team):
