@@ -17,6 +17,7 @@ from ntkengine.errors import CheckFailed, InputError, NonFinite
 from ntkengine.inputs.attributes import Attributes
 from ntkengine.inputs.differentiable import check_differentiable
 from ntkengine.inputs.resident import RESIDENT
+from ntkengine.inputs.traces import Traces
 from ntkengine.products import full_rate
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if b.numel() <= _SMALL]
     unsaved = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if b.numel() > _SMALL}}
     known = {id(p) for p in trained}
-    versions = {name: t._version for name, t in unsaved.items() if id(t) not in known}
+    traces = Traces({name: t for name, t in unsaved.items() if id(t) not in known})
     try:
         yield
     finally:
@@ -204,7 +205,7 @@ def _as_found(model: nn.Module, trained: Iterable[nn.Parameter]) -> Iterator[Non
             p.requires_grad_(wanted)
         for owner, key, was in settings:
             setattr(owner, key, was)
-        written = [name for name, version in versions.items() if unsaved[name]._version != version]
+        written = traces.changed()
         first = FIRST_CALLS.pop(model, [])
         noted = before.changed() if written else first  # what goes with weights as they are now
         before.restore()
