@@ -23,12 +23,25 @@ def test_values_to_be_met_name_no_class() -> None:
     assert not name_classes(two, np.array([[0.5]]))
     assert not name_classes(np.abs(two))
     assert not name_classes(np.array([[0.0], [1.0]]))
-    assert name_classes(np.random.default_rng(0).standard_normal((5, 3)))
+    labels, values = np.array([0, 1, 2, 2, 0]), np.random.default_rng(0).standard_normal((5, 3))
+    for code in (np.eye(3), 2 * np.eye(3) - 1, np.full((3, 3), 0.05) + 0.85 * np.eye(3), np.eye(3) - labels.mean()):
+        assert name_classes(code[labels])
+        assert name_classes(code[labels], code[:1])
+        assert not name_classes(code[labels], values[:2])
+    assert name_classes(np.eye(3)[:2])
+    assert not name_classes(values)
+    assert not name_classes(values[:1])
+    assert not name_classes(np.array([[3.0, 5.0], [2.0, 5.0], [4.0, 1.0]]))  # ratings
+    assert not name_classes(np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))  # several labels
     g = linear_model()
     result = forecast(g, g.y * np.linspace(0.5, 1.5, N)[:, None], eval_targets=g.y_eval)
     assert (result.loo_accuracy, result.eval_accuracy, result.start["train_accuracy"]) == (None,) * 3
     assert any("no accuracy" in line for line in result.assumptions)
     assert forecast(g, g.y, eval_targets=g.y_eval).loo_accuracy is not None
+    ratings = np.random.default_rng(0).uniform(1.0, 5.0, (N, 2))
+    result = forecast(linear_model(outputs=2).values, ratings)
+    assert (result.loo_accuracy, result.curve_train_accuracy, result.start["train_accuracy"]) == (None,) * 3
+    assert not any("accuracy" in label for label, _ in result.table())
 
 
 def test_bare_arrays_default_to_a_zero_start() -> None:

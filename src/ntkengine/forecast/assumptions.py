@@ -58,7 +58,7 @@ def assumptions_of(
         )
     if not classes:
         lines.append(
-            "Targets name no class (C = 1: one number a sign; C > 1: one largest entry), so no accuracy is given."
+            "Targets name no class (C = 1: one number a sign; C > 1: one row of numbers each), so no accuracy is given."
         )
     for name, edge in (("leave-one-out", loo_edge), ("GCV", gcv_edge)):
         if edge == "upper":

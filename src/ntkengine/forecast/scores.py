@@ -21,13 +21,17 @@ def name_classes(targets: np.ndarray, eval_targets: np.ndarray | None = None) ->
     """Say whether targets (N, C), and eval targets (M, C) if any, name a class for each example.
 
     C = 1: every target is one of two numbers, one for each sign, and `targets` has both; more than two are values to be
-    met, not classes. C > 1: every row has one largest entry.
+    met, not classes. C > 1: every row has one largest entry, and rows with the same one are equal, as the codes of a
+    class are; where no two rows have it in common, there are two numbers in all.
     """
     joint = targets if eval_targets is None else np.vstack([targets, eval_targets])
     if targets.shape[1] == 1:
         return len(np.unique(joint)) == 2 and bool((targets > 0).any() and (targets < 0).any())
     ordered = np.sort(joint, axis=1)
-    return bool((ordered[:, -1] > ordered[:, -2]).all())
+    if not (ordered[:, -1] > ordered[:, -2]).all():
+        return False
+    codes, named = np.unique(joint, axis=0), np.unique(joint.argmax(axis=1))
+    return len(codes) == len(named) and (len(codes) < len(joint) or len(np.unique(joint)) == 2)
 
 
 def tells_classes(targets: Tensor, eval_targets: Tensor | None = None) -> bool:
