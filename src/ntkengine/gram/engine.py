@@ -41,6 +41,7 @@ from ntkengine.gram.zerorows import zero_rows_named
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.heap import HEAP
+from ntkengine.inputs.ownloss import warn_of_own_loss
 from ntkengine.inputs.readout import ReadoutFunction
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.sources import Source, as_inputs
@@ -189,6 +190,8 @@ def compute_gram(
 
     def made(checkpoints: Checkpoints | None) -> tuple[Gram, Sums | Spread, Samples]:
         report = progress if checkpoints is None else checkpoints.watched(progress)
+        if root:
+            warn_of_own_loss(model, task.samples, task.readout)
         with zero_rows_named(task):
             gram, sums, samples = computed(
                 task, precision, per_module, memory_gib, check, seed, sketch, report, checkpoints, team, start
