@@ -4,8 +4,8 @@
 * `llama-7b`: Llama 7B, all parameters, N = 512, T = 128, C = 1, bfloat16, in kernels only: torch's tiles are sized for
   a CPU's cache, 400,000 of them here, a minute of launches.
 * `llama-45b`: a Llama of 45 billion parameters, larger than the GPU, N = 64, T = 128, C = 1, bfloat16: weights come
-  from the host each time their block runs, but for those of the first blocks, which stay. All blocks share one block's pinned memory there, so that the host need
-  not hold 90 GB; what crosses the bus is what a whole model would send.
+  from the host each time their block runs, but for those of the first blocks, which stay. All blocks share one block's
+  pinned memory there, so that the host need not hold 90 GB; what crosses the bus is what a whole model would send.
 
 The floor is the plan's flops (passes, gradients, one triangle of products) at the rate of a bfloat16 product measured
 in the same process; contractions of float32 grade count three times, float32 passes run at the float32 rate.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,15 @@ def test_check_stops_a_wrong_sweep(monkeypatch):
         match=r"layer\.1\.output\.dense\.weight \(of Linear\): differs from plain autograd by .* between examples",
     ):
         compute_gram(model, inputs, params="all")
+
+
+def test_a_module_that_is_off_by_less_than_float32_tells_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    linear = torch.nn.functional.linear
+    model[2].forward = MethodType(lambda self, x: linear(x, self.weight, self.bias) * (1 + 4e-5), model[2])
+    inputs = {"x": torch.randn(9, 6, generator=torch.Generator().manual_seed(0))}
+    with pytest.raises(CheckFailed, match=r"2\.weight \(of Linear\): differs from plain autograd by 8\.0e-05"):
+        compute_gram(model, inputs, params="all", readout=lambda out, _: out)
 
 
 def test_non_finite_gradient_names_module_and_example():

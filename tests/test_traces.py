@@ -66,3 +66,11 @@ def test_what_cannot_be_compared_counts_as_changed():
     assert traces.changed() == []
     tensor.mul_(1.0)
     assert traces.changed() == ["t"]
+
+
+def test_of_large_tensors_any_write_counts():
+    tensors = {"large": torch.randn(100, 100), "small": torch.randn(9)}
+    traces = Traces(tensors, limit=1000)
+    for tensor in tensors.values():
+        tensor.mul_(1.0)
+    assert traces.changed() == ["large"]

@@ -44,6 +44,9 @@ from ntkengine.tangents.trial import check_repeats
 
 log = logging.getLogger(__name__)
 
+# What a model may raise that does not run in float64.
+_UNUSABLE = (NonFinite, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+
 Progress = Callable[[float, float, str], None]
 
 
@@ -96,8 +99,7 @@ def computed(
             if task.transform in SIGNS and double is not None:
                 structure.negligible = _negligible(task, structure, double, seed)
             if check and root:
-                truth = Check(task, samples, frame, structure, seed, layout, turned=TURNED.get(precision, UNSURE))
-                truth.sweep()
+                truth = _checked(task, double, samples, frame, structure, seed, layout, precision)
         check_s = time.perf_counter() - checking
         if team is not None:
             team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
@@ -244,6 +246,40 @@ def _double(task: Task, running: ExitStack, *, lazy: bool) -> Task | None:
     return task.on(model, torch.float64)
 
 
+def _checked(
+    task: Task,
+    double: Task | None,
+    samples: Samples,
+    frame: Frame,
+    structure: Structure,
+    seed: int,
+    layout: Layout,
+    precision: str,
+) -> Check:
+    """Return what plain autograd says of a few samples, whose gradients the sweep has reproduced.
+
+    Both in float64, where the model runs in it: no rounding is mistaken for a fault, nor hides one. That the job's own
+    precision is near enough is seen in its entries, and by the noise. Signs are those of the job's precision.
+
+    Raises:
+        CheckFailed: it has not.
+    """
+    if double is not None and double is not task and task.transform not in SIGNS and not structure.foreign:
+        half = replace(layout, gradients=layout.gradients // 2)  # as many bytes
+        try:
+            truth = Check(double, samples, frame, structure.on(double.model), seed, half)
+            truth.sweep()
+        except _UNUSABLE as error:
+            if isinstance(error, CheckFailed | InputError | torch.OutOfMemoryError):
+                raise
+            log.debug("not checked in float64: %s", error)
+        else:
+            return truth
+    truth = Check(task, samples, frame, structure, seed, layout, turned=TURNED.get(precision, UNSURE))
+    truth.sweep()
+    return truth
+
+
 def _negligible(task: Task, structure: Structure, double: Task, seed: int) -> list[str]:
     """Return the parameters without a sign: float32 suspects them, float64 decides."""
     suspects = structure.negligible
@@ -285,7 +321,7 @@ def _noise(
             limit=limit,
             sketched=sketched,
         )
-    except (NonFinite, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+    except _UNUSABLE as error:
         if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
             raise
         if sketched:  # its error is far above float32's

@@ -17,11 +17,18 @@ class Traces:
 
     Some libraries write to a weight what it held before, as PEFT's COFT and its `target_parameters` do at every call.
 
-    Cost: each tensor is read once, and once more if it was written to.
+    Args:
+        tensors: by name.
+        limit: bytes; of tensors beyond, the smallest counted first, any write counts as a change.
+
+    Cost: each tensor within the limit is read once, and once more if it was written to.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._held = {name: (t, t._version, _sum_of_bits(t)) for name, t in tensors.items()}
+    def __init__(self, tensors: Mapping[str, Tensor], limit: int = 256 << 20) -> None:
+        self._held: dict[str, tuple[Tensor, int, Tensor | None]] = {}
+        for name, t in sorted(tensors.items(), key=lambda item: item[1].numel()):
+            limit -= t.numel() * t.element_size()
+            self._held[name] = t, t._version, _sum_of_bits(t) if limit >= 0 else None
 
     def changed(self) -> list[str]:
         """Return the names of those that were written to and hold other values now, or none that can be compared."""
