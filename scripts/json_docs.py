@@ -158,12 +158,14 @@ def shapes() -> dict[str, Shape]:
             free=frozenset(("differing",)),
         ),
         "forecast": Shape(PATH | forecast, {"condition": "condition", "training": "training"}, frozenset(("modules",))),
-        "training": Shape(of(Simulation), {"recipe": "recipe"}),
+        "training": Shape(
+            of(Simulation) | {"outcome": _line(Simulation.outcome)}, {"recipe": "recipe", "outcome": "outcome"}
+        ),
         "recipe": Shape(of(Recipe)),
         "select": Shape(
             {name: ranking[name] for name in ("choices", "recipe", "assumptions", "start")}
             | {"peft": "fields of the best one's `peft.LoraConfig`: `peft_type`, `r`, `lora_alpha`, `target_modules`"},
-            {"choices": "a choice", "recipe": "recipe", "start": "before training"},
+            {"choices": "a choice", "recipe": "recipe", "start": "outcome"},
         ),
         "a choice": Shape(
             {name: one[name] for name in ("name", "modules", "parameters")}
@@ -172,7 +174,7 @@ def shapes() -> dict[str, Shape]:
             {"kernel": "kernel"},
         ),
         "kernel": Shape(kernel),
-        "before training": Shape(of(Outcome)),
+        "outcome": Shape(of(Outcome)),
         "finetune": Shape(of(FineTuning), {"recipe": "recipe", "history": "a measurement"}),
         "a measurement": Shape(of(Measured)),
         "doctor": Shape(every="what was looked at"),

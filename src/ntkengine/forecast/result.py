@@ -226,7 +226,7 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Return every field as JSON-able values: arrays as lists, NaN and infinity as None.
 
-        Beside each Estimate stands its error, such as `trace_error`.
+        Beside each Estimate stands its error, such as `trace_error`; in `training` what it is forecast to reach.
         """
         found: dict[str, Any] = {}
         for name in (f.name for f in fields(self)):
@@ -234,6 +234,8 @@ class Forecast:
             found[name] = plain(value)
             if isinstance(value, Estimate):
                 found[f"{name}_error"] = plain(value.error)
+        if self.training is not None:
+            found["training"]["outcome"] = plain(self.training.outcome)
         return found
 
     def figures(self) -> dict[str, Any]:
