@@ -10,7 +10,7 @@ import torch
 
 import ntkengine as ntk
 from ntkengine.errors import CheckFailed
-from ntkengine.gram import check
+from ntkengine.gram import truth as truths
 from ntkengine.gram.check import Check
 from ntkengine.gram.planning import planned
 from ntkengine.gram.task import Task
@@ -34,8 +34,8 @@ def checking(model, inputs, **settings):
 
 @pytest.fixture
 def reduced(monkeypatch):
-    monkeypatch.setattr(check, "_PASSES", 1)
-    monkeypatch.setattr(check, "grouped", lambda entries, _limit: [[name] for name in entries])
+    monkeypatch.setattr(truths, "_PASSES", 1)
+    monkeypatch.setattr(truths, "grouped", lambda entries, _limit: [[name] for name in entries])
 
 
 @pytest.mark.usefixtures("reduced")
@@ -48,7 +48,7 @@ def test_every_parameter_is_compared_and_a_wrong_one_named(monkeypatch, name, tr
         assert len(truth.compared) + len(truth.sketches) == len(truth.selected)
         assert all(p.numel() <= 64 for n, p in truth.selected.items() if n in truth.compared[1:])
         assert any(truth.structure.transposed[n] for n in truth.sketches) == (name == "gpt2")
-        assert any(n in truth.sketches for n in check.tables(model))  # sparse
+        assert any(n in truth.sketches for n in truths.tables(model))  # sparse
         truth.sweep()
         run, wrong = Sweep._run, ""
 
@@ -92,7 +92,7 @@ def test_a_streamed_model_is_compared_in_one_pass(tmp_path, monkeypatch):
         passes.append(len(inputs))
         return grad(f, inputs, *given, **more)
 
-    monkeypatch.setattr(check, "grouped", lambda entries, _limit: [[name] for name in entries])
+    monkeypatch.setattr(truths, "grouped", lambda entries, _limit: [[name] for name in entries])
     with checking(model, inputs) as truth:
         monkeypatch.setattr(torch.autograd, "grad", counted)
         Check(truth.task, truth.task.samples, truth.frame, truth.structure, 0, truth.layout)

@@ -16,7 +16,7 @@ from ntkengine.cluster.comm import Team, together
 from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
 from ntkengine.gram.anew import compare_anew
 from ntkengine.gram.assembly import assemble, surroundings
-from ntkengine.gram.check import TURNED, UNSURE, Check
+from ntkengine.gram.check import Check
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import NEAR, Layout, heap_limit
@@ -32,6 +32,7 @@ from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task, in_precision
 from ntkengine.gram.tiling import sum_tiled
 from ntkengine.gram.transforms import SIGNS
+from ntkengine.gram.truth import TURNED, UNSURE
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ntkengine.gram.anew import drawn_of
-from ntkengine.gram.check import DRAWN
 from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.noise import recomputed
@@ -17,6 +16,7 @@ from ntkengine.gram.plan import Plan
 from ntkengine.gram.strategies import contract, outer_costs
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Accumulator
+from ntkengine.gram.truth import DRAWN
 from ntkengine.inputs.batches import Samples
 from ntkengine.tangents.factors import Dense, Outer, ParameterFactors
 from ntkengine.tangents.sketch import Sketch
