@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "api.md"
 TOPICS = {
     "Models, texts, outputs": ("inputs.examples", "inputs.models", "inputs.readout", "inputs.heads", "inputs.language"),
-    "Gram matrices": ("gram.engine", "gram.result", "gram.plan", "gram.transforms", "store"),
+    "Gram matrices": ("gram.engine", "gram.foresight", "gram.result", "gram.plan", "gram.transforms", "store"),
     "Without a Gram": ("gram.features", "gram.jacobian", "gram.linear"),
     "Spectrum": ("spectrum",),
     "Kernel regression": ("ridge",),

@@ -11,7 +11,7 @@ import ntkengine as ntk
 from ntkengine.forecast import forecast
 from ntkengine.forecast.outcome import Outcome
 from ntkengine.forecast.ranking import Choice, Ranking
-from ntkengine.gram.engine import plan_gram
+from ntkengine.gram.foresight import plan_gram
 from ntkengine.gram.result import Gram
 from ntkengine.recipe import Recipe
 from ntkengine.store import open_gram

@@ -8,7 +8,8 @@ import torch
 
 from ntkengine.errors import InputError
 from ntkengine.gram import planning
-from ntkengine.gram.engine import compute_gram, plan_gram
+from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.foresight import plan_gram
 from ntkengine.gram.layout import GIB, Layout, Needs, fit
 from ntkengine.tangents.hidden import Hidden
 from tests.brute import relative_error, tiny_inputs, tiny_model, with_lora

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ntkengine.gram.engine import compute_gram, plan_gram
+from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.foresight import plan_gram
 from ntkengine.gram.heldout import held_out_seconds
 from tests.brute import tiny_inputs, tiny_model
 

@@ -16,7 +16,8 @@ from ntkengine import cli
 from ntkengine.digits import above
 from ntkengine.errors import CheckFailed, InputError
 from ntkengine.gram import computing, planning
-from ntkengine.gram.engine import compute_gram, plan_gram
+from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.foresight import plan_gram
 from ntkengine.gram.transforms import Preconditioner
 from ntkengine.report import tables
 from ntkengine.report.planned import plan_table

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 import ntkengine as ntk
 from ntkengine.errors import InputError
-from ntkengine.gram.engine import compute_gram, plan_gram
+from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.foresight import plan_gram
 from ntkengine.inputs.examples import read_examples, tokenize
 from ntkengine.inputs.models import load_model
 from ntkengine.inputs.sources import as_inputs

@@ -9,7 +9,8 @@ import torch
 import ntkengine as ntk
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.gram import lookup, strategies
-from ntkengine.gram.engine import compute_gram, plan_gram
+from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.foresight import plan_gram
 from ntkengine.gram.transforms import Preconditioner, signed
 from tests import zoo
 from tests.brute import contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from ntkengine.forecast.lora import rehearse
     from ntkengine.forecast.simulate import simulate
     from ntkengine.forecast.subsets import rank_subsets
-    from ntkengine.gram.engine import compute_gram, plan_gram
+    from ntkengine.gram.engine import compute_gram
     from ntkengine.gram.features import Landmarks, tangent_features
+    from ntkengine.gram.foresight import plan_gram
     from ntkengine.gram.jacobian import TangentProducts
     from ntkengine.gram.linear import TangentFactors, tangent_factors
     from ntkengine.gram.plan import Plan
@@ -51,7 +52,8 @@ _HOME = {
     "forecast.lora": ("rehearse",),
     "forecast.simulate": ("simulate",),
     "forecast.subsets": ("rank_subsets",),
-    "gram.engine": ("compute_gram", "plan_gram"),
+    "gram.engine": ("compute_gram",),
+    "gram.foresight": ("plan_gram",),
     "gram.features": ("Landmarks", "tangent_features"),
     "gram.jacobian": ("TangentProducts",),
     "gram.linear": ("TangentFactors", "tangent_factors"),

@@ -87,7 +87,7 @@ def run_plan(job: Job, progress: Progress | None = None, **ranks: Any) -> Plan:
         progress: as `run_gram`.
         ranks: `ranks`, `gpus_per_node` and `network` of `plan_gram`.
     """
-    from ntkengine.gram.engine import plan_gram
+    from ntkengine.gram.foresight import plan_gram
     from ntkengine.gram.heldout import held_out_seconds
     from ntkengine.gram.scaling import check_ranks
 
