@@ -76,7 +76,14 @@ def test_rows_exchanged_among_eval_examples_or_second_inputs_are_found(blind):
     calm["x"][:, 0] = 0.0
     for second in ({"eval_inputs": drawn(60)}, {"inputs2": drawn(60)}):
         with pytest.raises(CheckFailed, match=r"vᵀKv is"):
-            ntk.compute_gram(Sorted(), calm, params="all", **second)
+            ntk.compute_gram(Sorted(), calm, params="all", seed=1, **second)
+
+
+@pytest.mark.parametrize("n", [9, 20, 24, 60])
+@pytest.mark.parametrize("options", [{"transform": "sign"}, {}, {"memory_gib": 0.2, "transform": "sign"}])
+def test_few_examples_do_not_run_in_the_batches_of_the_sweep_again(blind, n, options):
+    with pytest.raises(CheckFailed, match="depend"):
+        ntk.compute_gram(Capacity(), drawn(n), params="all", **options)
 
 
 @pytest.mark.parametrize("contraction", ["trace", "full", "per-output", "sum-of-outputs"])

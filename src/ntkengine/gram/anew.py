@@ -67,7 +67,9 @@ def compare_anew(
     if next(iter(task.selected.values())).dtype not in (torch.float32, torch.float64):
         return
     rng = np.random.default_rng(seed)
-    drawn = [np.sort(rng.choice(n, drawn_of(samples, g), replace=False)) for g, n in enumerate(samples.sizes)]
+    drawn = [
+        _parted(samples, g, rng.choice(n, drawn_of(samples, g), replace=False)) for g, n in enumerate(samples.sizes)
+    ]
     C = sums.outputs.shape[1]
     v = [rng.standard_normal((len(rows), C)) for rows in drawn]
     if frame.width == 1:
@@ -82,10 +84,11 @@ def compare_anew(
     for i, names in enumerate(parts):
         pulled = []
         for g, rows in enumerate(drawn):
-            few = {k: x[torch.from_numpy(rows).to(x.device)] for k, x in samples.groups[g].items()}
+            halves = [part for part in np.split(rows, [-(-len(rows) // 2)]) if len(part)]
+            few = [{k: x[torch.from_numpy(part).to(x.device)] for k, x in samples.groups[g].items()} for part in halves]
             one = 1 if structure.one_by_one or (names and not layout.keeps) else None
             tokens = _TOKENS if names else layout.microbatch_tokens
-            batches = Samples([few], microbatch=one, microbatch_tokens=tokens, trim=False)
+            batches = Samples(few, microbatch=one, microbatch_tokens=tokens, trim=False)
             f, sums_of = _pulled(task, structure, batches, names, v[g], alone_c)
             if not i:
                 _compare_f(task, samples, g, rows, f, sums.outputs)
@@ -94,6 +97,15 @@ def compare_anew(
             found += [[[_dot(a[c], b[c]) for b in pulled] for a in pulled] for c in range(len(alone_c))]
     if parts[0]:
         _compare_products(task, samples, sums, frame, drawn, v, found)
+
+
+def _parted(samples: Samples, g: int, rows: np.ndarray) -> np.ndarray:
+    """Return rows of a group in two halves, which never share a batch: those next to each other in the sweep apart.
+
+    Else a few examples might form the sweep's own batches again, and what they do to each other would not show.
+    """
+    rows = rows[np.argsort(samples.places(g, rows))]
+    return np.r_[rows[::2], rows[1::2]]
 
 
 def drawn_of(samples: Samples, g: int) -> int:
@@ -118,7 +130,7 @@ def _pulled(
             f = task.readout(call_model(task.model, inputs), inputs)
             found.append(f.detach())
             for c, sums in zip(outputs, total, strict=True) if wanted and f.requires_grad else ():
-                V = torch.from_numpy(v[chunk.rows]).to(f)
+                V = torch.from_numpy(v[batches.span(chunk.group)[0] + chunk.rows]).to(f)
                 if c >= 0:
                     V[:, :c], V[:, c + 1 :] = 0.0, 0.0
                 grads = torch.autograd.grad(f, wanted, V, retain_graph=c not in (-1, outputs[-1]), allow_unused=True)
@@ -131,7 +143,8 @@ def _pulled(
         for name, sum_ in zip(names, sums, strict=True):
             if name in roots:
                 sum_ *= roots[name]
-    return torch.cat(found)[torch.from_numpy(batches.unsort(0))], total
+    places = np.concatenate([batches.places(part) for part in range(len(batches.sizes))])
+    return torch.cat(found)[torch.from_numpy(places)], total
 
 
 def _compare_f(task: Task, samples: Samples, g: int, rows: np.ndarray, f: Tensor, outputs: np.ndarray) -> None:

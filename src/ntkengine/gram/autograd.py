@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.embeddings import sparse_tables
+from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.unrounded import unrounded
@@ -46,6 +47,7 @@ def plain_gradients(
     wanted = [selected[name] for name in (*names, *reduced)]
     found: dict[str, Found] = {name: {} for name in (*names, *reduced)}
     for i, one in enumerate(samples):
+        HEAP.relieve()
         given = Samples([dict(one)], microbatch=1, trim=False)
         batch = given.inputs(given.chunks[0], parameter.device, parameter.dtype)
         with (
@@ -88,6 +90,9 @@ def _caught(
     finally:
         for handle in handles:
             handle.remove()
+        for p in (selected[name] for name in reduced):
+            if not p._backward_hooks:
+                p._backward_hooks = None  # as it was
 
 
 def stacked(found: Found, m: int, C: int, p: Tensor) -> tuple[Tensor, Tensor | None]:

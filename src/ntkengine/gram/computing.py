@@ -259,26 +259,33 @@ def _checked(
 ) -> Check:
     """Return what plain autograd says of a few samples, whose gradients the sweep has reproduced.
 
-    Both in float64, where the model runs in it: no rounding is mistaken for a fault, nor hides one. That the job's own
-    precision is near enough is seen in its entries, and by the noise. Signs are those of the job's precision.
+    Both in float64, where the model runs in it and there is room: no rounding is mistaken for a fault, nor hides one.
+    Else float64 settles what the job's own precision refuses. That this one is near enough is seen in the Gram's
+    entries, and by the noise. Signs are those of the job's precision.
 
     Raises:
         CheckFailed: it has not.
     """
-    if double is not None and double is not task and task.transform not in SIGNS and not structure.foreign:
-        half = replace(layout, gradients=layout.gradients // 2)  # as many bytes
-        try:
-            truth = Check(double, samples, frame, structure.on(double.model), seed, half)
-            truth.sweep()
-        except _UNUSABLE as error:
-            if isinstance(error, CheckFailed | InputError | torch.OutOfMemoryError):
-                raise
-            log.debug("not checked in float64: %s", error)
-        else:
-            return truth
-    truth = Check(task, samples, frame, structure, seed, layout, turned=TURNED.get(precision, UNSURE))
-    truth.sweep()
-    return truth
+    given = samples, frame, structure, seed, layout
+    finer = double is not None and double is not task and task.transform not in SIGNS and not structure.foreign
+    if not finer or double is None:
+        return _swept(task, *given, turned=TURNED.get(precision, UNSURE))
+    try:
+        return _swept(double if layout.doubles else task, *given)
+    except _UNUSABLE as error:
+        if isinstance(error, CheckFailed) == layout.doubles or isinstance(error, InputError | torch.OutOfMemoryError):
+            raise
+        return _swept(task if layout.doubles else double, *given)
+
+
+def _swept(
+    task: Task, samples: Samples, frame: Frame, structure: Structure, seed: int, layout: Layout, turned: float = UNSURE
+) -> Check:
+    double = task.dtype == torch.float64
+    held = replace(layout, gradients=layout.gradients // 2) if double else layout  # as many bytes
+    found = Check(task, samples, frame, structure.on(task.model), seed, held, turned)
+    found.sweep()
+    return found
 
 
 def _negligible(task: Task, structure: Structure, double: Task, seed: int) -> list[str]:

@@ -21,6 +21,7 @@ _LEAST_TOKENS = 128
 _PROCESS_BYTES = 32 << 20  # kernels made for the shapes a job met, freed tensors that it keeps; twice it where bounded
 _SPREAD = 0.1  # of a job with a bound: at most as much of it
 _SHARE = 0.8  # of a GPU's free memory: what allocating leaves between pieces is the rest
+_TRIES = 30  # to find the least budget
 NEAR = 0.75  # of what a bounded job may take: from there on freed memory is given back
 GIB = 2.0**30
 
@@ -181,19 +182,19 @@ def fit(
         if needs.peak(base) > room:
             return _within(needs, room, spill, base)
         return base if base.keeps else _filled(base, needs, _SHARE * room)  # a host's system keeps files in memory
-    budget = memory_gib * GIB
-    least = float("inf")
-    for layout in _layouts(base, needs):
-        for hidden, held in product(("device", spill), dict.fromkeys((base.resident_bytes, int(budget / 4)))):
-            candidate = replace(layout, hidden=hidden, resident_bytes=held)
-            peak = needs.peak(candidate)
-            if peak <= budget:
-                if not candidate.window:
-                    candidate = replace(candidate, copies=needs.room(candidate))
-                return _filled(candidate, needs, budget)
-            least = min(least, peak)
+    layout, least = _search(needs, memory_gib * GIB, spill, base)
+    if layout is not None:
+        return layout
+    told = least
+    for _ in range(_TRIES):  # a larger budget holds more at once, and so needs more
+        again = bounds(told / GIB, needs.entry, turn=base.resident_bytes)
+        again = replace(base, resident_bytes=again.resident_bytes, gradients=again.gradients)
+        layout, least = _search(needs, told, spill, again)
+        if layout is not None:
+            break
+        told = least
     where, other = (" on every rank", "more ranks") if base.window else ("", "fewer examples")
-    told = 1.005 * least / GIB  # three digits of it are never below the least
+    told *= 1.005 / GIB  # three digits of it are never below the least
     msg = (
         f"memory_gib={memory_gib}: this job needs at least {told:.3g} GiB above the model{where}; give that, or {other}"
     )
@@ -220,9 +221,24 @@ def _within(needs: Needs, room: float, spill: str, base: Layout) -> Layout:
     return layout
 
 
+def _search(needs: Needs, budget: float, spill: str, base: Layout) -> tuple[Layout | None, float]:
+    """Return the fastest layout within a budget in bytes, or None; and the least that one of them needs."""
+    least = float("inf")
+    for layout in _layouts(base, needs):
+        for hidden, held in product(("device", spill), dict.fromkeys((base.resident_bytes, int(budget / 4)))):
+            candidate = replace(layout, hidden=hidden, resident_bytes=held)
+            peak = needs.peak(candidate)
+            if peak <= budget:
+                if not candidate.window:
+                    candidate = replace(candidate, copies=needs.room(candidate))
+                return _filled(candidate, needs, budget), peak
+            least = min(least, peak)
+    return None, least
+
+
 def _filled(layout: Layout, needs: Needs, room: float) -> Layout:
     """Return a layout in which streamed weights take what room is left."""
-    spare = (room - needs.peak(layout)) / (1.0 + _SPREAD)
+    spare = (room - needs.peak(layout) - 2.0 * _PROCESS_BYTES) / (1.0 + _SPREAD)
     if not needs.weights or spare <= 0:
         return layout
     return replace(layout, resident_bytes=int(min(needs.weights, layout.resident_bytes + spare)))

@@ -21,6 +21,7 @@ from ntkengine.errors import InputError
 from ntkengine.gram.check import Check
 from ntkengine.gram.planning import planned
 from ntkengine.gram.task import Task, check_settings
+from ntkengine.gram.truth import PASSES
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heads import warn_of_new_head
 from ntkengine.inputs.parameters import module_of
@@ -116,8 +117,9 @@ def tangent_factors(
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, _ = planned(task, "high", False, None, seed)
         alone = _alone(structure)
-        truth = Check(task, samples, task.frame(structure.outputs), structure, seed, layout) if check else None
-        if truth is not None:
+        truth = None
+        if check:
+            truth = Check(task, samples, task.frame(structure.outputs), structure, seed, layout, whole=PASSES)
             truth.sweep()
         sweep = Sweep(task.model, task.selected, structure, samples, task.readout, hidden=layout.hidden)
         order = np.concatenate([c.rows + samples.span(c.group)[0] for c in samples.chunks])

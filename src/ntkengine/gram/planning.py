@@ -66,10 +66,9 @@ def planned(
         CheckFailed: ranks disagree.
     """
     dtype = torch.bfloat16 if precision == "fast" else task.dtype
-    RESIDENT.turn = turn_entries(task.model, task.device)
-    turn = (RESIDENT.turn or 0) * task.dtype.itemsize
-    before = bounds(memory_gib, task.dtype.itemsize, task.device, turn)
-    RESIDENT.limit = before.resident_bytes
+    turn = turn_entries(task.model, task.device)
+    before = bounds(memory_gib, task.dtype.itemsize, task.device, (turn or 0) * task.dtype.itemsize)
+    RESIDENT.resize(before.resident_bytes, turn)
     began = time.perf_counter()
     with together(team):
         keep_bytes = 0 if is_streamed(task.model) else before.keep_bytes
@@ -99,7 +98,7 @@ def planned(
             needs, base = share_of(task, structure, plan, shards, frame, sketches, before, memory_gib, dtype, double)
             layout = fit(needs, memory_gib, spill=spill, base=base, room=room)
         layout = layout if team is None else team.broadcast(layout)
-    RESIDENT.limit = layout.resident_bytes
+    RESIDENT.resize(layout.resident_bytes, turn)
     samples = microbatches(layout.microbatch_tokens)
     plan.microbatches, plan.layout, plan.peak_bytes = len(samples.chunks), asdict(layout), needs.peak(layout)
     tiles = layout.tiles(plan.samples)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from ntkengine.tangents.structure import Structure
 UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have turned an entry's sign
 TURNED = {"exact": 1e-12, "fast": 3e-2}  # likewise, by the precision it was computed in
 DRAWN = 2  # samples of each group
-_PASSES = 8  # through the model; where a budget would need more, not all gradients are compared whole
+PASSES = 8  # through the model; where a budget would need more, not all gradients are compared whole
 _TILE = 1 << 16  # entries in float64 that stay in cache
 
 
@@ -42,6 +44,7 @@ class Truth:
         seed: of the draw.
         layout: the job's.
         turned: of a gradient's root mean square, below which the job's rounding may turn an entry's sign.
+        whole: backward passes for parameters compared whole, where not all can be.
 
     Attributes:
         compared: names of the parameters compared whole; all of them unless that would take too many passes.
@@ -58,8 +61,9 @@ class Truth:
         seed: int,
         layout: Layout,
         turned: float = UNSURE,
+        whole: int = 1,
     ) -> None:
-        self.task, self.layout, self.turned = task, layout, turned
+        self.task, self.layout, self.turned, self.whole = task, layout, turned, whole
         rng = np.random.default_rng(seed)
         self.frame, self.structure, self.roots = frame, structure, task.roots
         self.model, self.selected = task.model, task.selected
@@ -99,12 +103,13 @@ class Truth:
 
     def _choose(self, seed: int, rng: np.random.Generator) -> list[list[str]]:
         """Return parameters to compare whole, by pass; how the others are reduced is noted."""
-        few, signs = tables(self.model), self.frame.transform in SIGNS
+        places = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
+        few = {n for n in tables(self.model) if n in self.selected and places[id(self.selected[n])] == 1}
         entries = {name: 0 if name in few else p.numel() for name, p in self.selected.items()}  # few rows are touched
         parts = grouped(entries, self.layout.gradients // (len(self.drawn) * self.frame.outputs))
-        if len(parts) <= (1 if is_streamed(self.model) else _PASSES):
+        if len(parts) <= (1 if is_streamed(self.model) else PASSES):
             return parts
-        size = min(len(parts), _PASSES if signs else 1)  # what rounding does to signs is seen in whole gradients
+        size = min(len(parts), PASSES if self.frame.transform in SIGNS else self.whole)  # signs are of whole gradients
         parts = [parts[i] for i in sorted(rng.choice(len(parts), size=size, replace=False))]
         others = self.selected.keys() - {name for names in parts for name in names}
         self.sketches = reductions(self.structure, self.selected, sorted(others), seed)

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.weights import Entry, Held
 
 Key = tuple[Entry | Held, torch.dtype, torch.device]
@@ -58,6 +59,7 @@ class Resident:
         arrived = self._coming.pop(key, None)
         if arrived is None:
             self._make_room(key)
+            HEAP.relieve()
             weight = entry.read().to(device).to(dtype)  # converted there: a GPU is faster at it
         else:
             weight = arrived.take()
@@ -85,6 +87,17 @@ class Resident:
             self._make_room(key)
             self._coming[key] = _Arrival(key)
 
+    def resize(self, limit: int, turn: int | None) -> None:
+        """Set `limit` and `turn`, and let go of what is over them."""
+        self.limit, self.turn = limit, turn
+        self._unsettle()
+        over = self._held() - limit
+        for key in list(self._kept):
+            if over <= 0:
+                break
+            del self._kept[key]
+            over -= _size(key)
+
     def clear(self) -> None:
         """Let go of all weights."""
         self._settled.clear()
@@ -93,14 +106,10 @@ class Resident:
 
     def _make_room(self, new: Key) -> None:
         """Let go of weights until another has room: of another dtype, then of those unused for longest, wanted last."""
-        over = sum(map(_size, [*self._settled, *self._kept, *self._coming])) + _size(new) - self.limit
-        for key in [key for key in self._settled if key[1:] != new[1:]]:  # a pass in another dtype has begun
-            if over <= 0:
-                break
-            del self._settled[key]
-            over -= _size(key)
-        settled = sum(map(_size, self._settled))
-        most = 0 if self.turn is None else self.limit - self.turn * new[1].itemsize
+        over = self._held() + _size(new) - self.limit
+        if over > 0:  # of another dtype: a pass in it is over
+            over -= self._unsettle(new[1:])
+        settled, most = sum(map(_size, self._settled)), self._most(new)
         for key in sorted(self._kept, key=self._wanted.__contains__):
             if over <= 0:
                 break
@@ -110,6 +119,22 @@ class Resident:
                 settled += _size(key)
             else:
                 over -= _size(key)
+
+    def _most(self, key: Key) -> int:
+        """Return the bytes that may stay, of weights in a key's dtype."""
+        return 0 if self.turn is None else self.limit - self.turn * key[1].itemsize
+
+    def _held(self) -> int:
+        return sum(map(_size, [*self._settled, *self._kept, *self._coming]))
+
+    def _unsettle(self, alike: tuple[torch.dtype, torch.device] | None = None) -> int:
+        """Let go of weights that stayed, the last first, while they are too many or unlike; return their bytes."""
+        gone, held = 0, sum(map(_size, self._settled))
+        for key in reversed(list(self._settled)):
+            if held - gone > self._most(key) or (alike is not None and key[1:] != alike):
+                del self._settled[key]
+                gone += _size(key)
+        return gone
 
 
 class _Arrival:

@@ -34,15 +34,31 @@ def fill(fd: int, view: memoryview, offset: int) -> bool:
     return True
 
 
+def stamp_of(fd: int) -> tuple[int, int, int]:
+    """Return what tells an open file from another of its name: its number, its time of change in ns, its size."""
+    found = os.fstat(fd)
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a safetensors file."""
+    """A tensor in a safetensors file.
+
+    Attributes:
+        path: the file's.
+        dtype: in the file.
+        shape: the tensor's.
+        offset: of its first byte.
+        nbytes: its bytes.
+        stamp: of the file when its header was read (`stamp_of`); another one means other weights.
+    """
 
     path: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stamp: tuple[int, int, int]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows [start, stop) of the tensor in the file's dtype; what lies around it is read ahead."""
@@ -63,6 +79,9 @@ class Entry:
     def _fill(self, view: memoryview, start: int) -> None:
         fd = os.open(self.path, os.O_RDONLY)
         try:
+            if stamp_of(fd) != self.stamp:
+                msg = f"{self.path}: was changed after the model was loaded from it; load it again"
+                raise InputError(msg)
             if not fill(fd, view, self.offset + start):
                 msg = f"{self.path}: ends before its header says"
                 raise InputError(msg)
@@ -106,6 +125,7 @@ def entries(folder: Path) -> dict[str, Entry]:
             with safe_open(path, framework="pt"):  # the library checks the whole header
                 pass
             with path.open("rb") as file:
+                stamp = stamp_of(file.fileno())
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -119,5 +139,5 @@ def entries(folder: Path) -> dict[str, Entry]:
                 raise InputError(msg)
             start, stop = about["data_offsets"]
             offset = 8 + length + start
-            found[name] = Entry(str(path), _DTYPES[about["dtype"]], tuple(about["shape"]), offset, stop - start)
+            found[name] = Entry(str(path), _DTYPES[about["dtype"]], tuple(about["shape"]), offset, stop - start, stamp)
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkengine.errors import CheckFailed, NonFinite
+from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import leave_out
 from ntkengine.products import unrouted
 from ntkengine.tangents.capture import Call, Pulled
@@ -48,6 +49,7 @@ class Verifier:
 
     def segment(self, segment: int) -> bool:
         """Settle one segment; False when it cannot be run again by itself."""
+        HEAP.relieve()
         found = [r.scene(segment) for r in self.alone]
         whole = self.batch.scene(segment)
         scenes = [scene for scene in found if scene is not None]
