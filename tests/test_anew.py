@@ -55,7 +55,7 @@ def blind(monkeypatch):
     monkeypatch.setattr("ntkengine.gram.check.Check.sweep", lambda _: None)
     monkeypatch.setattr("ntkengine.gram.check.Check.entries", lambda *_: None)
     monkeypatch.setattr("ntkengine.gram.noise.LIMIT", dict.fromkeys(("exact", "high", "fast"), np.inf))
-    monkeypatch.setattr("ntkengine.gram.computing.LIMIT", dict.fromkeys(("exact", "high", "fast"), np.inf))
+    monkeypatch.setattr("ntkengine.gram.finer.LIMIT", dict.fromkeys(("exact", "high", "fast"), np.inf))
 
 
 @pytest.mark.parametrize("precision", ["high", "exact"])

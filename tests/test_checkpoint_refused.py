@@ -13,7 +13,7 @@ import torch
 
 from ntkengine import store
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.gram import computing
+from ntkengine.gram import finer
 from ntkengine.gram.engine import compute_gram
 from tests.brute import tiny_inputs, tiny_model
 from tests.interrupted import LENGTHS, Killed, same
@@ -104,7 +104,7 @@ def test_what_a_check_has_refuted_is_not_kept(tmp_path, monkeypatch):
     def refuted(*_args, **_kwargs):
         raise CheckFailed("no")
 
-    monkeypatch.setattr(computing.Check, "entries", refuted)
+    monkeypatch.setattr(finer.Check, "entries", refuted)
     with pytest.raises(CheckFailed):
         compute_gram(model, tiny_inputs(model, LENGTHS, 12), params="all", out=tmp_path / "k.h5", checkpoint_s=0)
     assert list(tmp_path.iterdir()) == []

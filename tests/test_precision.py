@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ntkengine.errors import CheckFailed, InputError
+from ntkengine.gram import finer
 from ntkengine.gram.engine import compute_gram
 from tests.brute import contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
 
@@ -86,3 +87,30 @@ def test_what_writes_in_place_is_not_promoted():
     model = tiny_model("bert")
     with pytest.raises(InputError, match="cannot be run on example"):
         compute_gram(model, tiny_inputs(model, [5, 7], 7), params="all", readout=readout)
+
+
+def test_float64_settles_what_float32_refuses_in_a_bounded_job(monkeypatch):
+    model = tiny_model("bert")
+    inputs = tiny_inputs(model, [5, 3, 6, 4], 7)
+    right = compute_gram(model, inputs, params="all", memory_gib=0.2)
+    swept, seen = finer._swept, []
+
+    def coarse(task, *given, **more):
+        seen.append(task.dtype)
+        if task.dtype == torch.float32:
+            raise CheckFailed("rounding")
+        return swept(task, *given, **more)
+
+    monkeypatch.setattr(finer, "_swept", coarse)
+    gram = compute_gram(model, inputs, params="all", memory_gib=0.2)
+    assert seen == [torch.float32, torch.float64]
+    np.testing.assert_array_equal(gram.values, right.values)
+
+    def unusable(task, *given, **more):
+        if task.dtype == torch.float64:
+            raise TypeError("no float64")
+        return coarse(task, *given, **more)
+
+    monkeypatch.setattr(finer, "_swept", unusable)
+    with pytest.raises(CheckFailed, match="rounding"):
+        compute_gram(model, inputs, params="all", memory_gib=0.2)

@@ -129,7 +129,7 @@ def test_other_data_are_told_as_such_and_not_as_another_model(folder):
 
 @pytest.mark.parametrize("check", [False, True])
 def test_a_gram_of_unknown_noise_is_sound_and_merges(tmp_path, folder, monkeypatch, check):
-    monkeypatch.setattr(computing, "_double", lambda *_, **__: None)  # as of weights that cannot be made float64
+    monkeypatch.setattr(computing, "double_of", lambda *_, **__: None)  # as of weights that cannot be made float64
     job = read_job(folder / "job.toml", {"gram": {"check": check}, "head": {"fit": False}})
     jobs.run_gram(job)
     assert ntk.verify_gram(job.out) == []

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ntkengine import cli
 from ntkengine.digits import above
 from ntkengine.errors import CheckFailed, InputError
-from ntkengine.gram import computing, planning
+from ntkengine.gram import finer, planning
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.foresight import plan_gram
 from ntkengine.gram.transforms import Preconditioner
@@ -277,14 +277,14 @@ def test_the_smallest_sketch_is_not_refused():
 def test_a_model_that_does_not_run_in_float64_is_measured_all_the_same(monkeypatch):
     model = tiny_model("bert")
     inputs = tiny_inputs(model, LENGTHS, 12)
-    right = computing.estimate_noise
+    right = finer.estimate_noise
 
     def single(running, *args, **kwargs):
         if running.model is not model:
             raise RuntimeError("no float64 here")
         return right(running, *args, **kwargs)
 
-    monkeypatch.setattr(computing, "estimate_noise", single)
+    monkeypatch.setattr(finer, "estimate_noise", single)
     gram = compute_gram(model, inputs, params=WEIGHTS, sketch=64)
     assert gram.noise > 0
     assert gram.meta["sketch"]["relative_error"] > 1e-3

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from ntkengine import store
-from ntkengine.gram import check, computing
+from ntkengine.gram import check, computing, finer
 from ntkengine.gram.engine import compute_gram
 from ntkengine.report.timing import timing_table
 from tests.brute import tiny_inputs, tiny_model
@@ -48,7 +48,7 @@ def named(gram):
     [
         (store, "write_gram", "writing"),
         (check.Check, "sweep", "checks and noise"),
-        (computing, "estimate_noise", "checks and noise"),
+        (finer, "estimate_noise", "checks and noise"),
         (computing, "planned", "probe and plan"),
     ],
 )

@@ -10,17 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from ntkengine.cluster.comm import Team, together
-from ntkengine.errors import CheckFailed, InputError, NonFinite, RankFailed
+from ntkengine.errors import CheckFailed, NonFinite
 from ntkengine.gram.anew import compare_anew
 from ntkengine.gram.assembly import assemble, surroundings
-from ntkengine.gram.check import Check
 from ntkengine.gram.checkpoint import Checkpoints
+from ntkengine.gram.finer import checked_by_autograd, double_of, measures_noise, noise_in_float64, without_sign
 from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import NEAR, Layout, heap_limit
-from ntkengine.gram.noise import LIMIT, USUAL, Noise, estimate_noise
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned
 from ntkengine.gram.ranksweep import sum_spread
@@ -29,24 +27,19 @@ from ntkengine.gram.room import free_bytes
 from ntkengine.gram.run import Sums, by_module
 from ntkengine.gram.sketching import described
 from ntkengine.gram.spread import Spread
-from ntkengine.gram.task import Task, in_precision
+from ntkengine.gram.task import Task
 from ntkengine.gram.tiling import sum_tiled
 from ntkengine.gram.transforms import SIGNS
-from ntkengine.gram.truth import TURNED, UNSURE
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.seen import seen_before
-from ntkengine.tangents.probe import probe
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.trial import check_repeats
 
 log = logging.getLogger(__name__)
-
-# What a model may raise that does not run in float64.
-_UNUSABLE = (NonFinite, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 Progress = Callable[[float, float, str], None]
 
@@ -96,11 +89,11 @@ def computed(
         checking = time.perf_counter()
         with together(team):
             if measures_noise(task, check=check and root):
-                double = _double(task, running, lazy=not layout.doubles)
+                double = double_of(task, running, lazy=not layout.doubles)
             if task.transform in SIGNS and double is not None:
-                structure.negligible = _negligible(task, structure, double, seed)
+                structure.negligible = without_sign(task, structure, double, seed)
             if check and root:
-                truth = _checked(task, double, samples, frame, structure, seed, layout, precision)
+                truth = checked_by_autograd(task, double, samples, frame, structure, seed, layout, precision)
         check_s = time.perf_counter() - checking
         if team is not None:
             team.same({"negligible": structure.negligible}, "are their machines the same?", CheckFailed)
@@ -122,7 +115,7 @@ def computed(
                 truth.entries(sums, samples, swept.dtype)
                 compare_anew(swept, on, samples, sums, frame, layout, seed, sketched=bool(sketches))
             if truth is not None and double is not None:
-                noise = _noise(
+                noise = noise_in_float64(
                     task, structure, samples, frame, sums, seed, double, precision, layout, sketched=bool(sketches)
                 )
             if truth is not None and noise is not None and task.transform in SIGNS:
@@ -225,114 +218,3 @@ def _sweep(
     if progress is not None:
         progress(total, total, "done")
     return sums
-
-
-def measures_noise(task: Task, *, check: bool) -> bool:
-    """Whether a float64 copy of the model is made, for the noise or for what a sign is of."""
-    return check or task.transform in SIGNS
-
-
-def _double(task: Task, running: ExitStack, *, lazy: bool) -> Task | None:
-    """Return the task in float64, ready to run: itself, or on a copy; None where that fails, and no signs need it."""
-    try:
-        model = in_precision(task.model, "exact", task.readout, task.samples, lazy=lazy)
-    except InputError as error:
-        if task.transform in SIGNS:
-            raise
-        log.warning("%s: the noise of this Gram is unknown", error)
-        return None
-    if model is task.model:
-        return task
-    running.enter_context(evaluation(model))
-    return task.on(model, torch.float64)
-
-
-def _checked(
-    task: Task,
-    double: Task | None,
-    samples: Samples,
-    frame: Frame,
-    structure: Structure,
-    seed: int,
-    layout: Layout,
-    precision: str,
-) -> Check:
-    """Return what plain autograd says of a few samples, whose gradients the sweep has reproduced.
-
-    Both in float64, where the model runs in it and there is room: no rounding is mistaken for a fault, nor hides one.
-    Else float64 settles what the job's own precision refuses. That this one is near enough is seen in the Gram's
-    entries, and by the noise. Signs are those of the job's precision.
-
-    Raises:
-        CheckFailed: it has not.
-    """
-    given = samples, frame, structure, seed, layout
-    finer = double is not None and double is not task and task.transform not in SIGNS and not structure.foreign
-    if not finer or double is None:
-        return _swept(task, *given, turned=TURNED.get(precision, UNSURE))
-    try:
-        return _swept(double if layout.doubles else task, *given)
-    except _UNUSABLE as error:
-        if isinstance(error, CheckFailed) == layout.doubles or isinstance(error, InputError | torch.OutOfMemoryError):
-            raise
-        return _swept(task if layout.doubles else double, *given)
-
-
-def _swept(
-    task: Task, samples: Samples, frame: Frame, structure: Structure, seed: int, layout: Layout, turned: float = UNSURE
-) -> Check:
-    double = task.dtype == torch.float64
-    held = replace(layout, gradients=layout.gradients // 2) if double else layout  # as many bytes
-    found = Check(task, samples, frame, structure.on(task.model), seed, held, turned)
-    found.sweep()
-    return found
-
-
-def _negligible(task: Task, structure: Structure, double: Task, seed: int) -> list[str]:
-    """Return the parameters without a sign: float32 suspects them, float64 decides."""
-    suspects = structure.negligible
-    if not suspects or double is task:
-        return suspects
-    again = probe(double.model, double.selected, double.samples, double.readout, seed)
-    return [n for n in again.negligible if n in suspects]
-
-
-def _noise(
-    task: Task,
-    structure: Structure,
-    samples: Samples,
-    frame: Frame,
-    sums: Sums | Spread,
-    seed: int,
-    double: Task,
-    precision: str,
-    layout: Layout,
-    *,
-    sketched: bool,
-) -> Noise | None:
-    expected, limit = float("inf") if precision == "fast" else USUAL, LIMIT[precision]
-    if task.transform in SIGNS:  # which rounding turns, whatever its size
-        limit = max(limit, LIMIT["high"])
-    same = double is task
-    try:
-        return estimate_noise(
-            double,
-            structure.on(double.model),
-            samples,
-            frame,
-            sums,
-            layout,
-            one_by_one=structure.one_by_one or same,
-            trim=structure.trim and not same,
-            seed=seed,
-            expected=expected,
-            limit=limit,
-            sketched=sketched,
-        )
-    except _UNUSABLE as error:
-        if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
-            raise
-        if sketched:  # its error is far above float32's
-            return _noise(task, structure, samples, frame, sums, seed, task, precision, layout, sketched=True)
-        log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
-        return None
