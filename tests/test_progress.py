@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -151,3 +152,15 @@ def test_what_is_counted_is_named():
 @pytest.mark.parametrize(("seconds", "shown"), [(0.2, "0 s"), (59.4, "59 s"), (61, "1 min 01 s"), (7500, "2 h 05 min")])
 def test_durations(seconds, shown):
     assert progress.duration(seconds) == shown
+
+
+def test_no_time_is_told_before_a_few_per_cent():
+    stream = io.StringIO()
+    with ntk.show_progress(stream, every_s=0.0) as report:
+        for done in (0.0, 1e9, 5e9):
+            time.sleep(0.06)
+            report(done, 100e9, "passes")
+    lines = stream.getvalue().splitlines()
+    assert "GFLOP/s" in lines[1]
+    assert "left" not in lines[1]
+    assert lines[2].endswith("s left")

@@ -16,6 +16,7 @@ from ntkengine.report.text import make_console
 
 ProgressCall = Callable[[float, float, str], None]
 _SOON_S = 0.05  # before that a rate means nothing
+_FEW = 0.02  # of the work: before that, the time left means nothing
 
 
 @contextmanager
@@ -86,7 +87,8 @@ class _Rate:
         if made <= 0 or spent < _SOON_S:
             return "", ""
         speed = made / spent
-        return f"{_short(speed / self._scale)} {self._unit}/s", f"{duration((total - done) / speed)} left"
+        left = "" if made < _FEW * (total - self._before) else f"{duration((total - done) / speed)} left"
+        return f"{_short(speed / self._scale)} {self._unit}/s", left
 
 
 class _Lines:
