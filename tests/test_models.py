@@ -76,6 +76,17 @@ def test_dtype(saved):
         ({"peft": {"peft_type": "LORAX"}}, "peft.peft_type: expected one of .*, got 'LORAX'; did you mean 'LORA'.$"),
         ({"peft": LORA | {"rank": 3}}, "peft.rank: LORA has no such field"),
         ({"peft": LORA | {"target_modules": "q_proj"}}, "modules of this model are called .*query"),
+        (
+            {"peft": LORA | {"target_modules": ["query", "walue"]}},
+            "^peft.target_modules: 'walue' matches no module; did you mean 'value'.$",
+        ),
+        (
+            {"peft": LORA | {"target_modules": ["query", "selv.value"]}},
+            "^peft.target_modules: 'selv.value' matches no module; did you mean 'self.value'.$",
+        ),
+        ({"peft": LORA | {"modules_to_save": ["klassifier"]}}, "^peft.modules_to_save: .* did you mean 'classifier'.$"),
+        ({"peft": LORA | {"exclude_modules": ["zzz"]}}, "^peft.exclude_modules: 'zzz' matches no module$"),
+        ({"peft": LORA | {"target_parameters": ["up.weight"]}}, "^peft.target_parameters: 'up.weight' matches"),
         ({"peft": "lora"}, "peft: expected a peft config or a mapping of its fields, got 'lora'"),
         ({"peft": LORA | {"r": 0}}, "peft: `r` should be a positive integer"),
         ({"peft": LORA | {"r": "x"}}, "^peft.r: expected a number, got 'x'$"),

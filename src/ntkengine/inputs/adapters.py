@@ -19,6 +19,7 @@ from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.streaming import entry_of, is_streamed
 
 _NAMES = ("target_modules", "modules_to_save")
+_HEADS = ("classifier", "score", "qa_outputs")  # which the library saves along, whichever of them is there
 
 
 def adapted(model: nn.Module, config: Any) -> nn.Module:
@@ -38,6 +39,7 @@ def adapted(model: nn.Module, config: Any) -> nn.Module:
     if isinstance(rank, int) and rank > widest:  # before it is allocated
         msg = f"peft.r: expected at most {widest}, the model's widest layer, got {rank}"
         raise InputError(msg)
+    _check_names(model, config)
     try:
         result: nn.Module = get_peft_model(model, config)
     except Exception as error:  # a field that fits no module shows up only here, as many kinds
@@ -134,6 +136,24 @@ def peft_config(given: Any) -> Any:
         msg = f"peft.task_type: {kind} needs one, such as SEQ_CLS (which trains the head along) or CAUSAL_LM"
         raise InputError(msg)
     return config
+
+
+def _check_names(model: nn.Module, config: Any) -> None:
+    """Refuse a name that fits nothing beside names that do, which the library would drop; of all it says so itself."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for field in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        wanted, what = getattr(config, field, None), "parameter" if field == "target_parameters" else "module"
+        if not isinstance(wanted, list | tuple | set):
+            continue  # one text is a regular expression, or stands for several
+        there = parameters if what == "parameter" else modules
+        mark = "" if field == "modules_to_save" else "."
+        odd = [name for name in wanted if not any(x == name or x.endswith(f"{mark}{name}") for x in there)]
+        odd = sorted(name for name in odd if field != "modules_to_save" or name not in _HEADS)
+        if odd and (field != "target_modules" or len(odd) < len(wanted)):
+            parts = odd[0].count(".") + 1
+            hint = nearest_name(odd[0], sorted({".".join(x.split(".")[-parts:]) for x in there}))
+            raise InputError(f"peft.{field}: {odd[0]!r} matches no {what}" + (hint and f"; {hint}"))
 
 
 def _checked(item: dataclasses.Field, value: Any) -> Any:
