@@ -113,6 +113,22 @@ def changed(gram_file, tmp_path):
     return write
 
 
+def test_a_training_that_the_gram_cannot_tell_is_left_out_and_said(run, changed, tmp_path):
+    path, job = changed(modules={}, cross_modules={}), tmp_path / "job.toml"
+    recipe = "[finetune]\nlearning_rate = 1e-3\noptimizer = "
+    tables = f'out = "{path}"\n[model]\npath = "m"\n[data]\ntrain = "a.tsv"\n{recipe}'
+    job.write_text(f'{tables}"adam"')
+    code, out, err = run("forecast", job)
+    assert (code, err) == (0, "")
+    assert "forecast does not simulate the training of [finetune]: Adam scales" in out
+    told = json.loads(run("forecast", job, "--json")[1])
+    assert told.pop("assumptions")[-1].endswith("takes per_module = true in [gram]")
+    plain = json.loads(run("forecast", path, "--json")[1])
+    assert told == {name: value for name, value in plain.items() if name != "assumptions"}
+    job.write_text(f'{tables}"sgd"')
+    assert "does not simulate" not in run("forecast", job)[1]
+
+
 def test_compare_holds_a_difference_against_the_noise(run, gram_file, changed):
     gram = open_gram(gram_file)
     K = np.asarray(gram)

@@ -101,17 +101,20 @@ def plan_command(
     **flags: Any,
 ) -> None:
     """Print the plan."""
+    from ntkengine.jobchecks import unsimulated
     from ntkengine.jobs import run_plan
     from ntkengine.report.planned import plan_table
 
     path, given, as_json = collect(**flags)
+    job = job_of(path, given)
     speed = None if network is None else bandwidth(network)
     with showing_progress() as progress:
-        found = run_plan(job_of(path, given), progress, ranks=ranks, gpus_per_node=gpus_per_node, network=speed)
+        found = run_plan(job, progress, ranks=ranks, gpus_per_node=gpus_per_node, network=speed)
     if as_json:
         print_json(found.to_dict())
     else:
         show(plan_table(found))
+        remark(unsimulated(job, job.gram.per_module))
 
 
 @app.command(

@@ -111,6 +111,16 @@ def check_stored(job: Job, *, places: bool = False) -> None:
                 )
 
 
+def unsimulated(job: Job, modules: bool) -> list[str]:
+    """Return a note where a forecast leaves out a job's training, for want of modules in its Gram; else nothing."""
+    if job.finetune is None or job.finetune.optimizer != "adam" or modules:
+        return []
+    return [
+        "forecast does not simulate the training of [finetune]: Adam scales each module's gradient by itself, which "
+        "takes per_module = true in [gram]"
+    ]
+
+
 def told_settings(job: Job, *, read: bool = True) -> dict[str, Any]:
     """Return a job's settings, and marks of its files; what tells where it was worked on as its file or parts have it.
 

@@ -87,11 +87,12 @@ def forecast(
 ) -> None:
     """Forecast what fine-tuning will reach; of a job file, also what its own training will."""
     from ntkengine.gramfiles import forecast_file
-    from ntkengine.jobchecks import check_stored
+    from ntkengine.jobchecks import check_stored, unsimulated
     from ntkengine.jobfile import read_job
     from ntkengine.report.findings import forecast_table
+    from ntkengine.store import open_gram
 
-    chosen, recipe = _ridge(ridge), None
+    chosen, recipe, job = _ridge(ridge), None, None
     if path.suffix == ".toml":
         job = read_job(path)
         recipe = None if job.finetune is None else job.finetune.recipe()
@@ -101,7 +102,10 @@ def forecast(
         if not job.out.exists():
             raise InputError(f"{job.out}: no such file; `ntkengine gram {path}` writes it")
         path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
-    found = forecast_file(path, chosen, recipe)
+    gram = open_gram(path)
+    notes = [] if job is None else unsimulated(job, bool(gram.modules))
+    found = forecast_file(gram, chosen, None if notes else recipe)
+    found.assumptions.extend(notes)
     if as_json:
         print_json({"path": str(path), **found.to_dict()})
         return
