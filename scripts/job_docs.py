@@ -24,13 +24,14 @@ FLAGS = {
     "data.label": "label_column",
     "head.fit": "fit_head",
     "head.ridge": "head_ridge",
+    "forecast.ridge": "forecast_ridge",
 }
 HEAD = """# The keys of a job file
 
 Written by `scripts/job_docs.py` from the docstrings; a test keeps it so. A job file is TOML, with `out = "k.h5"` at its
 top and the tables below; `[model]` needs `path`, `[data]` needs `train`, all else has a default. Paths are taken from
-the file's folder. Flags of `ntkengine gram`, `plan`, `forecast`, `select` and `finetune` override keys; a key that does
-not belong is refused by name.
+the file's folder. Flags of `ntkengine gram`, `plan`, `select` and `finetune` override keys; a key that does not belong
+is refused by name.
 """
 
 
@@ -54,7 +55,7 @@ def flags() -> dict[str, str]:
     from ntkengine.finetunecommand import finetune
     from ntkengine.jobflags import collect
 
-    found: dict[str, str] = {}
+    found = {"forecast_ridge": "--ridge"}  # the one flag of `forecast` that overrides a key
     for call in (collect, finetune):
         for name, parameter in inspect.signature(call, eval_str=True).parameters.items():
             for option in getattr(parameter.annotation, "__metadata__", ()):
