@@ -35,9 +35,17 @@ def test_verify_repairs_or_opens_tiles_for_the_next_run(run, gram_file, tmp_path
     code, out, err = run("verify", damaged, "--repair")
     assert (code, out) == (1, "")
     assert err == (
-        f"error: {damaged}: damaged tiles repaired: 0, still to be computed: 2; run the same job again, it computes "
-        "only those\n"
+        f"error: {damaged}: damaged tiles repaired: 0, still to be computed: 2; the file is now the unfinished run "
+        f"{tmp_path / '.k.h5.parts'}: run the same job again, it computes only those, and the file is back\n"
     )
+    assert ".K.H5.parts" in run("verify", "--help")[1]
+    for command in (["verify"], ["spectrum"], ["ridge"], ["forecast"], ["report", gram_file], ["compare", gram_file]):
+        code, out, err = run(*command, damaged)
+        assert (code, out) == (2, "")
+        assert err == (
+            f"error: {damaged}: not complete (damaged tiles are open); the same job goes on; `ntkengine info "
+            f"{damaged}` says more\n"
+        )
     code, out, err = run("info", damaged)
     assert (code, err) == (0, "")
     assert "damaged tiles are open" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import time
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 
 from ntkengine import gramfiles
 from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh
-from ntkengine.store import Folder, open_gram, read_job, write_gram
+from ntkengine.store import Folder, open_gram, parts_of, read_job, write_gram
 from tests.tiny import save_tiny, tiny_sentences
 
 
@@ -207,4 +208,17 @@ def test_info_of_a_running_job(run, tmp_path):
         for text in ("Not complete", "running", "layer.3", "25%", "60 s ago"):
             assert text in out
         told = json.loads(run("info", path, "--json")[1])
+        code, out, err = run("verify", path)
+        assert err == f"error: {path}: not complete (25%, running); `ntkengine info {path}` says more\n"
     assert (told["complete"], told["running"], told["done"], told["checkpoint"]) == (False, True, 25.0, None)
+    job = tmp_path / "job.toml"
+    job.write_text(f'out = "{path}"\n[model]\npath = "m"\n[data]\ntrain = "a.tsv"\n')
+    assert "no such file; `ntkengine gram" in run("forecast", job)[2]
+    parts_of(path).mkdir()
+    told = {"pid": 2**31 - 2, "host": socket.gethostname(), "done": 26.0, "total": 100.0}
+    (parts_of(path) / "progress.json").write_text(json.dumps(told))
+    for what in (path, job):
+        code, out, err = run("forecast", what)
+        assert (code, out) == (2, "")
+        goes_on = f"the same job goes on; `ntkengine info {path}` says more"
+        assert err == f"error: {path}: not complete (26%, stopped); {goes_on}\n"

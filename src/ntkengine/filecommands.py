@@ -45,13 +45,14 @@ def verify(
         bool,
         typer.Option(
             "--repair",
-            help="Mend damaged tiles by their mirror image; the next run of the same job computes the others.",
+            help="Mend damaged tiles by their mirror image. With others left, the file becomes its job's unfinished "
+            "run, .K.H5.parts beside it, until the next run of the same job has computed them.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a Gram file's checksums and that every number is finite; exit 1 if not."""
-    from ntkengine.store import repair_gram, verify_gram
+    from ntkengine.store import parts_of, repair_gram, verify_gram
 
     if repair:
         repaired, opened = repair_gram(path)
@@ -62,8 +63,8 @@ def verify(
             print(f"{path}: {mended}")
         if opened:
             msg = (
-                f"{path}: damaged tiles repaired: {repaired}, still to be computed: {opened}; run the same job again, "
-                "it computes only those"
+                f"{path}: damaged tiles repaired: {repaired}, still to be computed: {opened}; the file is now the "
+                f"unfinished run {parts_of(path)}: run the same job again, it computes only those, and the file is back"
             )
             raise typer.Exit(1 if as_json else say(msg, 1))
         return

@@ -90,7 +90,7 @@ def forecast(
     from ntkengine.jobchecks import check_stored, unsimulated
     from ntkengine.jobfile import read_job
     from ntkengine.report.findings import forecast_table
-    from ntkengine.store import open_gram
+    from ntkengine.store import open_gram, read_progress
 
     chosen, recipe, job = _ridge(ridge), None, None
     if path.suffix == ".toml":
@@ -99,7 +99,7 @@ def forecast(
         if job.out is None:
             raise InputError(f"{path}: out: is missing, so there is no Gram file to read")
         check_stored(job, places=True)
-        if not job.out.exists():
+        if not job.out.exists() and read_progress(job.out) is None:
             raise InputError(f"{job.out}: no such file; `ntkengine gram {path}` writes it")
         path, chosen = job.out, job.forecast.ridge if ridge is None else chosen
     gram = open_gram(path)

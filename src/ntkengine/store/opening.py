@@ -10,6 +10,7 @@ from pathlib import Path
 import h5py
 
 from ntkengine.errors import InputError
+from ntkengine.store.folder import read_progress
 from ntkengine.store.heaps import vet_heaps
 from ntkengine.store.schema import SCHEMA
 from ntkengine.store.vetting import vet, vet_shapes
@@ -23,7 +24,7 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
         InputError: no such file, not HDF5, truncated, another schema, or something in it that does not belong there.
     """
     if not path.is_file():
-        msg = f"{path}: {'is a folder, expected a Gram file' if path.is_dir() else 'no such file'}"
+        msg = f"{path}: {'is a folder, expected a Gram file' if path.is_dir() else unfinished(path) or 'no such file'}"
         raise InputError(msg)
     if path.suffix == ".toml":
         raise InputError(f"{path}: is a job file, expected the Gram file it writes")
@@ -45,6 +46,21 @@ def opened(path: Path, schema: str = SCHEMA) -> h5py.File:
         if schema == SCHEMA:
             vet_shapes(file, path)
     return file
+
+
+def unfinished(path: Path) -> str:
+    """Return that a file is not complete, and how far its job is; empty where no job has begun it."""
+    progress = read_progress(path)
+    if progress is None:
+        return ""
+    running, done, total = progress["running"], progress.get("done", 0.0), progress.get("total", 0.0)
+    state = {True: "running", False: "stopped", None: "on another machine"}[running]
+    if progress["damaged"] and not running:
+        state = "damaged tiles are open"
+    elif total > 1:
+        state = f"{done / total:.0%}, {state}"
+    goes_on = "; the same job goes on" if running is False else ""
+    return f"not complete ({state}){goes_on}; `ntkengine info {path}` says more"
 
 
 @contextmanager
