@@ -34,10 +34,19 @@ class Row:
 def no_column(where: str, column: str, names: Iterable[Any]) -> InputError:
     """Return the refusal of a column that is not there, with the nearest that is."""
     there = [str(name) for name in names]
+    kind = re.search(r"(\.[ct]sv):\d+$", where, re.IGNORECASE)
+    if kind is not None and (told := _divided(there, "," if kind[1].lower() == ".csv" else "\t")):
+        return InputError(f"{where}: no column {column!r}; {told}")
     hint = nearest_name(column, there)
     return InputError(
         f"{where}: no column {column!r}; {hint and hint + ' '}the columns are {', '.join(there) or 'none'}"
     )
+
+
+def _divided(names: Sequence[str], expected: str) -> str:
+    """Return what seems to divide the columns in place of what was expected; empty where nothing seems to."""
+    mark = next((x for x in ";\t,|" if len(names) == 1 and x in names[0] and x != expected), None)
+    return f"columns seem to be divided by {mark!r}, expected {expected!r}" if mark else ""
 
 
 def rows_of(source: str | Path, header: Sequence[str] | None = None) -> tuple[str, Iterator[Row]]:
@@ -114,7 +123,9 @@ def _separated(delimiter: str, quoting: int) -> Any:
                 _distinct(names, named_at)
                 continue
             if len(fields) != len(names):
+                told = _divided(names, delimiter)
                 msg = f"{path.name}:{reader.line_num}: expected {len(names)} fields, got {len(fields)}"
+                msg += told and f"; {told}"
                 raise InputError(msg)
             yield Row(f"{path.name}:{reader.line_num}", dict(zip(names, fields, strict=True)), named_at)
 
