@@ -121,9 +121,34 @@ def test_what_pandas_has_for_nothing():
         read_examples(frame)
     frame = pandas.DataFrame({"text": ["w1", "w2"], "label": pandas.Categorical(["yes", "no"])})
     assert read_examples(frame.iloc[::-1]).labels.tolist() == [0, 1]
+    ordered = pandas.Categorical(["good", "bad", "good"], categories=["bad", "fair", "good"][::-1], ordered=True)
+    for source in (pandas.DataFrame({"text": TEXTS[:3], "label": ordered}), {"text": TEXTS[:3], "label": ordered}):
+        found = read_examples(source)
+        assert (list(found.label_names), found.labels.tolist()) == (["good", "fair", "bad"], [0, 2, 0])
+        assert read_examples(source, label_names=["bad", "good"]).labels.tolist() == [1, 0, 1]
+        with pytest.raises(InputError, match="one class only"):
+            read_examples(source, limit=1)
+    numbers = pandas.Categorical([1, 3], categories=[3, 1], ordered=True)
+    assert read_examples(pandas.DataFrame({"text": TEXTS[:2], "label": numbers})).labels.tolist() == [1, 0]
     double = pandas.concat([frame, frame["text"]], axis=1)
     with pytest.raises(InputError, match="'text' is there twice"):
         read_examples(double)
+
+
+@pytest.mark.parametrize(
+    ("labels", "warning"),
+    [
+        (["good", "Good", "bad"], "'Good' and 'good' differ only in case, and are two classes"),
+        (["good", " good", "bad"], "' good' and 'good' differ only in blanks around them, and are one class"),
+        (["good", "bad", "good"], ""),
+    ],
+)
+def test_labels_that_look_alike_are_told(labels, warning, caplog):
+    read_examples({"text": TEXTS[:3], "label": labels})
+    assert [warning] * bool(warning) == [r.getMessage().removeprefix("column 'label': labels ") for r in caplog.records]
+    caplog.clear()
+    read_examples({"text": TEXTS[:3], "label": labels}, label_names=sorted({x.strip() for x in labels}))
+    assert not caplog.records
 
 
 @DATASETS

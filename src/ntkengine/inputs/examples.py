@@ -15,7 +15,7 @@ from ntkengine.arguments import listed, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.labels import class_indices, label_text
-from ntkengine.inputs.memory import class_names, missing, plain, rows_in
+from ntkengine.inputs.memory import class_names, missing, ordered_names, plain, rows_in
 from ntkengine.inputs.parameters import require_module
 from ntkengine.inputs.tables import Row, no_column, rows_of
 from ntkengine.inputs.tokenised import collated, is_tokenised
@@ -76,7 +76,8 @@ def read_examples(
         label: column of the label; None for unlabelled text.
         text_pair: column of a second text.
         limit: at most so many, after shuffling.
-        label_names: class names in order; default the values found, sorted (numbers by value).
+        label_names: class names in order; default the categories of an ordered pandas column, else the values found,
+            sorted (numbers by value).
         shuffle: seed; None keeps the order.
         header: column names of a csv or tsv that has no header line.
 
@@ -110,6 +111,8 @@ def read_examples(
     texts, values, ids = (list(part) for part in zip(*found, strict=True))
     if label is None:
         return Examples(texts, None, [], ids, name)
+    if label_names is None and len(set(values)) > 1:
+        label_names = ordered_names(source, label)
     labels, names = class_indices(values, ids, label, name, class_names(source, label), label_names)
     return Examples(texts, labels, names, ids, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ntkengine.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _UNREAL = frozenset({"nan", "inf", "infinity"})
 
@@ -44,6 +47,7 @@ def class_indices(
         _refuse_unreal(values, where, column)
         _refuse_decimals(values, where, column)
         _refuse_spellings(values, where, column)
+        _warn_of_doubles(values, column)
     names = [label_text(n) for n in label_names] if label_names is not None else _class_names(values)
     if len(set(names)) != len(names):
         msg = f"label_names: expected distinct names, got {', '.join(names)}"
@@ -131,3 +135,15 @@ def _refuse_spellings(values: Sequence[Any], where: Sequence[str], column: str) 
                 "one way, or name them both in label_names (--label-names) if they are two classes"
             )
             raise InputError(msg)
+
+
+def _warn_of_doubles(values: Sequence[Any], column: str) -> None:
+    """Log a warning of labels that differ only in case, which are two classes, or in blanks around, which are one."""
+    seen: dict[str, str] = {}
+    for text in sorted({str(value) for value in values}):
+        other = seen.setdefault(text.strip().casefold(), text)
+        if other != text:
+            one = other.strip() == text.strip()
+            how = "blanks around them, and are one class" if one else "case, and are two classes"
+            log.warning("column %r: labels %r and %r differ only in %s", column, other, text, how)
+            return

@@ -53,6 +53,14 @@ def class_names(source: Any, column: str | None) -> list[str] | None:
     return None if names is None else [str(name) for name in names]
 
 
+def ordered_names(source: Any, column: str) -> list[Any] | None:
+    """Return the categories of a label column of a frame, or in memory, that has an order of its own, None without."""
+    if hasattr(source, "column_names") or not (hasattr(source, "columns") or isinstance(source, Mapping)):
+        return None
+    kind: Any = getattr(source[column], "dtype", None)
+    return list(kind.categories) if getattr(kind, "ordered", None) is True else None
+
+
 def missing(value: Any) -> bool:
     """Return whether a cell is empty: None, NaN, or what pandas has for it."""
     if value is None or type(value).__name__ in _NO_VALUE:
