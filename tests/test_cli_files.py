@@ -25,6 +25,12 @@ def test_verify(run, gram_file, tmp_path):
     assert json.loads(out)["sound"] is False
 
 
+def test_a_gram_file_is_no_job(run, gram_file):
+    told = f"error: {gram_file}: is an HDF5 file such as a Gram's, expected a job file\n"
+    for command in ("gram", "plan", "finetune"):
+        assert run(command, gram_file) == (2, "", told)
+
+
 def test_verify_repairs_or_opens_tiles_for_the_next_run(run, gram_file, tmp_path):
     damaged = tmp_path / "k.h5"
     damaged.write_bytes(gram_file.read_bytes())

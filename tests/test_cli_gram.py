@@ -150,7 +150,7 @@ def refused(run, folder, train, model, *more, says=""):
         (["--device", "tpu9"], "device: 'tpu9' cannot be used here"),
         (["--num-labels", "0"], "num_labels: expected an integer >= 1, got 0"),
         (["--num-labels", "1"], "model.num_labels: expected at least 2"),
-        (["--head-ridge", "best"], "ridge: expected 'loo' or a number > 0, got 'best'"),
+        (["--head-ridge", "best"], "--head-ridge: expected 'loo' or a number > 0, got 'best'"),
         (["--memory-gib", "-1"], "memory_gib: expected a number > 0, got -1.0"),
         (["--checkpoint-s", "-1"], "checkpoint_s: expected a number of seconds"),
         (["--data", "none.tsv"], "none.tsv: no such file"),

@@ -30,6 +30,7 @@ from ntkengine.helpexamples import epilog
 from ntkengine.jobflags import bandwidth, collect, job_of, takes_job
 from ntkengine.readcommands import forecast, report, ridge, spectrum
 from ntkengine.selectcommand import select
+from ntkengine.textfile import made_folder
 
 # Warn, when another library imports them, of kernels that nothing here uses.
 _TALKATIVE = ("torchao", "torch.utils._pytree")
@@ -134,7 +135,7 @@ def gram_command(
     """Run the job."""
     began = time.perf_counter()
     if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        made_folder(log_dir)
     team = launched()
     with one_voice(team, log_dir):
         _log_to(log_dir, 0 if team is None else team.rank)

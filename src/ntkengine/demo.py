@@ -12,6 +12,7 @@ from ntkengine.digits import above, below
 from ntkengine.errors import InputError
 from ntkengine.jobparts import DataPart, GramPart, Job, ModelPart
 from ntkengine.report import Table, write_report
+from ntkengine.textfile import made_folder
 
 if TYPE_CHECKING:
     from ntkengine.forecast import Forecast
@@ -59,7 +60,7 @@ def run_demo(
         Tables, summary and paths.
 
     Raises:
-        InputError: no matplotlib, too few examples, or a download that fails.
+        InputError: `out` is a file, no matplotlib, too few examples, or a download that fails.
     Cost: 256 + 256 examples: 23 million parameters, some minutes on two cores; 86 MB are downloaded once.
     """
     from ntkengine.assets import fetch_demo, movie_snippets
@@ -74,8 +75,7 @@ def run_demo(
         if count < 10:
             raise InputError(f"{name}: expected at least 10 examples, got {count}")
     require()
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(Path(out))
     if progress is not None:
         progress(0.0, 1.0, "fetching MiniLM-L6 and the movie snippets")
     assets = fetch_demo()

@@ -51,7 +51,7 @@ def check_early(job: Job) -> None:
         raise InputError(f"forecast.ridge: expected 'loo', 'gcv' or a number > 0, got {job.forecast.ridge!r}")
     check_model(1 if model.num_labels is None else model.num_labels, model.dtype, model.device)
     check_source(model.path, model.allow_pickle)
-    check_fit(head.ridge, head.folds)
+    check_fit(head.ridge, head.folds, "head.")
     if job.out is not None:
         writable(job.out)
 

@@ -56,6 +56,8 @@ def read_job(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Jo
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
+        if error.object.startswith(b"\x89HDF"):
+            raise InputError(f"{path}: is an HDF5 file such as a Gram's, expected a job file") from None
         raise InputError(f"{path}: expected a job file, TOML: {reason_of(error)}") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also of a number with thousands of digits
         raise InputError(f"{path}: not a readable TOML file: {reason_of(error)}") from error

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ntkengine.arguments import number
 from ntkengine.choices import completing
 from ntkengine.errors import InputError
 from ntkengine.jobfile import make_job, merged, read_job
@@ -139,7 +140,7 @@ def collect(
             "truncate": truncate,
             "template": template,
         },
-        "head": {"fit": fit_head, "ridge": _number(head_ridge), "seed": seed},
+        "head": {"fit": fit_head, "ridge": _penalty(head_ridge), "seed": seed},
         "gram": {
             "readout": readout,
             "words": None if words is None else words.split(","),
@@ -262,8 +263,11 @@ def _names(given: str | None) -> list[str] | None:
     return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
 
 
-def _number(given: str | None) -> str | float | None:
-    try:
-        return None if given is None else float(given)
-    except ValueError:
+def _penalty(given: str | None) -> str | float | None:
+    if given in (None, "loo"):
         return given
+    try:
+        found: str | float = float(given)
+    except ValueError:
+        found = given
+    return number("--head-ridge", found, above=0, what="'loo' or a number")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ntkengine.arguments import choice, number, whole
 from ntkengine.choices import completing
 from ntkengine.console import answered, print_json, remark, show
 from ntkengine.errors import InputError
@@ -37,6 +38,7 @@ def spectrum(
     from ntkengine.spectrum import condition_number, effective_rank, eigsh
     from ntkengine.store import open_gram
 
+    k, which = whole("--count", k, 1), choice("--which", which, ("LA", "SA", "BE"))
     gram = open_gram(path)
     there = gram.shape[-1]
     ritz, condition = eigsh(gram, k=min(k, there), which=which), condition_number(gram)
@@ -140,9 +142,10 @@ def _ridge(given: str | None) -> str | float:
     if given is None or given in ("loo", "gcv"):
         return given or "loo"
     try:
-        return float(given)
+        found: str | float = float(given)
     except ValueError:
-        raise InputError(f"ridge: expected 'loo', 'gcv' or a number, got {given!r}") from None
+        found = given
+    return number("--ridge", found, above=0, what="'loo', 'gcv' or a number")
 
 
 def _sketch(gram: Any) -> dict[str, Any]:

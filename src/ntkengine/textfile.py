@@ -49,6 +49,15 @@ def check_folder(path: Path, mark: str = "") -> None:
         raise InputError(f"{path}: folder {path.parent} takes no file: {reason_of(error)}") from None
 
 
+def made_folder(path: Path) -> Path:
+    """Return a folder after making it where it is not there; InputError where a file has its name."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{path}: is a file, expected a folder") from None
+    return path
+
+
 def check_apart(**files: Path | None) -> None:
     """Refuse two results under one name.
 

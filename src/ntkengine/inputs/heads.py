@@ -206,15 +206,20 @@ def _misfit(
     return None
 
 
-def check_fit(ridge: float | str, folds: int) -> None:
+def check_fit(ridge: float | str, folds: int, table: str = "") -> None:
     """Refuse a penalty or a number of folds that no head can be fitted with.
+
+    Args:
+        ridge: of `fit_head`.
+        folds: likewise.
+        table: what stands before their names in a message.
 
     Raises:
         InputError: naming it.
     """
     if not isinstance(ridge, str) or ridge != "loo":
-        number("ridge", ridge, above=0, what="'loo' or a number")
-    whole("folds", folds, 2)
+        number(f"{table}ridge", ridge, above=0, what="'loo' or a number")
+    whole(f"{table}folds", folds, 2)
 
 
 def _ridge(X: np.ndarray, Y: np.ndarray, ridge: float, bias: bool) -> tuple[np.ndarray, np.ndarray]:
