@@ -347,11 +347,35 @@ def span(found):
 
 
 def test_the_verdict_of_a_ranking_is_its_first_row():
-    columns, rows = ("modules", "eval loss", "bound"), [("query", "0.4 (0.3 to 0.5)", ""), ("key", "0.6", "")]
-    assert verdict.ranking_verdict(columns, rows, [(0.4, 0.3, 0.5), (0.6, 0.5, 0.7)]) == [
-        "Adapt query: eval loss 0.4 (0.3 to 0.5)."
+    rows = [("query", "36,864", "0.4 (0.3 to 0.5)", "0.7 (0.6 to 0.8)", "0.1", "962"), ("key", "8", "0.6", "", "0", "")]
+    losses = [(0.4, 0.3, 0.5), (0.6, 0.5, 0.7)]
+    before = ("before training", "0", "0.55 (0.5 to 0.6)", "0.62 (0.6 to 0.64)", "0.3", "")
+    assert verdict.ranking_verdict(rows, losses) == [
+        "Adapt query (36,864 parameters): eval loss 0.4 (0.3 to 0.5), accuracy 0.7 (0.6 to 0.8)."
     ]
-    assert "2 of 2" in verdict.ranking_verdict(columns, rows, [(0.4, 0.3, 0.5), (0.5, 0.4, 0.6)])[1]
+    assert verdict.ranking_verdict(rows, losses, before, (0.55, 0.5, 0.6)) == [
+        "Adapt query (36,864 parameters): eval loss 0.55 → 0.4 (0.3 to 0.5), accuracy 0.62 → 0.7 (0.6 to 0.8)."
+    ]
+    assert "2 of 2" in verdict.ranking_verdict(rows, [(0.4, 0.3, 0.5), (0.5, 0.4, 0.6)])[1]
+
+
+def test_a_ranking_that_trains_for_nothing_says_so():
+    rows = [("query", "36,864", "0.4 (0.3 to 0.5)", "", "0.1", "")]
+    before = ("before training", "0", "0.3846 (0.3 to 0.5)", "", "0.3", "")
+    told = verdict.ranking_verdict(rows, [(0.4, 0.3, 0.5)], before, (0.38461, 0.3, 0.5))
+    assert told[0] == (
+        "No candidate is forecast to do better than the model before training (0.3846): lower learning rate, fewer "
+        "epochs, a proximal term, or more data."
+    )
+    assert told[1] == "The first, query (36,864 parameters): eval loss 0.3846 → 0.4 (0.3 to 0.5)."
+    near = verdict.ranking_verdict(rows, [(0.4, 0.3, 0.5)], before, (0.45, 0.3, 0.5))
+    assert near[0].startswith("Adapt query")
+    assert (
+        near[1]
+        == "The first is not told apart from no training: the model before training (0.45) lies within its interval."
+    )
+    assert verdict.against_start((0.4, 0.3, 0.5), (0.4, 0.3, 0.5))[0].startswith("No candidate")
+    assert verdict.against_start((0.4, 0.3, 0.5), (0.51, 0.3, 0.6)) == []
 
 
 def test_report_that_fails_keeps_the_old_one(tmp_path, monkeypatch):

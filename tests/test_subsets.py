@@ -190,6 +190,22 @@ def test_the_start_is_where_training_that_does_nothing_ends(job, rehearsed):
     assert found.to_dict()["start"]["eval_loss"] == list(found.start.eval_loss)
 
 
+def test_training_that_makes_the_model_worse_is_told_first(job):
+    *_, y, y_held, gram, factors = job
+    worse = []
+    for sign in (-1.0, 1.0):  # what training gains on one of them it loses on the other, and half its square besides
+        held = gram.eval_outputs + sign * y_held
+        found = rank_subsets(None, y, {"all": "*"}, recipe=RECIPE, factors=factors, eval_targets=held, repeats=1)
+        (end, low, high), start = found.choices[0].outcome.eval_loss, found.start.eval_loss[0]
+        first = found.assumptions[0]
+        assert start == pytest.approx(0.5)
+        worse.append(end >= start)
+        assert first.startswith("No candidate is forecast to do better than the model before") is worse[-1]
+        assert ("not told apart from no training" in first) is (end < start <= high)
+        assert "(0.5)" in first or start > high > low
+    assert any(worse)
+
+
 def test_progress_counts_the_work_of_each_subset(job):
     *_, y, y_held, gram, factors = job
     call = {"recipe": RECIPE, "factors": factors, "eval_targets": y_held, "repeats": 1}

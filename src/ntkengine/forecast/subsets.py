@@ -13,7 +13,7 @@ from ntkengine.forecast.judge import Judge
 from ntkengine.forecast.lora import RANK
 from ntkengine.forecast.ranking import Choice, Ranking
 from ntkengine.recipe import Recipe
-from ntkengine.report.verdict import not_told_apart
+from ntkengine.report.verdict import against_start, not_told_apart
 
 if TYPE_CHECKING:
     from ntkengine.gram.linear import TangentFactors
@@ -77,8 +77,9 @@ def rank_subsets(
     else:
         found = _each(judge, named_subsets(subsets, judge.names), progress)
     found.sort(key=_loss)
-    near = not_told_apart([_interval(one) for one in found])
-    return Ranking(found, rank, judge.alpha, judge.recipe, judge.assumptions + near, judge.start())
+    losses, start = [_interval(one) for one in found], judge.start()
+    lines = [*against_start(losses[0], start.eval_loss), *judge.assumptions, *not_told_apart(losses)]
+    return Ranking(found, rank, judge.alpha, judge.recipe, lines, start)
 
 
 def _each(judge: Judge, subsets: Mapping[str, tuple[str, ...]], progress: Progress | None) -> list[Choice]:

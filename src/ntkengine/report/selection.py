@@ -27,7 +27,8 @@ def selection_section(path: Path) -> Section:
         found = parse_json(path.read_text(encoding="utf-8"), path, dict, "an object")
         choices, recipe = found["choices"], found["recipe"]
         rows = [_row(c) for c in choices]
-        before = [] if found.get("start") is None else [_row(found["start"] | _START)]
+        known = found.get("start")
+        start, before = (None, None) if known is None else (_three(known["eval_loss"]), _row(known | _START))
         losses = [_three(c["eval_loss"]) for c in choices]
         note = f"LoRA of rank {found['peft']['r']}, {trained(recipe)}; best first"
         notes = [str(line) for line in found["assumptions"]]
@@ -42,8 +43,8 @@ def selection_section(path: Path) -> Section:
     columns = RANKED[: len(rows[0])]
     adapted = Table("The best choice adapts", (), [(f"{i + 1}", m) for i, m in enumerate(best)])
     figures = {"forecast eval loss of subsets of modules": selection_figure(names, losses[:_SHOWN])}
-    verdict = ranking_verdict(columns, rows, losses, before)
-    rows += before
+    verdict = ranking_verdict(rows, losses, before, start)
+    rows += [] if before is None else [before]
     return Section(str(path), [Table("Which modules to adapt", columns, rows, note), adapted], figures, notes, verdict)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ntkengine.digits import nearest
+
 Interval = tuple[float, float, float]
 _SHARES = 3  # modules that are named
 
@@ -39,26 +41,44 @@ def forecast_verdict(forecast: Any) -> list[str]:
 
 
 def ranking_verdict(
-    columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     losses: Sequence[Interval],
-    before: Sequence[Sequence[str]] = (),
+    before: Sequence[str] | None = None,
+    start: Interval | None = None,
 ) -> list[str]:
-    """Return what a ranking says of its first choice.
+    """Return what a ranking says of its first choice, and of the model before training.
 
     Args:
-        columns: headings of its table, the first that of names.
-        rows: of the table, best first.
+        rows: of its table, best first; cells as `RANKED` names them.
         losses: their forecast eval losses.
-        before: likewise rows, of the model before training.
+        before: likewise the row of the model before training.
+        start: its eval loss.
     """
+    name, parameters, loss, accuracy, *_ = rows[0]
+    figures = [("eval loss", loss, 2), ("accuracy", accuracy, 3)]
+    told = ", ".join(f"{what} {_from(before, column)}{cell}" for what, cell, column in figures if cell)
+    lines = against_start(losses[0], start)
+    if start is not None and losses[0][0] >= start[0]:
+        return [*lines, f"The first, {name} ({parameters} parameters): {told}.", *not_told_apart(losses)]
+    return [f"Adapt {name} ({parameters} parameters): {told}.", *lines, *not_told_apart(losses)]
 
-    def told(row: Sequence[str]) -> str:
-        pairs = zip(columns[1:], row[1:], strict=True)
-        return ", ".join(f"{head} {cell}" for head, cell in pairs if cell not in ("", "0"))
 
-    lines = [f"Adapt {rows[0][0]}: {told(rows[0])}.", *(f"{row[0].capitalize()}: {told(row)}." for row in before)]
-    return [*lines, *not_told_apart(losses)]
+def against_start(best: Interval, start: Interval | None) -> list[str]:
+    """Return what there is to say where the best forecast is not surely below the model before training.
+
+    Args:
+        best: the least forecast eval loss, (value, low, high).
+        start: that of the model before training, or None.
+    """
+    if start is None or start[0] > best[2]:
+        return []
+    told = f"the model before training ({nearest(start[0])})"
+    if best[0] >= start[0]:
+        return [
+            f"No candidate is forecast to do better than {told}: lower learning rate, fewer epochs, a proximal term, "
+            "or more data."
+        ]
+    return [f"The first is not told apart from no training: {told} lies within its interval."]
 
 
 def not_told_apart(losses: Sequence[Interval]) -> list[str]:
@@ -74,6 +94,11 @@ def not_told_apart(losses: Sequence[Interval]) -> list[str]:
         f"{near} of {len(losses)} forecasts lie within the interval of the first. All are scored on the same "
         "examples, so differences are surer than intervals, but small ones decide nothing."
     ]
+
+
+def _from(before: Sequence[str] | None, column: int) -> str:
+    """Return the middle of a cell of the row before training, and an arrow."""
+    return "" if before is None or not before[column] else f"{before[column].partition(' (')[0]} → "
 
 
 def _place(share: float, accuracy: Interval) -> str:
