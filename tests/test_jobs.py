@@ -19,6 +19,7 @@ from ntkengine.inputs.models import load_model
 from ntkengine.inputs.readout import encode_targets
 from ntkengine.jobfile import make_job, merged, read_job
 from ntkengine.report.planned import plan_table
+from ntkengine.spectrum import condition_number
 from ntkengine.store import open_gram
 from tests.brute import tiny_inputs, tiny_model
 from tests.tiny import save_tiny, tiny_sentences
@@ -306,6 +307,7 @@ def test_unlabelled_data_gives_a_gram_without_forecast(folder):
         gramfiles.forecast_file(gram)
     (section,) = gramfiles.report_files([folder / "k.h5"])
     assert list(section.figures) == ["spectrum"]
+    assert section.verdict == [f"No targets: spectrum only; condition number {condition_number(gram)}."]
 
 
 @pytest.fixture

@@ -316,7 +316,8 @@ def test_the_verdict_at_the_top_has_the_figures_of_the_table(found, tmp_path):
     rows = dict(found.table())
     lines = verdict.forecast_verdict(found)
     assert rows["eval accuracy at ridge"] in lines[0]
-    assert rows["at the start, eval"] in lines[0]
+    accuracy = rows["at the start, eval"].partition("accuracy ")[2]
+    assert lines[0].partition("; before it, ")[2].startswith(f"accuracy {accuracy}: ")
     assert rows["share of the largest class"] in lines[1]
     assert f"{found.proximal:.3g}" in lines[2]
     assert lines[3].count("%") == 3
@@ -324,6 +325,14 @@ def test_the_verdict_at_the_top_has_the_figures_of_the_table(found, tmp_path):
     for low, high, told in ((0.0, 1.0, "within"), (share + 0.01, 1.0, "below"), (0.0, share - 0.01, "above")):
         changed = replace(found, eval_accuracy_at_ridge=(low, low, high))
         assert f": {told} the interval" in verdict.forecast_verdict(changed)[1]
+    before = found.start["eval_accuracy"]
+    for low, high, told in (
+        (0.0, 1.0, "within the interval, so not told apart from no training."),
+        (before + 0.01, 1.0, "training helps."),
+        (0.0, before - 0.01, "training is forecast to make it worse."),
+    ):
+        changed = replace(found, eval_accuracy_at_ridge=(low, low, high))
+        assert verdict.forecast_verdict(changed)[0].endswith(f": {told}")
     page = write_report(tmp_path / "r.html", [Section("first"), Section("a & b", verdict=lines)]).read_text()
     assert page.index("In short") < page.index(lines[0]) < page.index("<h2>first</h2>")
     assert page.count("a &amp; b") == 1
@@ -340,6 +349,46 @@ def test_the_verdict_without_eval_examples_or_classes(gram):
     values = forecast(gram.values, gram.targets * np.arange(1, N + 1)[:, None])
     assert len(verdict.forecast_verdict(values)) == 2
     assert verdict.forecast_verdict(values)[0].startswith("Fine-tuning is forecast to reach leave-one-out mse ")
+
+
+def test_a_lower_mse_helps_and_a_ridge_at_the_edge_is_told(gram, found):
+    values = forecast(gram.values, gram.targets * np.arange(1, N + 1)[:, None])
+    start = values.start["train_mse"]
+    for reached, told in ((0.5, "training helps"), (2.0, "training is forecast to make it worse")):
+        changed = replace(values, loo=(reached * start, reached * start, reached * start))
+        line = verdict.forecast_verdict(changed)[0]
+        assert f"before it, mse {start:.4g}: {told}." in line
+    rng = np.random.default_rng(1)
+    useless = forecast(np.diag(rng.uniform(1.0, 1.1, N)), gram.targets)
+    (edge,) = [line for line in useless.assumptions if "leave-one-out optimum is at the largest ridge" in line]
+    assert verdict.forecast_verdict(useless)[-1].endswith(f". {edge}")
+    assert "largest ridge" not in "".join(verdict.forecast_verdict(found))
+
+
+def test_the_verdict_of_a_fine_tuning_is_measured_and_held_against_its_forecast(found, tmp_path):
+    names = set(training.COLUMNS)
+    half, (_, low, high) = found.outputs / 2, found.eval_accuracy_at_ridge
+    start = {f"{part}_loss": half * found.start[f"{part}_mse"] for part in ("train", "eval")}
+    first = dict.fromkeys(names) | start | {"step": 0, "eval_accuracy": 0.5}
+    path = tmp_path / "h.jsonl"
+
+    def told(accuracy, first=first, loss="squared"):
+        last = dict.fromkeys(names) | {"step": 9, "train_loss": 0.0625, "eval_loss": 0.25, "eval_accuracy": accuracy}
+        recipe = {"optimizer": "sgd", "learning_rate": 1.0, "epochs": 2, "loss": loss}
+        head = {"recipe": recipe, "seconds": 1.0, "measuring_seconds": 1.0}
+        path.write_text("\n".join(map(json.dumps, (head, first, last))))
+        return training.training_section(path, {"k.h5": found}).verdict
+
+    measured = f"eval loss {start['eval_loss']:.4g} → 0.25, eval accuracy 0.5 → {(low + high) / 2:.4g}, train loss"
+    assert measured in told((low + high) / 2)[0]
+    row = dict(found.table())["eval accuracy at ridge"]
+    for accuracy, place in (((low + high) / 2, "within the interval"), (low - 0.1, "below it"), (1.0, "above it")):
+        assert told(accuracy)[1:] == [
+            f"k.h5 forecast eval accuracy {row} at its ridge; measured {accuracy:.4g}, {place}."
+        ]
+    assert told(None)[1].startswith(f"k.h5 forecast eval mse {dict(found.table())['eval mse at ridge']} at its")
+    assert len(told(0.7, first | {"eval_loss": 1.01 * start["eval_loss"]})) == 1
+    assert len(told(0.7, loss="cross-entropy")) == 1
 
 
 def span(found):

@@ -84,35 +84,43 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
     from ntkengine.report.selection import selection_section
     from ntkengine.report.tables import gram_table, sketch_note
     from ntkengine.report.training import training_section
-    from ntkengine.report.verdict import forecast_verdict
+    from ntkengine.report.verdict import forecast_verdict, spectrum_verdict
     from ntkengine.spectrum import as_matrix, condition_from_eigenvalues, eigsh, noise_of
     from ntkengine.store import open_gram
 
-    sections, forecasts = [], {}
-    others = {".json": selection_section, ".jsonl": training_section}
-    for path in paths:
-        if (section := others.get(Path(path).suffix)) is not None:
-            sections.append(section(Path(path)))
+    sections: list[Section | None] = [None] * len(paths)
+    forecasts: dict[str, Forecast] = {}
+    runs = [Path(path).suffix == ".jsonl" for path in paths]
+    for i in sorted(range(len(paths)), key=runs.__getitem__):  # a fine-tuning is held against what was forecast
+        path = paths[i]
+        if runs[i]:
+            sections[i] = training_section(Path(path), forecasts)
+            continue
+        if Path(path).suffix == ".json":
+            sections[i] = selection_section(Path(path))
             continue
         gram = open_gram(path)
         facts = gram_table(gram)
-        reason = "Without class targets there is no forecast."
+        reason, short = "Without class targets there is no forecast.", "No targets"
         if gram.targets is not None and gram.meta.get("head_fitted") and CrossFit.kept_in(gram) is None:
             reason = "Its head was fitted on its examples: without held-out heads there is no forecast."
-        elif gram.targets is not None and gram.contraction != "sum-of-outputs":
+            short = "No held-out heads"
+        elif gram.targets is not None and gram.contraction == "sum-of-outputs":
+            reason, short = "The kernel of the sum of outputs cannot forecast each.", "Sum of outputs"
+        elif gram.targets is not None:
             found = forecasts[str(path)] = forecast_file(gram, ridge)
             tables = [facts, forecast_table(found)]
             if found.modules and (traces := gram.meta.get("module_trace")):
                 tables.append(module_table(found.modules, sum(traces.values())))  # of K, as `info` has it
             figures = forecast_figures(found)
-            sections.append(Section(str(path), tables, figures, found.assumptions, forecast_verdict(found)))
+            sections[i] = Section(str(path), tables, figures, found.assumptions, forecast_verdict(found))
             continue
         matrix = as_matrix(gram)
         values = np.linalg.eigvalsh(matrix)[::-1]
         condition = condition_from_eigenvalues(values, noise_of(gram))
         figures = {"spectrum": spectrum_figure(values, condition.noise, str(condition))}
         table = spectrum_table(eigsh(gram, k=min(20, len(matrix))), condition, sketch_note(gram))
-        sections.append(Section(str(path), [facts, table], figures, [reason]))
-    if len(forecasts) > 1:
-        sections.insert(0, Section("Side by side", [comparison_table(forecasts)]))
-    return sections
+        verdict = spectrum_verdict(condition, short)
+        sections[i] = Section(str(path), [facts, table], figures, [reason], verdict)
+    side = [Section("Side by side", [comparison_table(forecasts)])] if len(forecasts) > 1 else []
+    return side + [section for section in sections if section is not None]

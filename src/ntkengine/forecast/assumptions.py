@@ -10,6 +10,7 @@ from ntkengine.digits import above
 from ntkengine.forecast.crossfit import CrossFit
 from ntkengine.forecast.system import Kernel
 from ntkengine.report.tables import sketch_note
+from ntkengine.report.verdict import EDGE
 from ntkengine.ridge.checks import FAR
 from ntkengine.spectrum import ConditionNumber
 
@@ -62,7 +63,7 @@ def assumptions_of(
         )
     for name, edge in (("leave-one-out", loo_edge), ("GCV", gcv_edge)):
         if edge == "upper":
-            lines.append(f"The {name} optimum is at the largest ridge: the kernel adds little to the start.")
+            lines.append(f"The {name} {EDGE}: the kernel adds little to the start.")
         if edge == "lower":
             lines.append(f"The {name} optimum is at the smallest ridge tried: less regularisation is not resolved.")
     return lines

@@ -10,6 +10,7 @@ from ntkengine.errors import InputError
 from ntkengine.report.html import Section
 from ntkengine.report.plots import training_figure
 from ntkengine.report.tables import Table, trained
+from ntkengine.report.verdict import against_forecasts, training_verdict
 from ntkengine.textfile import parse_json
 
 # What a measurement's fields are called wherever people see them.
@@ -27,6 +28,7 @@ COLUMNS = {
     "relative_gap": "‖f − f̄‖ / ‖f − f₀‖",
     "divergence": "KL",
 }
+_TOLD = ("eval_loss", "eval_accuracy", "train_loss", "train_accuracy")  # at the top of a report
 
 
 def training_table(run: Mapping[str, Any]) -> Table:
@@ -42,8 +44,12 @@ def training_table(run: Mapping[str, Any]) -> Table:
     return Table("Fine-tuning", tuple(shown.values()), rows, f"{trained(run['recipe'])}; {times}")
 
 
-def training_section(path: Path) -> Section:
+def training_section(path: Path, forecasts: Mapping[str, Any] | None = None) -> Section:
     """Return the section of measurements that `ntkengine finetune --history` wrote.
+
+    Args:
+        path: the file.
+        forecasts: of the same report, by name; those from the same start are held against what was measured.
 
     Raises:
         InputError: no such file, or one that holds no such measurements.
@@ -52,6 +58,9 @@ def training_section(path: Path) -> Section:
         first, *history = (parse_json(line, path, dict) for line in path.read_text(encoding="utf-8").splitlines())
         table = training_table(first | {"history": history})
         figure = training_figure(_curves(history))
+        verdict = training_verdict(history, {name: COLUMNS[name] for name in _TOLD})
+        if first["recipe"].get("loss", "squared") == "squared":
+            verdict += against_forecasts(history, forecasts or {})
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -65,7 +74,7 @@ def training_section(path: Path) -> Section:
     figured = (name for name, head in COLUMNS.items() if head in table.columns and name.endswith("_loss"))
     if any(m[name] is None for name in figured for m in history):
         notes.append("A measurement without a finite loss has an empty cell, and no point in the figure.")
-    return Section(str(path), [table], {"measured losses by step": figure}, notes)
+    return Section(str(path), [table], {"measured losses by step": figure}, notes, verdict)
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:

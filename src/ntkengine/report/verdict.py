@@ -5,13 +5,16 @@ Objects are taken by their public attributes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ntkengine.digits import nearest
+from ntkengine.digits import between, nearest
 
 Interval = tuple[float, float, float]
 _SHARES = 3  # modules that are named
+EDGE = "optimum is at the largest ridge"  # in the sentence of a forecast's assumptions that says so
+_FIELDS = {"eval": "eval", "held-out head": "held_out", "train": "train"}  # of `Forecast.start`, by row
 
 
 def forecast_verdict(forecast: Any) -> list[str]:
@@ -26,18 +29,76 @@ def forecast_verdict(forecast: Any) -> list[str]:
     name = f"{'eval' if held else 'leave-one-out'} {'mse' if accuracy is None else 'accuracy'}"
     value = rows[f"{name} at ridge" if held else name]
     before = "eval" if held else "held-out head" if "at the start, held-out head" in rows else "train"
-    start = rows[f"at the start, {before}"]
-    lines = [f"Fine-tuning is forecast to reach {name} {value}, a 95 % interval; before it, {start}."]
+    kind = "mse" if accuracy is None else "accuracy"
+    told = dict(pair.split(" ") for pair in rows[f"at the start, {before}"].split(", "))[kind]
+    reached = accuracy or (forecast.eval_mse_at_ridge if held else forecast.loo)
+    start = forecast.start[f"{_FIELDS[before]}_{kind}"]
+    lines = [
+        f"Fine-tuning is forecast to reach {name} {value}, a 95 % interval; before it, {kind} {told}: "
+        f"{_gain(start, reached, higher=accuracy is not None)}."
+    ]
     share = forecast.start.get(f"{'eval' if held else 'train'}_largest_class")
     if accuracy is not None and share is not None:
         lines.append(
             f"Always naming the largest class gets {rows['share of the largest class']}: {_place(share, accuracy)}."
         )
-    lines.append(f"Ridge: {rows['ridge']}; to get it in training: {rows['to get this ridge in training']}.")
+    edges = [f" {line}" for line in forecast.assumptions if EDGE in line and forecast.ridge == forecast.ridges[-1]]
+    how = f"to get it in training: {rows['to get this ridge in training']}"
+    lines.append(f"Ridge: {rows['ridge']}; {how}.{''.join(edges[:1])}")
     shares = [(name.partition(", ")[2], told) for name, told in rows.items() if name.startswith("share of trace, ")]
     if shares:
         lines.append(f"Modules with most of the trace: {', '.join(' '.join(pair) for pair in shares[:_SHARES])}.")
     return lines
+
+
+def training_verdict(history: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+    """Return what a fine-tuning measured before and after.
+
+    Args:
+        history: its measurements.
+        names: what their fields are called, those to tell of.
+    """
+    if len(history) < 2:
+        return []
+    ends = [(told, history[0].get(name), history[-1].get(name)) for name, told in names.items()]
+    pairs = [f"{told} {a:.4g} → {b:.4g}" for told, a, b in ends if a is not None and b is not None]
+    return [f"Measured before and after training: {', '.join(pairs)}."] if pairs else []
+
+
+def against_forecasts(history: Sequence[Mapping[str, Any]], forecasts: Mapping[str, Any]) -> list[str]:
+    """Return how the end of a fine-tuning compares with the forecasts from the same start, on the same examples.
+
+    Losses are ½‖f − y‖². A start is the same where its train and eval loss are, to a thousandth.
+
+    Args:
+        history: measurements of the fine-tuning.
+        forecasts: by name.
+    """
+    lines = []
+    for name, forecast in forecasts.items() if len(history) > 1 else ():
+        half, first, last = forecast.outputs / 2, history[0], history[-1]
+        starts = [(forecast.start[f"{part}_mse"], first[f"{part}_loss"]) for part in ("train", "eval")]
+        if any(None in both or not math.isclose(half * both[0], both[1], rel_tol=1e-3) for both in starts):
+            continue
+        what, reached, found = "eval accuracy", forecast.eval_accuracy_at_ridge, last["eval_accuracy"]
+        if reached is None or found is None:
+            what, reached, found = "eval mse", forecast.eval_mse_at_ridge, last["eval_loss"]
+            found = None if found is None else found / half
+        if reached is not None and found is not None:
+            _, low, high = reached
+            place = "within the interval" if low <= found <= high else f"{'below' if found < low else 'above'} it"
+            lines.append(f"{name} forecast {what} {between(*reached)} at its ridge; measured {found:.4g}, {place}.")
+    return lines
+
+
+def spectrum_verdict(condition: Any, reason: str) -> list[str]:
+    """Return what a Gram without a forecast comes to.
+
+    Args:
+        condition: its condition number.
+        reason: why there is no forecast, in a few words.
+    """
+    return [f"{reason}: spectrum only; condition number {condition}."]
 
 
 def ranking_verdict(
@@ -99,6 +160,14 @@ def not_told_apart(losses: Sequence[Interval]) -> list[str]:
 def _from(before: Sequence[str] | None, column: int) -> str:
     """Return the middle of a cell of the row before training, and an arrow."""
     return "" if before is None or not before[column] else f"{before[column].partition(' (')[0]} → "
+
+
+def _gain(start: float, reached: Interval, higher: bool) -> str:
+    """Return whether training helps: `higher` where more is better."""
+    _, low, high = reached
+    if low <= start <= high:
+        return "within the interval, so not told apart from no training"
+    return "training helps" if (start < low) is higher else "training is forecast to make it worse"
 
 
 def _place(share: float, accuracy: Interval) -> str:
