@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -146,6 +147,28 @@ def test_an_interrupted_job_says_whether_it_kept_anything(run, monkeypatch, tmp_
     for command in ("select", "finetune"):
         told = "interrupted: nothing was kept, the same command starts anew\n"
         assert run(command, *words, "--learning-rate", "1") == (130, "", told)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_log_dir_keeps_is_shown_only_if_asked_for(verbose, monkeypatch, tmp_path, capsys):
+    root, own = logging.getLogger(), logging.getLogger("ntkengine")
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(own, "handlers", [])
+    level = root.level, own.level
+    try:
+        cli.options(verbose=verbose)
+        cli._log_to(tmp_path, 0)
+        logging.getLogger("ntkengine.gram").info("chosen")
+        logging.getLogger("ntkengine.gram").warning("odd")
+        own.handlers[0].close()
+    finally:
+        root.setLevel(level[0])
+        own.setLevel(level[1])
+    told = capsys.readouterr().err
+    assert ("chosen" in told, "odd" in told) == (verbose, True)
+    kept = (tmp_path / "rank-0.log").read_text()
+    assert "INFO ntkengine.gram: chosen" in kept
+    assert "WARNING ntkengine.gram: odd" in kept
 
 
 def test_a_bug_is_not_hidden(monkeypatch, gram_file):

@@ -77,7 +77,9 @@ def options(
     ] = False,
 ) -> None:
     """Configure logging: the only place that does."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setLevel(logging.INFO if verbose else logging.WARNING)  # whatever --log-dir keeps in files
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[shown])
     logging.getLogger("ntkengine").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose:
         warnings.simplefilter("ignore")
