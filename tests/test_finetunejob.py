@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 import ntkengine as ntk
 from ntkengine import cli, saving
@@ -118,8 +119,15 @@ def check_saved_adapter(folder, told, base):
 @pytest.mark.parametrize("fit", ["false", "true"])
 def test_saved_adapter_gives_the_outputs_training_ended_with(folder, run, fit):
     (folder / "job.toml").write_text(JOB.format(fit=fit, readout="logits"))
-    code, out, _ = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json")
-    assert code == 0
+    was = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        code, out, err = run("finetune", folder / "job.toml", "--save", folder / "tuned", "--json")
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not was:
+            logging.disable_progress_bar()
+    assert (code, "shards" in err) == (0, False)
     check_saved_adapter(folder, out, folder / "tuned/base" if fit == "true" else folder / "model")
     assert sorted(p.name for p in folder.iterdir()) == ["dev.tsv", "job.toml", "model", "train.tsv", "tuned"]
 

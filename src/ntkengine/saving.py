@@ -70,16 +70,20 @@ def save_model(model: nn.Module, folder: Path, below: bool, check: Callable[[Pat
     """
     from safetensors import SafetensorError
 
+    from ntkengine.inputs.models import quiet
+
     partial = folder.absolute().with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tuned: Any = model
     try:
-        tuned.save_pretrained(partial)
+        with quiet():
+            tuned.save_pretrained(partial)
         if tuned.ntk_tokenizer is not None:
             tuned.ntk_tokenizer.save_pretrained(partial)
         if hasattr(tuned, "peft_config") and below:
             base = tuned.unload() if hasattr(tuned.base_model, "unload") else tuned.get_base_model()
-            base.save_pretrained(partial / "base")
+            with quiet():
+                base.save_pretrained(partial / "base")
             config = partial / "adapter_config.json"
             found = json.loads(config.read_text(encoding="utf-8"))
             found["base_model_name_or_path"] = str(folder.absolute() / "base")
