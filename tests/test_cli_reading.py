@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ntkengine import gramfiles
+from ntkengine import comparecommand, gramfiles
 from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh
 from ntkengine.store import Folder, open_gram, parts_of, read_job, write_gram
 from tests.tiny import save_tiny, tiny_sentences
@@ -175,12 +175,53 @@ def test_compare_without_the_same_examples_or_forecasts(run, gram_file, changed)
     assert (found["same_examples"], found["alignment"]) == (False, None)
 
 
+def test_compare_of_other_sizes_leaves_entries_out(run, gram_file, changed):
+    few = {"values": np.eye(6), "outputs": np.zeros((6, 1)), "targets": np.array([[1.0], [-1.0]] * 3)}
+    fewer = {"cross": None, "modules": {}, "cross_modules": {}, "eval_outputs": None, "eval_targets": None}
+    other = changed(**few, **fewer, extras={})
+    code, out, err = run("compare", gram_file, other)
+    assert (code, err) == (0, "")
+    for text in ("not known to be the same: entries are not compared", "Side by side", "6 × 6"):
+        assert text in out
+    found = json.loads(run("compare", gram_file, other, "--json")[1])
+    assert (found["same_examples"], found["scale"]) == (False, None)
+
+
+def test_compare_tells_only_what_differs_in_value_and_briefly(run, gram_file, changed):
+    names = [f"bert.encoder.layer.{i}.attention.output.dense" for i in range(6)]
+    meta = open_gram(gram_file).meta
+
+    def of(alpha, modules, readout="margin"):
+        settings = {"model": {"alpha": alpha, "modules": modules}}
+        return changed(meta=meta | {"settings": settings, "readout": readout})
+
+    first = of(16, names[:3]).rename(gram_file.parent / "first.h5")
+    code, out, _ = run("compare", first, of(16.0, names))
+    assert code == 0
+    assert "model.alpha" not in out
+    assert "6 modules: ….layer.0.attention.output.dense, …" in out
+    assert "of different readouts" not in out
+    same = run("compare", first, of(16, names[:3]))[1]
+    assert "; no facts or settings differ" in same
+    assert "Facts and settings that differ" not in same
+    assert (
+        "- of different readouts, losses, ridges and noise cannot" in run("compare", first, of(16, names, "logits"))[1]
+    )
+
+
+def test_compare_says_what_noise_and_readouts_hide():
+    found = {"same_examples": True, "within_noise": False, "noise": 1.0, "relative_difference": 0.1, "scale": 1.0}
+    found |= {"relative_difference_error": 0.1, "spectral_difference": 2.0, "alignment": 1.0, "alignment_error": 1.6}
+    assert dict(comparecommand._told(found))["alignment ⟨A, B⟩ / ‖A‖‖B‖"].startswith("not resolved")
+    hidden = "> 3.34e+06 (unresolved: the smallest eigenvalue 1e-9 is not above its error 2e-9)"
+    assert comparecommand._brief(hidden) == "> 3.34e+06 (unresolved)"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"noise": float("nan")}, "its noise is not known"),
         ({"values": np.zeros((7, 7))}, "not all zeros"),
-        ({"values": np.eye(6), "cross": None, "outputs": np.zeros((6, 1)), "targets": None}, "expected 7 rows, as"),
         ({"values": np.ones((7, 6)), "cross": None, "targets": None}, r"of shape \(n, n\) to compare, got \(7, 6\)"),
     ],
 )

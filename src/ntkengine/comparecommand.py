@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,9 @@ from ntkengine.filecommands import GramFile, Json
 
 # Facts of a run, not of its kernel.
 _PASSING = ("wall time", "  in passes", "  in contractions", "  taken from checkpoints", "date", "work", "device")
+
+_LONG = 60  # characters of a list of modules that is shown whole
+_UNRESOLVED = "not resolved: within what the noise may do"
 
 
 @answered
@@ -36,21 +41,27 @@ def compare(
     facts = [{row[0]: row[1] for row in gram_table(gram).rows} for gram in grams.values()]
     labels = [label for label in dict.fromkeys((*facts[0], *facts[1])) if label not in _PASSING]
     rows = [(label, *(one.get(label, "") for one in facts)) for label in labels]
-    differing = [row for row in rows if row[1] != row[2]]
+    differing = [row for row in rows if not _equal(row[1], row[2])]
     ranks = [effective_rank(gram) for gram in grams.values()]
     if as_json:
         told = found | {"effective_rank": ranks, "effective_rank_error": [rank.error for rank in ranks]}
         print_json({"paths": list(grams), **told, "differing": {label: both for label, *both in differing}})
         return
-    show(Table("How far they are apart", (), _told(found), "A is the first, B the second"))
-    show(Table("Facts and settings that differ", ("", *grams), differing or [("none", "", "")]))
+    note = "A is the first, B the second" + ("" if differing else "; no facts or settings differ")
+    show(Table("How far they are apart", (), _told(found), note))
+    if differing:
+        short = [(label, *map(_few, both)) for label, *both in differing]
+        show(Table("Facts and settings that differ", ("", *grams), short))
     try:
-        show(comparison_table({name: forecast_file(gram) for name, gram in grams.items()}))
+        side = comparison_table({name: forecast_file(gram) for name, gram in grams.items()})
+        show(replace(side, rows=[tuple(map(_brief, row)) for row in side.rows]))
     except InputError as error:
-        conditions = (str(condition_number(gram)) for gram in grams.values())
+        conditions = (_brief(str(condition_number(gram))) for gram in grams.values())
         spectral = [("effective rank", *map(str, ranks)), ("condition number", *conditions)]
         show(Table("Side by side", ("", *grams), spectral))
         remark([f"not set side by side are forecasts: {error}"])
+    if len({gram.meta.get("readout") for gram in grams.values()}) > 1:
+        remark(["of different readouts, losses, ridges and noise cannot be compared; accuracies can"])
 
 
 def _apart(grams: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +70,7 @@ def _apart(grams: dict[str, Any]) -> dict[str, Any]:
     An error E of a Gram with ‖E‖₂ <= noise has ‖E‖_F <= √n·noise, and turns it by arcsin(‖E‖_F/‖K‖_F) at most.
 
     Raises:
-        InputError: Grams of other sizes, that are not square, or whose noise is not known.
+        InputError: Grams that are not square, or whose noise is not known.
 
     Cost: the eigenvalues of the difference, 4/3·n³ flops.
     """
@@ -73,17 +84,16 @@ def _apart(grams: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{where}: expected a Gram of shape (n, n) to compare, got {tuple(gram.shape)}")
         if not np.isfinite(gram.noise):
             raise InputError(f"{where}: its noise is not known, so there is nothing to hold a difference against")
-    if a.shape != b.shape:
-        raise InputError(f"{other}: expected {a.shape[0]} rows, as {name} has, got {b.shape[0]}")
-    same = _same_examples(a, b)
+    same = a.shape == b.shape and _same_examples(a, b)
     names = ("relative_difference", "relative_difference_error", "spectral_difference", "noise", "within_noise")
     found: dict[str, Any] = {"same_examples": same, **dict.fromkeys((*names, "alignment", "alignment_error", "scale"))}
     A, B, off = as_matrix(a), as_matrix(b), np.array([noise_of(a), noise_of(b)])
-    sizes, apart = np.array([np.linalg.norm(A), np.linalg.norm(B)]), float(np.linalg.norm(A - B))
+    sizes = np.array([np.linalg.norm(A), np.linalg.norm(B)])
     if not sizes.all():
         raise InputError(f"{other if sizes[0] else name}: expected a Gram to compare that is not all zeros")
     if not same:
         return found
+    apart = float(np.linalg.norm(A - B))
     turned = np.sqrt(len(A)) * off  # in the Frobenius norm
     left = sizes[0] - turned[0]
     spectral = float(np.abs(np.linalg.eigvalsh(A - B)).max())
@@ -106,14 +116,38 @@ def _same_examples(a: Any, b: Any) -> bool:
     return tokens[0] == tokens[1] or (None not in (*rows, *files) and rows[0] == rows[1] and files[0] == files[1])
 
 
+def _equal(a: str, b: str) -> bool:
+    """Return whether two cells are the same, as text or as numbers."""
+    try:
+        return a == b or float(a) == float(b)
+    except ValueError:
+        return False
+
+
+def _few(cell: str) -> str:
+    """Return a cell; of a long list of dotted names how many there are, and the end of the first."""
+    from ntkengine.report.tables import shortened
+
+    names = cell.split(", ")
+    if len(cell) <= _LONG or len(names) < 3 or not all("." in name and " " not in name for name in names):
+        return cell
+    return f"{len(names)} modules: {shortened(names)[0]}, …"
+
+
+def _brief(cell: str) -> str:
+    """Return a cell without why a condition number is not resolved."""
+    return re.sub(r"\(unresolved: [^()]*\)", "(unresolved)", cell)
+
+
 def _told(found: dict[str, Any]) -> list[tuple[str, str]]:
     if not found["same_examples"]:
         return [("examples", "not known to be the same: entries are not compared")]
     place = f"{'within' if found['within_noise'] else 'beyond'} the noise of both, {above(found['noise'], 2)} gradient²"
+    aligned = measured(found["alignment"], found["alignment_error"], 6)
     return [
         ("examples", "the same"),
         ("‖A − B‖_F / ‖A‖_F", measured(found["relative_difference"], found["relative_difference_error"], 4)),
         ("‖A − B‖₂", f"{nearest(found['spectral_difference'])} gradient², {place}"),
-        ("alignment ⟨A, B⟩ / ‖A‖‖B‖", measured(found["alignment"], found["alignment_error"], 6)),
+        ("alignment ⟨A, B⟩ / ‖A‖‖B‖", aligned if found["alignment_error"] < 1.0 else _UNRESOLVED),
         ("‖B‖_F / ‖A‖_F", nearest(found["scale"])),
     ]
