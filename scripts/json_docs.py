@@ -67,13 +67,16 @@ def shapes() -> dict[str, Shape]:
         forecast[item.name] = of(Forecast)[item.name]
         if "Estimate" in str(item.type):
             forecast[f"{item.name}_error"] = ERROR.format(item.name)
-    ritz, plan, one, ranking = of(Ritz), of(Plan), of(Choice), of(Ranking)
+    ritz, plan, one, ranking, layout = of(Ritz), of(Plan), of(Choice), of(Ranking), of(Layout)
+    plan["scaling"] = f"{plan['scaling'].partition(' (`')[0]}, `{{}}` without `--ranks`"
+    for name in ("factor_bytes", "copies"):
+        layout[name] = f"{layout[name].rstrip('.')}; `null`: no limit"
     path_of = ("ridge", "ridge_loo", "ridge_gcv", "ridges", "train_mse", "loo_mse", "loo_accuracy", "gcv", "eval_mse")
     kernel = {name: one[name] for name in ("condition", "trace", "alignment")}
     kernel["condition"] = f"as text, with its interval: {kernel['condition']}"
     kernel |= {"alignment_error": ERROR.format("alignment")}
     kernel |= {f"weyl_lambda_{end}": f"bound on λ_{end} from its modules alone" for end in ("min", "max")}
-    sketch = {"sketch": "of a sketched Gram: its features and measured error, as in `meta`"}
+    sketch = {"sketch": "of a sketched Gram: its features and measured error, as in `meta`; absent of an exact one"}
     return {
         "gram, info": Shape(
             PATH
@@ -117,7 +120,7 @@ def shapes() -> dict[str, Shape]:
             {"parameters": "a parameter of a plan", "layout": "layout", "scaling": "scaling"},
         ),
         "a parameter of a plan": Shape(of(PlanRow)),
-        "layout": Shape(of(Layout)),
+        "layout": Shape(layout),
         "scaling": Shape(of(Scaling)),
         "spectrum": Shape(
             PATH
@@ -142,7 +145,7 @@ def shapes() -> dict[str, Shape]:
         "compare": Shape(
             {
                 "paths": "the two files, A and B",
-                "same_examples": "whether they are known to be of the same; if not, all down to `scale` is `null`",
+                "same_examples": "whether they are known to be as many of the same; if not, all to `scale` is `null`",
                 "relative_difference": "‖A − B‖_F / ‖A‖_F",
                 "relative_difference_error": ERROR.format("relative_difference"),
                 "spectral_difference": "‖A − B‖₂",
