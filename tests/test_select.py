@@ -152,6 +152,19 @@ def test_only_what_the_job_selects_is_ranked(job):
     assert [c.name for c in found.choices] == ["attention.self.query"]
 
 
+def test_progress_tells_its_steps_and_the_table_what_an_infinite_bound_is(job):
+    seen = []
+    found = run_select(read_job(job), lambda *now: seen.append(now[2]), repeats=1)
+    steps = [stage.partition(":")[0] for stage in seen if stage.startswith("step ")]
+    assert list(dict.fromkeys(steps)) == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
+    assert steps == sorted(steps)
+    (first, *rest) = found.choices
+    endless = replace(found, choices=[replace(first, weyl=(0.0, 1.0)), *rest])
+    assert "∞" in endless.table()[1][-1]
+    assert "a bound is ∞ where" in endless.table_note
+    assert "∞" not in replace(found, choices=[replace(first, weyl=(0.5, 1.0))]).table_note
+
+
 def test_a_job_without_training_is_refused(job):
     text = job.read_text()
     job.write_text(text[: text.index("[finetune]")])

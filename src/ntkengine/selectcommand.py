@@ -74,5 +74,5 @@ def select(
         print_json(found.to_dict())
         return
     rows = found.table()
-    show(Table("Modules by forecast eval loss", rows[0], rows[1:], found.note))
+    show(Table("Modules by forecast eval loss", rows[0], rows[1:], found.table_note))
     remark(found.assumptions)

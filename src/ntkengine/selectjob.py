@@ -84,9 +84,15 @@ def run_select(
     call: dict[str, Any] = {"params": names, "readout": readout, "memory_gib": room}
     factors: Any
 
+    steps = 3 if kernels else 2
+
+    def step(number: int) -> Progress:
+        return lambda done, total, stage: tell(done, total, f"step {number} of {steps}: {stage}")
+
     def named(stage: str) -> Progress:
-        tell(0.0, 1.0, stage)
-        return lambda done, total, _: tell(done, total, stage)
+        first = step(1)
+        first(0.0, 1.0, stage)
+        return lambda done, total, _: first(done, total, stage)
 
     if held is None and fit is not None:
         folds = len(fit.weights) - 1
@@ -108,7 +114,7 @@ def run_select(
         factors = tangent_factors(model, prepared.inputs, prepared.eval_inputs, **call, progress=named("factors"))
     gram = None
     if kernels:
-        call |= {"memory_gib": room, "per_module": True, "progress": progress}
+        call |= {"memory_gib": room, "per_module": True, "progress": step(2)}
         gram = compute_gram(model, prepared.inputs, **call, eval_inputs=prepared.eval_inputs)
     return rank_subsets(
         gram,
@@ -122,7 +128,7 @@ def run_select(
         eval_targets=held,
         repeats=repeats,
         size=size,
-        progress=tell,
+        progress=step(steps),
     )
 
 

@@ -91,7 +91,7 @@ class Ranking:
 
     def _repr_html_(self) -> str:
         columns, *rows = self.table()
-        note = self.note
+        note = self.table_note
         note += f"; the best {_SHOWN} of {len(self.choices)}" if len(self.choices) > _SHOWN else ""
         shown = rows[:_SHOWN] + rows[max(_SHOWN, len(self.choices)) :]
         return html_facts("Modules by forecast eval loss", shown, columns, note)
@@ -101,6 +101,13 @@ class Ranking:
         """What is trained, and how, in a line."""
         r = self.recipe
         return f"LoRA of rank {self.rank}, {r.optimizer}, learning rate {r.learning_rate:g}, epochs {r.epochs}"
+
+    @property
+    def table_note(self) -> str:
+        """The note, and why a bound is ∞ where one is."""
+        open_ = any(c.weyl is not None and c.weyl[0] <= 0 for c in self.choices)
+        why = "; a bound is ∞ where the spectra of the modules alone leave λ_min bounded by 0 only"
+        return self.note + (why if open_ else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-able values; infinity, of an interval from one example, is None."""
