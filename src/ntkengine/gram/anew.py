@@ -67,9 +67,10 @@ def compare_anew(
     if next(iter(task.selected.values())).dtype not in (torch.float32, torch.float64):
         return
     rng = np.random.default_rng(seed)
-    drawn = [
+    halves = [
         _parted(samples, g, rng.choice(n, drawn_of(samples, g), replace=False)) for g, n in enumerate(samples.sizes)
     ]
+    drawn = [np.concatenate(both) for both in halves]
     C = sums.outputs.shape[1]
     v = [rng.standard_normal((len(rows), C)) for rows in drawn]
     if frame.width == 1:
@@ -84,8 +85,8 @@ def compare_anew(
     for i, names in enumerate(parts):
         pulled = []
         for g, rows in enumerate(drawn):
-            halves = [part for part in np.split(rows, [-(-len(rows) // 2)]) if len(part)]
-            few = [{k: x[torch.from_numpy(part).to(x.device)] for k, x in samples.groups[g].items()} for part in halves]
+            given = samples.groups[g]
+            few = [{k: x[torch.from_numpy(half).to(x.device)] for k, x in given.items()} for half in halves[g]]
             one = 1 if structure.one_by_one or (names and not layout.keeps) else None
             tokens = _TOKENS if names else layout.microbatch_tokens
             batches = Samples(few, microbatch=one, microbatch_tokens=tokens, trim=False)
@@ -99,13 +100,13 @@ def compare_anew(
         _compare_products(task, samples, sums, frame, drawn, v, found)
 
 
-def _parted(samples: Samples, g: int, rows: np.ndarray) -> np.ndarray:
+def _parted(samples: Samples, g: int, rows: np.ndarray) -> list[np.ndarray]:
     """Return rows of a group in two halves, which never share a batch: those next to each other in the sweep apart.
 
     Else a few examples might form the sweep's own batches again, and what they do to each other would not show.
     """
     rows = rows[np.argsort(samples.places(g, rows))]
-    return np.r_[rows[::2], rows[1::2]]
+    return [half for half in (rows[::2], rows[1::2]) if len(half)]
 
 
 def drawn_of(samples: Samples, g: int) -> int:

@@ -155,6 +155,19 @@ def token_logits(outputs: Any) -> Tensor:
     return logits
 
 
+def predicts_next(outputs: Any) -> bool:
+    """Return whether position t of a language model's output predicts token t + 1, as its type says.
+
+    Raises:
+        InputError: a type that does not say.
+    """
+    kind = type(outputs).__name__
+    if "CausalLM" not in kind and "MaskedLM" not in kind and not kind.startswith("Seq2SeqLM"):
+        msg = f"readout: whether {kind} predicts the next token is unknown; say shift=True or shift=False"
+        raise InputError(msg)
+    return "CausalLM" in kind
+
+
 def _losses(outputs: Any, inputs: Mapping[str, Tensor], shift: bool | None) -> tuple[Tensor, Tensor]:
     """Return (losses, scored), each (N, labels): cross-entropies, zero where not scored, and where it is."""
     logits = token_logits(outputs)
@@ -162,12 +175,7 @@ def _losses(outputs: Any, inputs: Mapping[str, Tensor], shift: bool | None) -> t
     if labels is None or labels.ndim != 2:
         msg = "readout: a token's loss needs inputs['labels'] of shape (N, T), −100 where nothing is scored"
         raise InputError(msg)
-    if shift is None:
-        kind = type(outputs).__name__
-        if "CausalLM" not in kind and "MaskedLM" not in kind and not kind.startswith("Seq2SeqLM"):
-            msg = f"readout: whether {kind} predicts the next token is unknown; say shift=True or shift=False"
-            raise InputError(msg)
-        shift = "CausalLM" in kind
+    shift = predicts_next(outputs) if shift is None else shift
     ids = inputs.get("input_ids")
     before = logits.shape[1] - labels.shape[1]  # virtual tokens of prompt tuning come first
     first = False

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ntkengine.inputs.batches import Samples
-from ntkengine.inputs.language import SequenceLoss, TokenLoss
+from ntkengine.inputs.language import SequenceLoss, TokenLoss, predicts_next
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import evaluation
 
@@ -43,7 +43,7 @@ def warn_of_own_loss(model: nn.Module, samples: Samples, readout: Readout) -> No
     try:
         with evaluation(model), torch.no_grad():
             outputs = model(**inputs)
-            shifts = "CausalLM" in type(outputs).__name__
+            shifts = predicts_next(outputs)
             own = float(outputs.loss)
             same, other = (float(SequenceLoss(shift=shift)(outputs, inputs)) for shift in (shifts, not shifts))
     except Exception:  # noqa: BLE001 - what the readout cannot take, it refuses itself
