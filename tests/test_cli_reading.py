@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from ntkengine import comparecommand, gramfiles
-from ntkengine.spectrum import condition_number, effective_dimension, effective_rank, eigsh
+from ntkengine.spectrum import (
+    condition_from_eigenvalues,
+    condition_number,
+    effective_dimension,
+    effective_rank,
+    eigsh,
+)
 from ntkengine.store import Folder, open_gram, parts_of, read_job, write_gram
 from tests.tiny import save_tiny, tiny_sentences
 
@@ -213,8 +219,9 @@ def test_compare_says_what_noise_and_readouts_hide():
     found = {"same_examples": True, "within_noise": False, "noise": 1.0, "relative_difference": 0.1, "scale": 1.0}
     found |= {"relative_difference_error": 0.1, "spectral_difference": 2.0, "alignment": 1.0, "alignment_error": 1.6}
     assert dict(comparecommand._told(found))["alignment ⟨A, B⟩ / ‖A‖‖B‖"].startswith("not resolved")
-    hidden = "> 3.34e+06 (unresolved: the smallest eigenvalue 1e-9 is not above its error 2e-9)"
-    assert comparecommand._brief(hidden) == "> 3.34e+06 (unresolved)"
+    conditions = [condition_from_eigenvalues(np.array([1.0, low]), 1e-6, 0.0) for low in (1e-7, 0.5)]
+    told = comparecommand._conditions(conditions)
+    assert told == ("condition number", "> 909000 (unresolved)", str(conditions[1]))
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from ntkengine.console import answered, print_json, remark, show
 from ntkengine.digits import above, measured, nearest
 from ntkengine.errors import InputError
 from ntkengine.filecommands import GramFile, Json
+
+if TYPE_CHECKING:
+    from ntkengine.spectrum import ConditionNumber
 
 # Facts of a run, not of its kernel.
 _PASSING = ("wall time", "  in passes", "  in contractions", "  taken from checkpoints", "date", "work", "device")
@@ -53,11 +56,11 @@ def compare(
         short = [(label, *map(_few, both)) for label, *both in differing]
         show(Table("Facts and settings that differ", ("", *grams), short))
     try:
-        side = comparison_table({name: forecast_file(gram) for name, gram in grams.items()})
-        show(replace(side, rows=[tuple(map(_brief, row)) for row in side.rows]))
+        forecasts = {name: forecast_file(gram) for name, gram in grams.items()}
+        side, conditions = comparison_table(forecasts), _conditions(f.condition for f in forecasts.values())
+        show(replace(side, rows=[conditions if row[0] == conditions[0] else row for row in side.rows]))
     except InputError as error:
-        conditions = (_brief(str(condition_number(gram))) for gram in grams.values())
-        spectral = [("effective rank", *map(str, ranks)), ("condition number", *conditions)]
+        spectral = [("effective rank", *map(str, ranks)), _conditions(map(condition_number, grams.values()))]
         show(Table("Side by side", ("", *grams), spectral))
         remark([f"not set side by side are forecasts: {error}"])
     if len({gram.meta.get("readout") for gram in grams.values()}) > 1:
@@ -134,9 +137,9 @@ def _few(cell: str) -> str:
     return f"{len(names)} modules: {shortened(names)[0]}, …"
 
 
-def _brief(cell: str) -> str:
-    """Return a cell without why a condition number is not resolved."""
-    return re.sub(r"\(unresolved: [^()]*\)", "(unresolved)", cell)
+def _conditions(found: Iterable[ConditionNumber]) -> tuple[str, ...]:
+    """Return the row of condition numbers, without why one is not resolved."""
+    return ("condition number", *(c.short + ("" if c.resolved else " (unresolved)") for c in found))
 
 
 def _told(found: dict[str, Any]) -> list[tuple[str, str]]:
