@@ -395,29 +395,28 @@ def span(found):
     return dict(found.table())["leave-one-out accuracy"]
 
 
-def test_the_verdict_of_a_ranking_is_its_first_row():
-    rows = [("query", "36,864", "0.4 (0.3 to 0.5)", "0.7 (0.6 to 0.8)", "0.1", "962"), ("key", "8", "0.6", "", "0", "")]
-    losses = [(0.4, 0.3, 0.5), (0.6, 0.5, 0.7)]
-    before = ("before training", "0", "0.55 (0.5 to 0.6)", "0.62 (0.6 to 0.64)", "0.3", "")
-    assert verdict.ranking_verdict(rows, losses) == [
+def test_the_verdict_of_a_ranking_is_its_first_choice():
+    best = {"name": "query", "parameters": 36864, "eval_loss": (0.4, 0.3, 0.5), "eval_accuracy": (0.7, 0.6, 0.8)}
+    other = {"name": "key", "parameters": 8, "eval_loss": (0.6, 0.5, 0.7), "eval_accuracy": None}
+    start = {"eval_loss": (0.55, 0.5, 0.6), "eval_accuracy": (0.62, 0.6, 0.64)}
+    assert verdict.ranking_verdict([best, other]) == [
         "Adapt query (36,864 parameters): eval loss 0.4 (0.3 to 0.5), accuracy 0.7 (0.6 to 0.8)."
     ]
-    assert verdict.ranking_verdict(rows, losses, before, (0.55, 0.5, 0.6)) == [
+    assert verdict.ranking_verdict([best, other], start) == [
         "Adapt query (36,864 parameters): eval loss 0.55 → 0.4 (0.3 to 0.5), accuracy 0.62 → 0.7 (0.6 to 0.8)."
     ]
-    assert "2 of 2" in verdict.ranking_verdict(rows, [(0.4, 0.3, 0.5), (0.5, 0.4, 0.6)])[1]
+    assert "2 of 2" in verdict.ranking_verdict([best, other | {"eval_loss": (0.5, 0.4, 0.6)}])[1]
 
 
 def test_a_ranking_that_trains_for_nothing_says_so():
-    rows = [("query", "36,864", "0.4 (0.3 to 0.5)", "", "0.1", "")]
-    before = ("before training", "0", "0.3846 (0.3 to 0.5)", "", "0.3", "")
-    told = verdict.ranking_verdict(rows, [(0.4, 0.3, 0.5)], before, (0.38461, 0.3, 0.5))
+    best = {"name": "query", "parameters": 36864, "eval_loss": (0.4, 0.3, 0.5), "eval_accuracy": None}
+    told = verdict.ranking_verdict([best], {"eval_loss": (0.38461, 0.3, 0.5), "eval_accuracy": None})
     assert told[0] == (
         "No candidate is forecast to do better than the model before training (0.3846): lower learning rate, fewer "
         "epochs, a proximal term, or more data."
     )
     assert told[1] == "The first, query (36,864 parameters): eval loss 0.3846 → 0.4 (0.3 to 0.5)."
-    near = verdict.ranking_verdict(rows, [(0.4, 0.3, 0.5)], before, (0.45, 0.3, 0.5))
+    near = verdict.ranking_verdict([best], {"eval_loss": (0.45, 0.3, 0.5), "eval_accuracy": None})
     assert near[0].startswith("Adapt query")
     assert (
         near[1]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from ntkengine.digits import above, below, measured
 from ntkengine.forecast.simulate import Simulation
-from ntkengine.report.tables import shortened, span
+from ntkengine.report.cells import chosen_ridge, largest_class, largest_shares, ridge_in_training, score
+from ntkengine.report.tables import span
 
 if TYPE_CHECKING:
     from ntkengine.forecast.result import Forecast
@@ -32,12 +33,10 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         rows.append(("at the start, held-out head", _pair(start["held_out_mse"], start["held_out_accuracy"])))
     if start["eval_mse"] is not None:
         rows.append(("at the start, eval", _pair(start["eval_mse"], start["eval_accuracy"])))
-    largest = [(name, start.get(f"{name}_largest_class")) for name in ("train", "eval")]
-    if largest[0][1] is not None:
-        told = ", ".join(f"{name} {share:.3f}" for name, share in largest if share is not None)
-        rows.append(("share of the largest class", told))
+    if start.get("train_largest_class") is not None:
+        rows.append(("share of the largest class", largest_class(found)))
     rows += [
-        ("ridge", f"{found.ridge:.3g} (LOO {found.ridge_loo:.3g}, GCV {found.ridge_gcv:.3g})"),
+        ("ridge", chosen_ridge(found)),
         ("effective dimension", str(found.effective_dimension)),
         ("leave-one-out mse", span(found.loo)),
     ]
@@ -52,15 +51,11 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         rows.append(("least eval loss on the way", f"{span(found.best_eval_loss)} at time {found.best_time:.3g}"))
         if found.best_eval_accuracy is not None:
             rows.append(("eval accuracy there", span(found.best_eval_accuracy)))
-    told = f"proximal {found.proximal:.3g}, or stop at time {found.stopping_time:.3g}"
-    rows.append(("to get this ridge in training", told))
+    rows.append(("to get this ridge in training", ridge_in_training(found)))
     if found.training is not None:
         rows += _trained(found.training)
     rows.append(("train mse bounds at ridge", f"{below(found.paper_lower, 3)} to {above(found.paper_upper, 3)}"))
-    names = dict(zip(found.modules, shortened(list(found.modules)), strict=True))
-    shares = sorted(found.modules.items(), key=lambda item: -item[1])[:5]
-    rows += [(f"share of trace, {names[name]}", f"{share:.1%}") for name, share in shares]
-    return rows
+    return rows + [(f"share of trace, {name}", share) for name, share in largest_shares(found, 5)]
 
 
 def _trained(training: Simulation) -> list[tuple[str, str]]:
@@ -79,4 +74,5 @@ def _aligned(found: Estimate) -> str:
 
 
 def _pair(mse: float | None, accuracy: float | None) -> str:
-    return f"mse {mse:.4g}" + ("" if accuracy is None else f", accuracy {accuracy:.3f}")
+    told = {"mse": mse, "accuracy": accuracy}
+    return ", ".join(f"{kind} {score(kind, value)}" for kind, value in told.items() if value is not None)

@@ -10,44 +10,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ntkengine.digits import between, nearest
+from ntkengine.report.cells import chosen_ridge, largest_class, largest_shares, ridge_in_training, score
+from ntkengine.report.tables import span
 
 Interval = tuple[float, float, float]
 _SHARES = 3  # modules that are named
 EDGE = "optimum is at the largest ridge"  # in the sentence of a forecast's assumptions that says so
-_FIELDS = {"eval": "eval", "held-out head": "held_out", "train": "train"}  # of `Forecast.start`, by row
+_RANKED = {"eval_loss": "eval loss", "eval_accuracy": "accuracy"}  # what is told of a choice
 
 
 def forecast_verdict(forecast: Any) -> list[str]:
-    """Return what a forecast's own rows say of fine-tuning, of chance, of the ridge, and of the modules.
+    """Return what a forecast says of fine-tuning, of chance, of the ridge, and of the modules.
 
     Args:
         forecast: from `forecast`.
     """
-    rows = dict(forecast.table())
-    held = forecast.eval_mse_at_ridge is not None
+    start, held = forecast.start, forecast.eval_mse_at_ridge is not None
     accuracy = forecast.eval_accuracy_at_ridge if held else forecast.loo_accuracy_at_ridge
-    name = f"{'eval' if held else 'leave-one-out'} {'mse' if accuracy is None else 'accuracy'}"
-    value = rows[f"{name} at ridge" if held else name]
-    before = "eval" if held else "held-out head" if "at the start, held-out head" in rows else "train"
     kind = "mse" if accuracy is None else "accuracy"
-    told = dict(pair.split(" ") for pair in rows[f"at the start, {before}"].split(", "))[kind]
     reached = accuracy or (forecast.eval_mse_at_ridge if held else forecast.loo)
-    start = forecast.start[f"{_FIELDS[before]}_{kind}"]
+    part = "eval" if held else "train" if start["held_out_mse"] is None else "held_out"
+    before = start[f"{part}_{kind}"]
     lines = [
-        f"Fine-tuning is forecast to reach {name} {value}, a 95 % interval; before it, {kind} {told}: "
-        f"{_gain(start, reached, higher=accuracy is not None)}."
+        f"Fine-tuning is forecast to reach {'eval' if held else 'leave-one-out'} {kind} {span(reached)}, a 95 % "
+        f"interval; before it, {kind} {score(kind, before)}: {_gain(before, reached, higher=accuracy is not None)}."
     ]
-    share = forecast.start.get(f"{'eval' if held else 'train'}_largest_class")
+    share = start.get(f"{'eval' if held else 'train'}_largest_class")
     if accuracy is not None and share is not None:
-        lines.append(
-            f"Always naming the largest class gets {rows['share of the largest class']}: {_place(share, accuracy)}."
-        )
+        lines.append(f"Always naming the largest class gets {largest_class(forecast)}: {_place(share, accuracy)}.")
     edges = [f" {line}" for line in forecast.assumptions if EDGE in line and forecast.ridge == forecast.ridges[-1]]
-    how = f"to get it in training: {rows['to get this ridge in training']}"
-    lines.append(f"Ridge: {rows['ridge']}; {how}.{''.join(edges[:1])}")
-    shares = [(name.partition(", ")[2], told) for name, told in rows.items() if name.startswith("share of trace, ")]
+    how = f"to get it in training: {ridge_in_training(forecast)}"
+    lines.append(f"Ridge: {chosen_ridge(forecast)}; {how}.{''.join(edges[:1])}")
+    shares = largest_shares(forecast, _SHARES)
     if shares:
-        lines.append(f"Modules with most of the trace: {', '.join(' '.join(pair) for pair in shares[:_SHARES])}.")
+        lines.append(f"Modules with most of the trace: {', '.join(' '.join(pair) for pair in shares)}.")
     return lines
 
 
@@ -101,27 +97,22 @@ def spectrum_verdict(condition: Any, reason: str) -> list[str]:
     return [f"{reason}: spectrum only; condition number {condition}."]
 
 
-def ranking_verdict(
-    rows: Sequence[Sequence[str]],
-    losses: Sequence[Interval],
-    before: Sequence[str] | None = None,
-    start: Interval | None = None,
-) -> list[str]:
+def ranking_verdict(choices: Sequence[Mapping[str, Any]], start: Mapping[str, Any] | None = None) -> list[str]:
     """Return what a ranking says of its first choice, and of the model before training.
 
     Args:
-        rows: of its table, best first; cells as `RANKED` names them.
-        losses: their forecast eval losses.
-        before: likewise the row of the model before training.
-        start: its eval loss.
+        choices: best first: `name`, `parameters`, and the intervals `eval_loss` and `eval_accuracy`, which may be None.
+        start: the intervals of the model before training.
     """
-    name, parameters, loss, accuracy, *_ = rows[0]
-    figures = [("eval loss", loss, 2), ("accuracy", accuracy, 3)]
-    told = ", ".join(f"{what} {_from(before, column)}{cell}" for what, cell, column in figures if cell)
-    lines = against_start(losses[0], start)
-    if start is not None and losses[0][0] >= start[0]:
-        return [*lines, f"The first, {name} ({parameters} parameters): {told}.", *not_told_apart(losses)]
-    return [f"Adapt {name} ({parameters} parameters): {told}.", *lines, *not_told_apart(losses)]
+    best, losses = choices[0], [choice["eval_loss"] for choice in choices]
+    named = f"{best['name']} ({best['parameters']:,} parameters)"
+    figures = [(told, None if start is None else start[key], best[key]) for key, told in _RANKED.items()]
+    told = ", ".join(f"{what} {_from(before)}{span(after)}" for what, before, after in figures if after)
+    first_loss = None if start is None else start["eval_loss"]
+    lines = against_start(losses[0], first_loss)
+    if first_loss is not None and losses[0][0] >= first_loss[0]:
+        return [*lines, f"The first, {named}: {told}.", *not_told_apart(losses)]
+    return [f"Adapt {named}: {told}.", *lines, *not_told_apart(losses)]
 
 
 def against_start(best: Interval, start: Interval | None) -> list[str]:
@@ -157,9 +148,9 @@ def not_told_apart(losses: Sequence[Interval]) -> list[str]:
     ]
 
 
-def _from(before: Sequence[str] | None, column: int) -> str:
-    """Return the middle of a cell of the row before training, and an arrow."""
-    return "" if before is None or not before[column] else f"{before[column].partition(' (')[0]} → "
+def _from(before: Interval | None) -> str:
+    """Return the value before training, and an arrow."""
+    return "" if before is None else f"{nearest(before[0])} → "
 
 
 def _gain(start: float, reached: Interval, higher: bool) -> str:
