@@ -91,12 +91,7 @@ class Resident:
         """Set `limit` and `turn`, and let go of what is over them."""
         self.limit, self.turn = limit, turn
         self._unsettle()
-        over = self._held() - limit
-        for key in list(self._kept):
-            if over <= 0:
-                break
-            del self._kept[key]
-            over -= _size(key)
+        self._let_go(self._held() - limit)
 
     def clear(self) -> None:
         """Let go of all weights."""
@@ -105,16 +100,20 @@ class Resident:
         self._coming.clear()
 
     def _make_room(self, new: Key) -> None:
-        """Let go of weights until another has room: of another dtype, then of those unused for longest, wanted last."""
+        """Let go of weights until another has room: of those that stayed in another dtype, then of those kept."""
         over = self._held() + _size(new) - self.limit
         if over > 0:  # of another dtype: a pass in it is over
             over -= self._unsettle(new[1:])
-        settled, most = sum(map(_size, self._settled)), self._most(new)
+        self._let_go(over, new)
+
+    def _let_go(self, over: int, new: Key | None = None) -> None:
+        """Free bytes of weights kept, those unused for longest first, wanted last; some stay, if like the new one."""
+        settled, most = sum(map(_size, self._settled)), 0 if new is None else self._most(new)
         for key in sorted(self._kept, key=self._wanted.__contains__):
             if over <= 0:
                 break
             weight = self._kept.pop(key)
-            if key[1:] == new[1:] and settled + _size(key) <= most:
+            if new is not None and key[1:] == new[1:] and settled + _size(key) <= most:
                 self._settled[key] = weight
                 settled += _size(key)
             else:
