@@ -9,8 +9,9 @@ import torch
 from ntkengine.errors import InputError
 from ntkengine.gram import planning
 from ntkengine.gram.engine import compute_gram
+from ntkengine.gram.fitting import GIB, fit
 from ntkengine.gram.foresight import plan_gram
-from ntkengine.gram.layout import GIB, Layout, Needs, fit
+from ntkengine.gram.layout import Layout, Needs
 from ntkengine.tangents.hidden import Hidden
 from tests.brute import relative_error, tiny_inputs, tiny_model, with_lora
 

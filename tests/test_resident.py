@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 import ntkengine as ntk
 from ntkengine.errors import InputError
 from ntkengine.gram import computing, planning, room
-from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
+from ntkengine.gram.fitting import GIB, bounds, fit
+from ntkengine.gram.layout import Layout, Needs
 from ntkengine.inputs import resident, streaming
 from ntkengine.inputs.resident import RESIDENT, Resident
 from ntkengine.inputs.weights import Entry, Held, entries

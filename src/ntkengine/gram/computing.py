@@ -17,8 +17,9 @@ from ntkengine.gram.anew import compare_anew
 from ntkengine.gram.assembly import assemble, surroundings
 from ntkengine.gram.checkpoint import Checkpoints
 from ntkengine.gram.finer import checked_by_autograd, double_of, measures_noise, noise_in_float64, without_sign
+from ntkengine.gram.fitting import NEAR, heap_limit
 from ntkengine.gram.frame import Frame
-from ntkengine.gram.layout import NEAR, Layout, heap_limit
+from ntkengine.gram.layout import Layout
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned
 from ntkengine.gram.ranksweep import sum_spread

@@ -14,7 +14,7 @@ from torch import nn
 from ntkengine.errors import InputError
 from ntkengine.gram.engine import compute_gram
 from ntkengine.gram.finer import measures_noise
-from ntkengine.gram.layout import heap_limit
+from ntkengine.gram.fitting import heap_limit
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned, timed
 from ntkengine.gram.room import free_bytes

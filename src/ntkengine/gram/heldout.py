@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.gram.beside import Beside
-from ntkengine.gram.layout import GIB, bounds
+from ntkengine.gram.fitting import GIB, bounds
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.planning import planned
 from ntkengine.gram.result import Gram, Layers, Stacked

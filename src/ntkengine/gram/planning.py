@@ -13,8 +13,9 @@ from ntkengine.cluster.comm import Team, together
 from ntkengine.cluster.shards import Shard, deal
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.estimates import kept_microbatches, make_plan, needs_of, shorten
+from ntkengine.gram.fitting import GIB, bounds, fit
 from ntkengine.gram.frame import Frame
-from ntkengine.gram.layout import GIB, Layout, Needs, bounds, fit
+from ntkengine.gram.layout import Layout, Needs
 from ntkengine.gram.panels import entries, meetings
 from ntkengine.gram.plan import Plan
 from ntkengine.gram.rates import checks_seconds, contraction_rate, page_seconds, sweep_seconds
