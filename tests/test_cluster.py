@@ -337,7 +337,7 @@ def test_a_launcher_of_another_library_is_refused(monkeypatch):
     assert launch.launched() is None
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "4")
-    monkeypatch.setattr("ntkengine.cluster.comm.world", lambda: (One(), "Open MPI"))
+    monkeypatch.setattr("ntkengine.cluster.library.world", lambda: (One(), "Open MPI"))
     with pytest.raises(InputError, match="started 4 processes, but Open MPI, which mpi4py has loaded, sees 1"):
         launch.launched()
     assert launch.launcher_rank() == 1

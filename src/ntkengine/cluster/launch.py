@@ -36,7 +36,8 @@ def launched() -> Team | None:
     """
     if "mpi4py.MPI" not in sys.modules and launcher_rank() is None:
         return None
-    from ntkengine.cluster.comm import team_of, world
+    from ntkengine.cluster.comm import team_of
+    from ntkengine.cluster.library import world
 
     count = max(_number(name) for name in (*_SIZES, _SLURM))
     try:

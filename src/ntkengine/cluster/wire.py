@@ -7,7 +7,8 @@ import logging
 import torch
 from torch import Tensor
 
-from ntkengine.cluster.comm import Team, says_device
+from ntkengine.cluster.comm import Team
+from ntkengine.cluster.library import says_device
 
 log = logging.getLogger(__name__)
 
