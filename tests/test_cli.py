@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ntkengine import cli, gramfiles
+from ntkengine import cli, gramcommand, gramfiles
 from ntkengine.errors import CheckFailed, NonFinite, NotConverged, Stopped
 
 
@@ -157,7 +157,7 @@ def test_what_log_dir_keeps_is_shown_only_if_asked_for(verbose, monkeypatch, tmp
     level = root.level, own.level
     try:
         cli.options(verbose=verbose)
-        cli._log_to(tmp_path, 0)
+        gramcommand._log_to(tmp_path, 0)
         logging.getLogger("ntkengine.gram").info("chosen")
         logging.getLogger("ntkengine.gram").warning("odd")
         own.handlers[0].close()

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from ntkengine.console import NOTHING_KEPT, answered, print_json, remark, show, showing_progress
 from ntkengine.errors import InputError
+from ntkengine.jobcommand import GRAM_ONLY, job_of, takes_job
 from ntkengine.jobflags import (
-    GRAM_ONLY,
     TRAINING,
     BatchSize,
     Epochs,
@@ -18,8 +18,6 @@ from ntkengine.jobflags import (
     Optimizer,
     collect,
     flag,
-    job_of,
-    takes_job,
 )
 
 
