@@ -17,7 +17,7 @@ from ntkengine.gram.task import Task
 from ntkengine.inputs import streaming
 from ntkengine.inputs.running import evaluation
 from ntkengine.tangents.factors import Dense
-from ntkengine.tangents.sweep import Sweep
+from ntkengine.tangents.passes import Passes
 from tests import zoo
 from tests.brute import tiny_inputs, tiny_model
 
@@ -50,7 +50,7 @@ def test_every_parameter_is_compared_and_a_wrong_one_named(monkeypatch, name, tr
         assert any(truth.structure.transposed[n] for n in truth.sketches) == (name == "gpt2")
         assert any(n in truth.sketches for n in truths.tables(model))  # sparse
         truth.sweep()
-        run, wrong = Sweep._run, ""
+        run, wrong = Passes.run, ""
 
         def turned(self, *given, **more):
             found = run(self, *given, **more)
@@ -61,7 +61,7 @@ def test_every_parameter_is_compared_and_a_wrong_one_named(monkeypatch, name, tr
                     use.d = use.d * 1.002
             return found
 
-        monkeypatch.setattr(Sweep, "_run", turned)
+        monkeypatch.setattr(Passes, "run", turned)
         for wrong in truth.structure.shapes:
             if wrong not in truth.structure.negligible:
                 with pytest.raises(CheckFailed, match=re.escape(wrong) + ".*: differs from plain autograd"):
