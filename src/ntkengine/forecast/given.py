@@ -12,7 +12,7 @@ from ntkengine.arguments import number, real_array
 from ntkengine.digits import above
 from ntkengine.errors import InputError
 from ntkengine.ridge.solve import as_columns
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 from ntkengine.targets import refuse_bits
 
 log = logging.getLogger(__name__)

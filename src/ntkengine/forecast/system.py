@@ -16,7 +16,7 @@ from ntkengine.errors import InputError
 from ntkengine.ridge import RidgePath
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.checks import check_size
-from ntkengine.spectrum.operators import declared_noise
+from ntkengine.spectrum.matrices import declared_noise
 
 CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 

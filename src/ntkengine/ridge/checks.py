@@ -23,7 +23,7 @@ from ntkengine.digits import above
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.checks import check_size
-from ntkengine.spectrum.operators import declared_noise
+from ntkengine.spectrum.matrices import declared_noise
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.special import expit, log_expit, logsumexp, softmax
 
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 
 
 class CrossEntropy:

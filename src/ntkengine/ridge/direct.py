@@ -15,7 +15,7 @@ from ntkengine.arguments import number
 from ntkengine.errors import InputError, NonFinite
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 from ntkengine.spectrum import as_matrix
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 
 _RESIDUAL = 1e-4  # of the right side: above it the pivots hid how singular the matrix is
 _UNREFINED = 2e-4  # the same before refinement, which the inverse that leaves examples out does not get

@@ -27,7 +27,7 @@ from ntkengine.ridge.checks import (
 from ntkengine.ridge.crossentropy import CrossEntropy
 from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.checks import SIZES
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 
 _MOVED = 1e-3  # of f, relative to 1 + |f − f0|, and of p: no prediction shows it
 

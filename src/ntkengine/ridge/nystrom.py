@@ -15,7 +15,8 @@ from scipy.sparse.linalg import LinearOperator
 from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError
 from ntkengine.ridge.pivoted import Columns, LowRank, random_cholesky
-from ntkengine.spectrum.operators import EPS, DenseOperator, multiply, noise_of, rounding_of
+from ntkengine.spectrum.matrices import EPS, noise_of
+from ntkengine.spectrum.operators import DenseOperator, multiply, rounding_of
 from ntkengine.spectrum.panels import operator_of
 
 

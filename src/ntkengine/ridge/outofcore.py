@@ -20,7 +20,7 @@ from ntkengine.errors import InputError, NonFinite
 from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual, check_unrefined, draw_probes
 from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
 from ntkengine.spectrum.checks import check_size, check_stored
-from ntkengine.spectrum.operators import EPS, declared_noise
+from ntkengine.spectrum.matrices import EPS, declared_noise
 
 
 def cholesky_on_disk(

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import check_size
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 
 Columns = Callable[[np.ndarray], np.ndarray]
 

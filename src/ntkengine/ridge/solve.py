@@ -15,7 +15,7 @@ from ntkengine.arguments import number, real_array, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.checks import check_size
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 
 # Of λ_max: eigenvalues from LAPACK are off by one to three eps·λ_max at any n (measured). Where K + ridge·I is below
 # this, a fit is off by more than 1e-4.

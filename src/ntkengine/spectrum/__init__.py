@@ -6,7 +6,8 @@ from ntkengine.spectrum.density import SpectralDensity, spectral_density
 from ntkengine.spectrum.functions import Estimate, effective_dimension, effective_rank, log_determinant
 from ntkengine.spectrum.implicit import DeviceOperator, FactorOperator, ImplicitOperator
 from ntkengine.spectrum.lanczos import eigsh
-from ntkengine.spectrum.operators import DenseOperator, GramOperator, as_matrix, noise_of
+from ntkengine.spectrum.matrices import as_matrix, noise_of
+from ntkengine.spectrum.operators import DenseOperator, GramOperator
 from ntkengine.spectrum.panels import PanelOperator
 from ntkengine.spectrum.sharded import ShardedOperator
 

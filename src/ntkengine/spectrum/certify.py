@@ -11,7 +11,7 @@ import numpy as np
 import scipy.linalg
 
 from ntkengine.digits import measured
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 
 _SHOWN = 6  # values that are printed
 

@@ -12,7 +12,8 @@ from ntkengine.arguments import number, real_array
 from ntkengine.digits import above, below, between, nearest
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.spectrum.lanczos import eigsh
-from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of
+from ntkengine.spectrum.matrices import EPS, eigenvalues_of
+from ntkengine.spectrum.operators import DenseOperator
 from ntkengine.spectrum.panels import operator_of
 
 _PRODUCTS = 500  # for the low end of an operator, which rarely converges

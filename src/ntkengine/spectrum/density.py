@@ -12,7 +12,8 @@ from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError
 from ntkengine.spectrum.condition import condition_from_eigenvalues
 from ntkengine.spectrum.functions import is_small
-from ntkengine.spectrum.operators import EPS, DenseOperator, eigenvalues_of, noise_of, rounding_of
+from ntkengine.spectrum.matrices import EPS, eigenvalues_of, noise_of
+from ntkengine.spectrum.operators import DenseOperator, rounding_of
 from ntkengine.spectrum.panels import operator_of
 from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 

@@ -13,7 +13,8 @@ from scipy.sparse.linalg import LinearOperator
 from ntkengine.arguments import choice, matrix_of, number, real_array
 from ntkengine.digits import measured
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, DenseOperator, as_matrix, eigenvalues_of, noise_of, rounding_of
+from ntkengine.spectrum.matrices import EPS, as_matrix, eigenvalues_of, noise_of
+from ntkengine.spectrum.operators import DenseOperator, rounding_of
 from ntkengine.spectrum.panels import operator_of
 from ntkengine.spectrum.quadrature import Function, quadrature, sampling, spread
 

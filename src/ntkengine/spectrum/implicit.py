@@ -14,7 +14,8 @@ import torch
 from ntkengine.arguments import number
 from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import check_size, check_stored
-from ntkengine.spectrum.operators import EPS, DenseOperator, GramOperator
+from ntkengine.spectrum.matrices import EPS
+from ntkengine.spectrum.operators import DenseOperator, GramOperator
 
 _ROWS = 4096  # of Φ turned to float64 at a time
 

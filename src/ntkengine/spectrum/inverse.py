@@ -12,7 +12,7 @@ from ntkengine.errors import NotConverged
 from ntkengine.spectrum.certify import Ritz, pair_bounds
 from ntkengine.spectrum.implicit import ImplicitOperator
 from ntkengine.spectrum.krylov import Krylov
-from ntkengine.spectrum.operators import EPS
+from ntkengine.spectrum.matrices import EPS
 
 _TRIES = 8
 _BLOCK = 8  # solves at once: a factor of 3,000 rows takes 7 ms for one and 8 ms for eight (measured)

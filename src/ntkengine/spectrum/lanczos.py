@@ -16,7 +16,8 @@ from ntkengine.errors import InputError, NotConverged
 from ntkengine.spectrum.certify import Ritz, certified_bounds, pair_bounds
 from ntkengine.spectrum.inverse import smallest
 from ntkengine.spectrum.krylov import Krylov
-from ntkengine.spectrum.operators import EPS, DenseOperator, noise_of
+from ntkengine.spectrum.matrices import EPS, noise_of
+from ntkengine.spectrum.operators import DenseOperator
 from ntkengine.spectrum.panels import IN_MEMORY, operator_of
 
 # Where LAPACK is quicker (one core, measured): the top pairs of an empirical NTK take Lanczos about 120 products at any

@@ -17,7 +17,8 @@ from ntkengine.arguments import matrix_of, number
 from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import check_size, check_stored
 from ntkengine.spectrum.implicit import ImplicitOperator
-from ntkengine.spectrum.operators import EPS, DenseOperator, GramOperator, declared_noise
+from ntkengine.spectrum.matrices import EPS, declared_noise
+from ntkengine.spectrum.operators import DenseOperator, GramOperator
 
 IN_MEMORY = 12_000  # rows: 1.2 GB in float64
 _PANEL_BYTES = 64 << 20  # a longer read is no faster

@@ -22,7 +22,8 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.arguments import whole
 from ntkengine.errors import InputError
-from ntkengine.spectrum.operators import EPS, DenseOperator, check_symmetry, multiply
+from ntkengine.spectrum.matrices import EPS
+from ntkengine.spectrum.operators import DenseOperator, check_symmetry, multiply
 
 # Of the error bars, which are to hold in 99 %: the normal 99 % of a few probes that lean to one side hold in 96 %.
 CONFIDENCE = 0.997
