@@ -198,7 +198,7 @@ def test_a_signal_is_a_clean_stop(tmp_path, contracted, number):
 
 def test_progress_of_an_unfinished_job(tmp_path, contracted, monkeypatch):
     model = tiny_model("bert")
-    monkeypatch.setattr("ntkengine.gram.checkpoint._TELL_S", 0.0)
+    monkeypatch.setattr("ntkengine.gram.telling._TELL_S", 0.0)
     seen = []
     contracted.act = lambda: seen.append(store.read_progress(tmp_path / "k.h5"))
     call = {"params": "all", "check": False, "out": tmp_path / "k.h5", "checkpoint_s": 0.0}

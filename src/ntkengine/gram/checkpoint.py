@@ -20,15 +20,13 @@ from ntkengine.errors import CheckFailed, InputError, NonFinite, Stopped
 from ntkengine.gram.frame import Frame
 from ntkengine.gram.keeper import Region, SweepKeeper, TileKeeper
 from ntkengine.gram.stopping import Stop, stopping
+from ntkengine.gram.telling import Telling
 from ntkengine.gram.versions import other_versions
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_S = 300.0
 _SHARE = 0.02  # of the run that checkpoints may take
-_TELL_S = 2.0
-
-Progress = Callable[[float, float, str], None]
 
 
 def new_run() -> str:
@@ -61,6 +59,7 @@ class Checkpoints:
         folder: of the parts.
         resumed: contractions that were found done, over all tiles.
         stop: whether this process was asked to stop.
+        telling: tells other processes how far the job is.
         repairs: whether what there is to do is to fill the open tiles of a file.
     """
 
@@ -83,8 +82,9 @@ class Checkpoints:
         self.job = json.loads(json.dumps(dict(job)))
         self.resumed = 0
         self.stop, self.repairs = Stop(), False
-        self._start = self._last = self._told = time.monotonic()
-        self._began, self._before_s, self._cost_s = time.time(), 0.0, 0.0
+        self.telling = Telling(self.folder, speaks=rank == 0)
+        self._start = self._last = time.monotonic()
+        self._before_s = self._cost_s = 0.0
         self._generation = self._attempts = 0
         self._run, self._versions = run or new_run(), dict(versions or {})
         self._arrays = {store.extra_name(name): array for name, array in (arrays or {}).items()} if rank == 0 else {}
@@ -119,7 +119,7 @@ class Checkpoints:
                 self._before_s = max(saved.state["seconds"] for saved in self._found)
             self.stop = opening.enter_context(stopping())
             self._exit = opening.pop_all()
-        self.tell(0.0, 1.0, "starting", now=True)
+        self.telling.tell(0.0, 1.0, "starting", now=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -150,22 +150,6 @@ class Checkpoints:
         """Return the keeper of one tile of a job with tiles of `size` samples."""
         return TileKeeper(self, region, size, symmetric=frame.symmetric)
 
-    def watched(self, progress: Progress | None) -> Progress:
-        """Return a progress that is also left where other processes find it."""
-
-        def report(done: float, total: float, stage: str) -> None:
-            self.tell(done, total, stage)
-            if progress is not None:
-                progress(done, total, stage)
-
-        return report
-
-    def tell(self, done: float, total: float, stage: str, *, now: bool = False) -> None:
-        """Leave word for other processes, every two seconds."""
-        if self.rank == 0 and (now or time.monotonic() - self._told > _TELL_S):
-            self._told = time.monotonic()
-            self.folder.tell({"done": done, "total": total, "stage": stage, "started": self._began})
-
     def write(self, write: Callable[[Path], None]) -> None:
         """Write the final file, and clear its parts away.
 
@@ -183,7 +167,7 @@ class Checkpoints:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Within the block the final file is written: a signal that comes now comes too late."""
-        self.tell(1.0, 1.0, "writing the file", now=True)
+        self.telling.tell(1.0, 1.0, "writing the file", now=True)
         with self.stop.waits():
             yield
 

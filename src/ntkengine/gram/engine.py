@@ -177,7 +177,7 @@ def compute_gram(
         team.same(wanted | given, "every rank must be given the same")
 
     def made(checkpoints: Checkpoints | None) -> tuple[Gram, Sums | Spread, Samples]:
-        report = progress if checkpoints is None else checkpoints.watched(progress)
+        report = progress if checkpoints is None else checkpoints.telling.watched(progress)
         if root:
             warn_of_own_loss(model, task.samples, task.readout)
         with zero_rows_named(task):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ntkengine.cluster.comm import Team
-from ntkengine.cluster.packing import Label, cut, join, label_of, pack, size_of, slices_of, unpack
+from ntkengine.cluster.packing import Label, join
+from ntkengine.cluster.parcels import Parcels
 from ntkengine.cluster.ring import Queue
 from ntkengine.cluster.shards import Piece, Shard
 from ntkengine.cluster.wire import Wire
@@ -79,8 +80,7 @@ class Spreading:
         self.group, self.tick, self.roots, self.kernels = group, tick, roots, kernels
         self.wire = Wire(team, device)
         self.met = meetings(shards, team.rank, samples, frame, window)
-        self.parcels = [sorted(s.pieces(), key=lambda p: (p.half, p.group)) for s in shards]
-        self.slices = {piece: slices_of(piece, samples, local) for piece in self.parcels[team.rank]}
+        self.parcels = Parcels(team.rank, shards, samples, local, device)
         self.workspace = Workspace()
         self.sums = Spread(team, frame, self._panels(TOTAL))
         self._start, self._contracted_s = (time.perf_counter(), team.waited), 0.0
@@ -125,7 +125,7 @@ class Spreading:
                     raise failed
                 segment, found = next(steps, (None, []))
                 bundles = self._bundles(found)
-                labels = [self._labels(bundle) for bundle in bundles]
+                labels = [self.parcels.labels(bundle) for bundle in bundles]
                 found.clear()
             except Exception as error:  # noqa: BLE001  (every rank has to hear of it)
                 team.agree(error)
@@ -151,9 +151,6 @@ class Spreading:
         sizes = {name: self.factor_bytes.get(name, 0.0) for name in by_name}
         return [[by_name[name] for name in names] for names in grouped(sizes, self.bundle_bytes) if names]
 
-    def _labels(self, bundle: Sequence[ParameterFactors]) -> list[Label]:
-        return [label_of([cut(f, self.slices[piece]) for f in bundle]) for piece in self.parcels[self.team.rank]]
-
     def _segment(
         self, segment: str, bundles: list[list[ParameterFactors]], labels: Sequence[Sequence[Sequence[Label]]]
     ) -> Exception | None:
@@ -164,8 +161,8 @@ class Spreading:
             bundles: this rank's factors.
             labels: by rank, bundle and piece.
         """
-        sizes = [[self._sizes(rank, labels[rank][b]) for rank in range(self.team.size)] for b in range(len(bundles))]
-        queue = Queue(self.team, self.wire, sizes, lambda b: self._packed(bundles[b], sizes[b]), self.window)
+        sizes = [[self.parcels.sizes(rank, found[b]) for rank, found in enumerate(labels)] for b in range(len(bundles))]
+        queue = Queue(self.team, self.wire, sizes, lambda b: self.parcels.packed(bundles[b]), self.window)
         failed: Exception | None = None
         for own in (f for bundle in bundles for f in bundle):
             self.panels(self._part(own.name))  # on a rank without rectangles too
@@ -173,12 +170,7 @@ class Spreading:
             for w, meeting in enumerate(self.met):
                 there: dict[Piece, list[ParameterFactors]] = {}
                 for hop, parcel in queue.take(b, w):
-                    at = 0
-                    for piece, label in zip(self.parcels[hop.source], labels[hop.source][b], strict=True):
-                        if not (hop.half and piece.half):
-                            size = size_of(label)
-                            there[piece] = unpack(label, parcel[at : at + size], bundle)
-                            at += size
+                    there |= self.parcels.unpacked(hop, labels[hop.source][b], parcel, bundle)
                 if failed is None:
                     try:
                         self._contract(segment, bundle, there, w, meeting, queue.poll)
@@ -189,22 +181,6 @@ class Spreading:
             bundle.clear()
         queue.finish()
         return failed
-
-    def _sizes(self, rank: int, labels: Sequence[Label]) -> tuple[int, int]:
-        sizes = [0, 0]
-        for piece, label in zip(self.parcels[rank], labels, strict=True):
-            sizes[piece.half] += size_of(label)
-        return sizes[0], sizes[1]
-
-    def _packed(self, bundle: Sequence[ParameterFactors], sizes: Sequence[tuple[int, int]]) -> Tensor:
-        out = torch.empty(sum(sizes[self.team.rank]), dtype=torch.uint8, device=self.device)
-        at = 0
-        for piece in self.parcels[self.team.rank]:
-            found = [cut(f, self.slices[piece]) for f in bundle]
-            size = size_of(label_of(found))
-            pack(found, out[at : at + size])
-            at += size
-        return out
 
     def _contract(
         self,
@@ -219,7 +195,7 @@ class Spreading:
             return
         for i, own in enumerate(bundle):
             began = time.perf_counter()
-            joined = join([there[p][i] if p in there else cut(own, self.slices[p]) for p in meeting.axis])
+            joined = join([there[p][i] if p in there else self.parcels.own(own, p) for p in meeting.axis])
             unsigned = self.frame.transform in SIGNS and own.name in self.structure.negligible
             kind = "zero" if unsigned else joined.kind
             strategy, flops = choose(kind, joined.shape, joined.tokens, meeting.size, *meeting.frames)
