@@ -6,7 +6,7 @@ before it returned, and nothing else carries a gradient across a boundary. A mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ntkengine.errors import CheckFailed
-from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
 
 
@@ -75,96 +73,6 @@ def replace_first(output: Any, value: Tensor) -> Any:
         return value
     changed = [value, *output[1:]]
     return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)  # named tuples take entries
-
-
-class _Reached(Exception):  # noqa: N818
-    """Raised to end a forward pass at the first block; carries its hidden states."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__("first block reached")
-        self.hidden = hidden
-
-
-def before_blocks(model: nn.Module, inputs: Mapping[str, Tensor], stack: Stack) -> Tensor:
-    """Run the model up to its first block; return the hidden states that enter it.
-
-    Raises:
-        CheckFailed: the first block is not reached.
-    """
-
-    def stop(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(stack.take(args, kwargs))
-
-    handle = stack.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        call_model(model, inputs)
-    except _Reached as reached:
-        return reached.hidden
-    finally:
-        handle.remove()
-    msg = "the first block was not reached"
-    raise CheckFailed(msg)
-
-
-@dataclass
-class CutPass:
-    """One forward pass cut at every block boundary: segment i maps leaves[i] to outs[i] (the first has no leaf).
-
-    Attributes:
-        leaves: detached inputs of the segments; None for the first.
-        outs: the segments' outputs; the last is f, (n, C).
-    """
-
-    leaves: list[Tensor | None]
-    outs: list[Tensor]
-
-
-def cut_forward(
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    stack: Stack,
-    readout: Readout,
-    enter: Callable[[int], None] = lambda _segment: None,
-) -> CutPass:
-    """Return one forward pass in which each segment starts from a detached leaf.
-
-    Args:
-        model: the model, frozen or with gradients wanted for some parameters.
-        inputs: a microbatch.
-        stack: its blocks.
-        readout: f.
-        enter: called with the index of each segment that begins.
-    """
-    result = CutPass([None], [])
-    handles = []
-
-    def cut(hidden: Tensor, segment: int) -> Tensor:
-        leaf = hidden.detach().requires_grad_(True)
-        result.outs.append(hidden)
-        result.leaves.append(leaf)
-        enter(segment)
-        return leaf
-
-    def before(segment: int) -> Any:
-        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return stack.put(args, kwargs, cut(stack.take(args, kwargs), segment))
-
-        return hook
-
-    def after_last(_m: nn.Module, _args: Any, output: Any) -> Any:
-        return replace_first(output, cut(first_tensor(output), stack.head))
-
-    try:
-        for i, block in enumerate(stack.blocks):
-            handles.append(block.register_forward_pre_hook(before(i + 1), with_kwargs=True))
-        if stack.blocks:
-            handles.append(stack.blocks[-1].register_forward_hook(after_last))
-        enter(0)
-        result.outs.append(readout(call_model(model, inputs), inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return result
 
 
 def find_stack(model: nn.Module, inputs: Mapping[str, Tensor], n: int) -> Stack:

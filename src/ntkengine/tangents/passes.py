@@ -7,8 +7,8 @@ Shape suffixes: n samples of a microbatch, C outputs, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from ntkengine.inputs.resident import RESIDENT, Key
 from ntkengine.inputs.running import call_model, wanting_gradients
 from ntkengine.inputs.streaming import is_streamed, streamed_keys
 from ntkengine.inputs.unrounded import unrounded
-from ntkengine.tangents.blocks import before_blocks, first_tensor, replace_first
+from ntkengine.tangents.blocks import first_tensor
+from ntkengine.tangents.boundaries import Others, at_boundaries, before_blocks
 from ntkengine.tangents.capture import Call, Recorder
 from ntkengine.tangents.factors import Use
 from ntkengine.tangents.hidden import Hidden
@@ -31,8 +32,6 @@ from ntkengine.tangents.pulling import Puller
 from ntkengine.tangents.rehearsal import agreement, storage
 from ntkengine.tangents.structure import Path, Structure
 from ntkengine.tangents.verify import Recording
-
-Saved = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Passes:
@@ -70,7 +69,7 @@ class Passes:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.outputs = np.full((samples.total, structure.outputs), np.nan)
         self.lowest = min((s for s, paths in structure.paths.items() if paths), default=self.stack.head)
-        self._saved: list[dict[int, Saved]] = [{} for _ in samples.chunks]  # arguments but the hidden states
+        self._saved: list[dict[int, Others]] = [{} for _ in samples.chunks]  # arguments but the hidden states
         self._hidden = Hidden(hidden)
         self._norms: list[dict[int, Tensor]] = [{} for _ in samples.chunks]  # of each segment's output, forward
         self._cotangents: list[Tensor | None] = [None for _ in samples.chunks]
@@ -114,45 +113,35 @@ class Passes:
 
     def _head(self, i: int, paths: list[Path]) -> dict[str, list[Use]]:
         """Forward the whole model, save what enters each block that will be replayed, and take the head's factors."""
-        inputs = self._inputs(i)
-        saved = self._saved[i]
-        leaf: list[Tensor] = []
+        inputs, leaf = self._inputs(i), list[Tensor]()
 
-        def before(index: int) -> Any:
-            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                hidden = self.stack.take(args, kwargs).detach()  # no graph through the blocks
-                saved[index] = self.stack.put(args, kwargs, None)
-                self._hidden.put(i, index, hidden)
-                args, kwargs = self.stack.put(args, kwargs, hidden)
-                self._norms[i][index - 1] = _norm(hidden)
-                return args, kwargs
+        def enter(segment: int, hidden: Tensor, others: Others | None) -> Tensor:
+            hidden = hidden.detach()  # no graph through the blocks
+            if others is None:
+                leaf.append(hidden.requires_grad_(True))
+            else:
+                self._saved[i][segment] = others
+                self._hidden.put(i, segment, hidden)
+            self._norms[i][segment - 1] = _norm(hidden)
+            return hidden
 
-            return hook
+        cut, told = at_boundaries(self.stack, enter, self.lowest), self._announced(i)
+        with cut, told, self._recorder(i, paths) as recorder, self._wanted(paths):
+            f = self.readout(call_model(self.model, inputs), inputs)
+            recorder.stop()
+            self._note(i, f)
+            return self._pull(i, f, leaf, recorder.calls, paths)
 
-        def after_last(_m: nn.Module, _args: Any, output: Any) -> Any:
-            leaf.append(first_tensor(output).detach().requires_grad_(True))
-            self._norms[i][self.stack.depth] = _norm(leaf[0])
-            return replace_first(output, leaf[0])
-
+    @contextmanager
+    def _announced(self, i: int) -> Iterator[None]:
+        """Within the block, tell before each block what weights it needs, and the next one."""
+        follows = [*range(2, self.stack.depth + 1), 1 if i + 1 < len(self.samples.chunks) else 0]
         handles = [
-            block.register_forward_pre_hook(before(s + 1), with_kwargs=True)
-            for s, block in enumerate(self.stack.blocks)
-            if s + 1 >= self.lowest
+            block.register_forward_pre_hook(partial(self._expect, s + 1, follows[s]))
+            for s, block in enumerate(self.stack.blocks if any(self._weights) else ())
         ]
-        if any(self._weights):
-            follows = [*range(2, self.stack.depth + 1), 1 if i + 1 < len(self.samples.chunks) else 0]
-            handles += [
-                block.register_forward_pre_hook(partial(self._expect, s + 1, follows[s]))
-                for s, block in enumerate(self.stack.blocks)
-            ]
-        if self.stack.blocks:
-            handles.append(self.stack.blocks[-1].register_forward_hook(after_last))
         try:
-            with self._recorder(i, paths) as recorder, self._wanted(paths):
-                f = self.readout(call_model(self.model, inputs), inputs)
-                recorder.stop()
-                self._note(i, f)
-                return self._pull(i, f, leaf, recorder.calls, paths)
+            yield
         finally:
             for handle in handles:
                 handle.remove()

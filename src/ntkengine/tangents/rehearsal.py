@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten
 
 from ntkengine.inputs.readout import Readout
 from ntkengine.inputs.running import call_model
-from ntkengine.tangents.blocks import Stack, before_blocks, first_tensor, holds_tensors, replace_first
+from ntkengine.tangents.blocks import Stack, first_tensor, holds_tensors
+from ntkengine.tangents.boundaries import Others, at_boundaries, before_blocks
 from ntkengine.tangents.capture import Call, Pulled, Recorder
 
 _TAG = "ntkengine segment"
@@ -95,7 +96,7 @@ class Rehearsal:
         self.held: list[int] = []
         weights = {where for p in model.parameters() for where in storage(p)}
         holding: dict[int, int] = {}
-        self._saved: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._saved: dict[int, Others] = {}
         self._after: dict[int, Tensor] = {}  # each segment's output, to compare a replay with
         self._kept: dict[int, Scene] = {}
         self._entered: dict[int, tuple[Tensor, int]] = {}  # by a leaf's id the leaf, so that it stays, and its segment
@@ -113,45 +114,26 @@ class Rehearsal:
             self.held.append(sum(size for where, size in holding.items() if where not in weights))
             holding.clear()
 
-        def leave(hidden: Tensor, segment: int) -> Tensor:
+        def enter(segment: int, hidden: Tensor, others: Others | None) -> Tensor:
             nonlocal leaf
+            if any(t.requires_grad if isinstance(t, Tensor) else holds_tensors(t) for t in tree_flatten(others)[0]):
+                self.apart = False
             count()
-            self._note(hidden, segment)
+            self._note(hidden, segment - 1)
             if keep:
-                self._kept[segment] = Scene(hidden, leaf, dict(recorder.calls))
+                self._kept[segment - 1] = Scene(hidden, leaf, dict(recorder.calls))
             recorder.calls.clear()
             leaf = hidden.detach().requires_grad_(True)
-            self._entered[id(leaf)] = leaf, segment + 1
+            self._entered[id(leaf)] = leaf, segment
+            if others is not None:
+                self._saved[segment] = stack.put(*others, leaf)
             return leaf
 
-        def before(segment: int) -> Any:
-            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                hidden = stack.take(args, kwargs)
-                others = tree_flatten(stack.put(args, kwargs, None))[0]
-                if any(t.requires_grad if isinstance(t, Tensor) else holds_tensors(t) for t in others):
-                    self.apart = False
-                args, kwargs = self._saved[segment] = stack.put(args, kwargs, leave(hidden, segment - 1))
-                return args, kwargs
-
-            return hook
-
-        def after_last(_m: nn.Module, _args: Any, output: Any) -> Any:
-            return replace_first(output, leave(first_tensor(output), stack.depth))
-
-        handles = [
-            block.register_forward_pre_hook(before(i + 1), with_kwargs=True) for i, block in enumerate(stack.blocks)
-        ]
-        if stack.blocks:
-            handles.append(stack.blocks[-1].register_forward_hook(after_last))
-        try:
-            # These hooks hide overwritten tensors from autograd: never where its gradients are the truth.
-            hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x) if measure else nullcontext()
-            with recorder, hooks:
-                out = readout(call_model(model, inputs), inputs)
-            count()
-        finally:
-            for handle in handles:
-                handle.remove()
+        # These hooks hide overwritten tensors from autograd: never where its gradients are the truth.
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x) if measure else nullcontext()
+        with at_boundaries(stack, enter), recorder, hooks:
+            out = readout(call_model(model, inputs), inputs)
+        count()
         self.expand = frozenset(recorder.expanded)
         self._note(out, stack.head)
         self.f, self.depends = out.detach(), out.requires_grad

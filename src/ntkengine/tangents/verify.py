@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs.readout import Readout
-from ntkengine.tangents.blocks import Stack, cut_forward
+from ntkengine.tangents.blocks import Stack
+from ntkengine.tangents.boundaries import cut_forward
 from ntkengine.tangents.capture import Call, PathFailed, Pulled, Recorder
 from ntkengine.tangents.factors import Lookup, ParameterFactors, merge
 from ntkengine.tangents.paths import matrix_shape, path_for, uses_of
