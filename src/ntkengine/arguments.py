@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
@@ -152,6 +152,11 @@ def matrix_of(gram: Any) -> Any:
     """Return what a Gram or a frame has stored as its matrix, or else the matrix itself; a tensor as an array."""
     values = getattr(gram, "values", gram)
     return without_tensors(gram if callable(values) else values)
+
+
+def meta_of(gram: Any) -> Mapping[str, Any]:
+    """Return what a Gram notes of itself; of anything else nothing."""
+    return getattr(gram, "meta", None) or {}
 
 
 def without_tensors(value: Any) -> Any:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _PASSING = ("wall time", "  in passes", "  in contractions", "  taken from checkpoints", "date", "work", "device")
 
 _LONG = 60  # characters of a list of modules that is shown whole
-_UNRESOLVED = "not resolved: within what the noise may do"
 
 
 @answered
@@ -143,14 +142,15 @@ def _conditions(found: Iterable[ConditionNumber]) -> tuple[str, ...]:
 
 
 def _told(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from ntkengine.report.cells import aligned
+
     if not found["same_examples"]:
         return [("examples", "not known to be the same: entries are not compared")]
     place = f"{'within' if found['within_noise'] else 'beyond'} the noise of both, {above(found['noise'], 2)} gradient²"
-    aligned = measured(found["alignment"], found["alignment_error"], 6)
     return [
         ("examples", "the same"),
         ("‖A − B‖_F / ‖A‖_F", measured(found["relative_difference"], found["relative_difference_error"], 4)),
         ("‖A − B‖₂", f"{nearest(found['spectral_difference'])} gradient², {place}"),
-        ("alignment ⟨A, B⟩ / ‖A‖‖B‖", aligned if found["alignment_error"] < 1.0 else _UNRESOLVED),
+        ("alignment ⟨A, B⟩ / ‖A‖‖B‖", aligned(found["alignment"], found["alignment_error"], 6)),
         ("‖B‖_F / ‖A‖_F", nearest(found["scale"])),
     ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ntkengine.arguments import matrix_of, real_array
+from ntkengine.arguments import matrix_of, meta_of, real_array
 from ntkengine.errors import InputError
 from ntkengine.forecast.given import differing
 from ntkengine.forecast.system import Kernel, cut
@@ -173,8 +173,7 @@ def _compare_corner(gram: Any, N: int, rows: np.ndarray, corner: np.ndarray) -> 
     width = values.shape[-1] // N
     at = gram_rows(rows, width)
     found = values[..., at[:, None], at]
-    meta = getattr(gram, "meta", None) or {}
-    known = meta.get("noise_relative")
+    known = meta_of(gram).get("noise_relative")
     allowed = max(_ALIKE, _DEVIATIONS * (_UNKNOWN if known is None else float(known)))
     size = np.sqrt(np.abs(np.einsum("...ii->...i", corner)))
     off = np.abs(found - corner) / np.maximum(size[..., :, None] * size[..., None, :], np.finfo(float).tiny)
@@ -187,7 +186,7 @@ def _compare_corner(gram: Any, N: int, rows: np.ndarray, corner: np.ndarray) -> 
 
 
 def _kind(gram: Any) -> dict[str, Any]:
-    plan, meta = getattr(gram, "plan", None), getattr(gram, "meta", None) or {}
+    plan, meta = getattr(gram, "plan", None), meta_of(gram)
     if plan is None or "readout" not in meta:
         return {}
     names = sorted([*(row.parameter for row in plan.parameters), *plan.unused])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkengine.arguments import number, real_array
+from ntkengine.arguments import meta_of, number, real_array
 from ntkengine.digits import above
 from ntkengine.errors import InputError
 from ntkengine.ridge.solve import as_columns
@@ -40,7 +40,7 @@ def check_gram(gram: Any, y: np.ndarray) -> None:
     Raises:
         InputError: naming it.
     """
-    if (getattr(gram, "meta", None) or {}).get("readout") == "loss":
+    if meta_of(gram).get("readout") == "loss":
         raise InputError("gram: is of readout 'loss', whose outputs no targets go with; expected 'logits', 'margin', …")
     _as_many("targets", y, getattr(gram, "outputs", None), "train")
 

@@ -5,14 +5,48 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ntkengine.arguments import flag, meta_of
 from ntkengine.errors import InputError
+from ntkengine.forecast.crossfit import CrossFit
+from ntkengine.forecast.given import holds, offset_of
 
 log = logging.getLogger(__name__)
 
 _FEW = 0.02  # of the examples: below this a remark among the assumptions is enough
 
 
-def head_fitted(gram: Any, told: bool | None, held_out: bool) -> bool:
+def held_out(
+    gram: Any, y: np.ndarray, offset: ArrayLike | None, cross_fit: CrossFit | None, told: bool | None
+) -> tuple[np.ndarray | None, CrossFit | None, bool]:
+    """Return f0 of heads that did not see an example, (N, C), the cross-fit it is of, and whether the Gram's head did.
+
+    Args:
+        gram: as `forecast` takes it.
+        y: targets, (N, C).
+        offset: `held_out_offset`.
+        cross_fit: as given; else what the Gram keeps for its own targets, where no offset was given.
+        told: `head_fitted_on_targets`.
+
+    Raises:
+        InputError: what does not fit the Gram, or as `_head_fitted`.
+    """
+    held = None if offset is None else offset_of("held_out_offset", offset, None, y.shape)
+    if cross_fit is None and held is None and told is not False and holds(gram, y):
+        cross_fit = CrossFit.kept_in(gram)
+    if cross_fit is not None:
+        if not isinstance(cross_fit, CrossFit):
+            raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
+        cross_fit.check(gram, *y.shape)
+        held = cross_fit.held_out()
+    if told is not None:
+        flag("head_fitted_on_targets", told)
+    return held, cross_fit, _head_fitted(gram, told, held is not None)
+
+
+def _head_fitted(gram: Any, told: bool | None, held_out: bool) -> bool:
     """Return whether the head was fitted on the targets: as told, else as the Gram knows.
 
     Args:
@@ -23,7 +57,7 @@ def head_fitted(gram: Any, told: bool | None, held_out: bool) -> bool:
     Raises:
         InputError: it was, and there are none; or the whole model was trained on them.
     """
-    meta = _meta(gram)
+    meta = meta_of(gram)
     if meta.get("trained_on") and told is not False:
         raise InputError(
             "gram: fine_tune trained its model on these examples, and every risk figure would be too small; make it of "
@@ -48,7 +82,7 @@ def leak_notes(gram: Any, examples: int, eval_examples: int | None) -> list[str]
         examples: N.
         eval_examples: M, or None without eval targets.
     """
-    meta, notes = _meta(gram), []
+    meta, notes = meta_of(gram), []
     repeated, seen = meta.get("repeated") or 0, meta.get("eval_seen") or 0
     if repeated:
         notes.append(
@@ -69,7 +103,3 @@ def leak_notes(gram: Any, examples: int, eval_examples: int | None) -> list[str]
         if share > _FEW:
             log.warning("%s", note)
     return [note for _, note in notes]
-
-
-def _meta(gram: Any) -> dict[str, Any]:
-    return getattr(gram, "meta", None) or {}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ntkengine.arguments import flag
+from ntkengine.arguments import meta_of
 from ntkengine.errors import InputError
 from ntkengine.forecast.assumptions import assumptions_of, curve_notes, start_line
 from ntkengine.forecast.bounds import risk_bounds
@@ -21,19 +21,18 @@ from ntkengine.forecast.given import (
     check_gram,
     eval_offset_of,
     eval_targets_of,
-    holds,
     offset_of,
     refuse_indefinite,
     ridge_of,
     targets_of,
 )
-from ntkengine.forecast.leaks import head_fitted, leak_notes
+from ntkengine.forecast.leaks import held_out, leak_notes
 from ntkengine.forecast.result import Forecast
 from ntkengine.forecast.scores import centred_alignment, hits, mean_interval, name_classes, wilson_interval
-from ntkengine.forecast.system import Flow, Kernel, cut
+from ntkengine.forecast.system import Flow, cut
 from ntkengine.forecast.trained import simulated, training_notes
 from ntkengine.recipe import Recipe
-from ntkengine.ridge import RidgePath, ridge_grid
+from ntkengine.ridge import ridge_grid
 from ntkengine.ridge.tuning import pick
 from ntkengine.spectrum import Estimate, condition_from_eigenvalues, noise_of
 from ntkengine.spectrum.functions import dimension_from_eigenvalues, rank_from_sums
@@ -103,17 +102,7 @@ def forecast(
     N, C = y.shape
     check_gram(gram, y)
     f0 = offset_of("offset", offset, getattr(gram, "outputs", None), y.shape)
-    held = None if held_out_offset is None else offset_of("held_out_offset", held_out_offset, None, y.shape)
-    if cross_fit is None and held is None and head_fitted_on_targets is not False and holds(gram, y):
-        cross_fit = CrossFit.kept_in(gram)
-    if cross_fit is not None:
-        if not isinstance(cross_fit, CrossFit):
-            raise InputError(f"cross_fit: expected a CrossFit, got {type(cross_fit).__name__}")
-        cross_fit.check(gram, N, C)
-        held = cross_fit.held_out()
-    if head_fitted_on_targets is not None:
-        flag("head_fitted_on_targets", head_fitted_on_targets)
-    fitted = head_fitted(gram, head_fitted_on_targets, held is not None)
+    held, cross_fit, fitted = held_out(gram, y, held_out_offset, cross_fit, head_fitted_on_targets)
     y_eval = eval_targets_of(gram, eval_targets, y)
     kernel = cut(gram, N, C, None if y_eval is None else len(y_eval))
     flow = Flow.of(kernel, kernel.paths(y - f0))
@@ -124,12 +113,7 @@ def forecast(
     condition = condition_from_eigenvalues(values, given)
     noise = condition.noise
     refuse_indefinite(values, given)
-    # Honest residuals for leave-one-out and GCV; the flow keeps those of the real start.
-    if cross_fit is not None:
-        tested = Systems.of(gram, cross_fit, y)
-    else:
-        paths = flow.paths if held is None else _retargeted(kernel, flow.paths, y - held)
-        tested = Systems([(kernel, paths, np.ones(N, dtype=bool))])
+    tested = _tested(gram, flow, y, held, cross_fit)
     least = noise if cross_fit is None else max(noise, tested.least_ridge(noise / condition.lambda_max))
     ridges = ridge_grid(values, least)
     if not isinstance(ridge, str):
@@ -146,11 +130,11 @@ def forecast(
 
     classes = name_classes(y, y_eval)
     loo_hits = hits(y - left_out, y) if classes else None
-    predicted = None
+    eval_errors = eval_hits = None
     if y_eval is not None and f0_eval is not None:
         predicted = np.stack([f0_eval + flow.evaluate(partial(_ridge_response, r)) for r in ridges])
-    eval_hits = hits(predicted, y_eval) if classes and predicted is not None and y_eval is not None else None
-    eval_errors = None if predicted is None else ((predicted - y_eval) ** 2).mean(axis=2)  # (R, M)
+        eval_errors = ((predicted - y_eval) ** 2).mean(axis=2)  # (R, M)
+        eval_hits = hits(predicted, y_eval) if classes else None
 
     residual_norm = float(np.linalg.norm(y - f0))
     top, bottom = condition.lambda_max, condition.lambda_min
@@ -161,7 +145,7 @@ def forecast(
             f"gram: expected the plain inner product (transform 'sgd') to simulate a recipe on, got {gram.transform!r}"
         )
     training = None if recipe is None else simulated(gram, kernel, y, f0, y_eval, f0_eval, Recipe.of(recipe))
-    words = str((getattr(gram, "meta", None) or {}).get("readout", "")).startswith("LabelWords")
+    words = str(meta_of(gram).get("readout", "")).startswith("LabelWords")
     curves = flow_curves(flow, y, y_eval, f0_eval, t, noise, classes)
     return Forecast(
         n=N,
@@ -223,8 +207,15 @@ def _ridge_response(ridge: float, eigenvalues: np.ndarray) -> np.ndarray:
     return 1.0 / (eigenvalues + ridge)
 
 
-def _retargeted(kernel: Kernel, paths: list[RidgePath], residual: np.ndarray) -> list[RidgePath]:
-    return [path.with_residual(r) for path, r in zip(paths, kernel.columns(residual), strict=True)]
+def _tested(gram: Any, flow: Flow, y: np.ndarray, held: np.ndarray | None, cross_fit: CrossFit | None) -> Systems:
+    """Return systems with honest residuals, for leave-one-out and GCV; the flow keeps those of the real start."""
+    if cross_fit is not None:
+        return Systems.of(gram, cross_fit, y)
+    paths = flow.paths
+    if held is not None:
+        residuals = flow.kernel.columns(y - held)
+        paths = [path.with_residual(r) for path, r in zip(paths, residuals, strict=True)]
+    return Systems([(flow.kernel, paths, np.ones(len(y), dtype=bool))])
 
 
 def _start(
@@ -255,7 +246,7 @@ def _largest_class(target: np.ndarray) -> float:
 
 def _module_shares(gram: Any) -> dict[str, float]:
     """Share of the trace by module, from per-module Grams or from the traces noted beside the Gram."""
-    noted = (getattr(gram, "meta", None) or {}).get("module_trace") or {}
+    noted = meta_of(gram).get("module_trace") or {}
     grams = getattr(gram, "modules", None) or {}
     traces = {n: float(np.trace(np.asarray(K), axis1=-2, axis2=-1).sum()) for n, K in grams.items()} or dict(noted)
     total = sum(traces.values())

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 from ntkengine.digits import above, below, measured
 from ntkengine.forecast.simulate import Simulation
-from ntkengine.report.cells import chosen_ridge, largest_class, largest_shares, ridge_in_training, score
+from ntkengine.report.cells import aligned, chosen_ridge, largest_class, largest_shares, ridge_in_training, score
 from ntkengine.report.tables import span
 
 if TYPE_CHECKING:
     from ntkengine.forecast.result import Forecast
-    from ntkengine.spectrum import Estimate
 
 
 def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
@@ -26,7 +25,10 @@ def forecast_rows(found: Forecast) -> list[tuple[str, str]]:
         ("condition number", str(found.condition)),
         ("trace", str(found.trace)),
         ("effective rank", str(found.effective_rank)),
-        ("alignment with targets", "undefined" if found.alignment is None else _aligned(found.alignment)),
+        (
+            "alignment with targets",
+            "undefined" if found.alignment is None else aligned(found.alignment, found.alignment.error, 3),
+        ),
         ("at the start, train", _pair(start["train_mse"], start["train_accuracy"])),
     ]
     if start["held_out_mse"] is not None:
@@ -66,11 +68,6 @@ def _trained(training: Simulation) -> list[tuple[str, str]]:
     rows += [("eval loss after it (90%)", span(o.eval_loss))] if o.eval_loss is not None else []
     rows += [("eval accuracy after it (90%)", span(o.eval_accuracy))] if o.eval_accuracy is not None else []
     return [*rows, ("movement of parameters", f"{training.displacement:.4g}")]
-
-
-def _aligned(found: Estimate) -> str:
-    """Return an alignment with its error; one that the noise may have made is not resolved."""
-    return measured(found, found.error, 3) if found.error < 1.0 else "not resolved: within what the noise may do"
 
 
 def _pair(mse: float | None, accuracy: float | None) -> str:

@@ -13,12 +13,11 @@ import numpy as np
 
 from ntkengine.arguments import matrix_of, real_array
 from ntkengine.errors import InputError
+from ntkengine.gram.frame import CONTRACTIONS
 from ntkengine.ridge import RidgePath
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.checks import check_size
 from ntkengine.spectrum.matrices import declared_noise
-
-CONTRACTIONS = ("trace", "full", "per-output", "sum-of-outputs")
 
 
 @dataclass(frozen=True)

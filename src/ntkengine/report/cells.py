@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from ntkengine.digits import measured
 from ntkengine.report.tables import shortened
 
 
 def score(kind: str, value: float) -> str:
     """Return an "mse" or an "accuracy" without its interval."""
     return f"{value:.3f}" if kind == "accuracy" else f"{value:.4g}"
+
+
+def aligned(value: float, error: float, digits: int) -> str:
+    """Return an alignment with its error; one that the noise may have made is not resolved."""
+    return measured(value, error, digits) if error < 1.0 else "not resolved: within what the noise may do"
 
 
 def largest_class(forecast: Any) -> str:

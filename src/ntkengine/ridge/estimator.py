@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from ntkengine.arguments import choice, flag, matrix_of, number, real_array
+from ntkengine.arguments import choice, flag, matrix_of, meta_of, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge.cg import conjugate_gradients
 from ntkengine.ridge.checks import as_weights, check_cross, check_ridge, check_target, kernel_of, with_classes
@@ -118,7 +118,7 @@ class KernelRidge(RegressorMixin, BaseEstimator):
             raise InputError(f"y: expected {np.shape(own)}, an example of this 'full' Gram a row, got {targets.shape}")
         block, examples = (outputs, len(targets)) if full else (1, rows)
         residual = as_columns("y", y, examples)
-        meta = getattr(X, "meta", None) or {}
+        meta = meta_of(X)
         if meta.get("readout") == "margin":
             refuse_bits("y", residual)
         if offset is not None:

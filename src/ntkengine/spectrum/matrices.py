@@ -14,7 +14,7 @@ import scipy.linalg
 import scipy.sparse
 from scipy.sparse.linalg import LinearOperator
 
-from ntkengine.arguments import matrix_of, number, real_array
+from ntkengine.arguments import matrix_of, meta_of, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.spectrum.checks import SIZES, check_size
 
@@ -169,7 +169,7 @@ def declared_noise(gram: Any) -> float | None:
     if noise is None:
         return None
     if isinstance(noise, float) and math.isnan(noise) and hasattr(gram, "values"):
-        checked = (getattr(gram, "meta", None) or {}).get("checked", False)
+        checked = meta_of(gram).get("checked", False)
         why = "its model does not run in float64" if checked else "it was computed with check=False"
         cure = "" if checked else "compute it with the check, or "
         raise InputError(
