@@ -14,7 +14,6 @@ from ntkengine.gram.layout import Layout
 from ntkengine.gram.reduced import reducer, reductions
 from ntkengine.gram.task import Task
 from ntkengine.gram.transforms import SIGNS, ZERO, signed
-from ntkengine.gram.turned import turned_norm
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.embeddings import tables
 from ntkengine.inputs.streaming import is_streamed
@@ -27,6 +26,7 @@ UNSURE = 1e-4  # of a gradient's root mean square: below it rounding may have tu
 TURNED = {"exact": 1e-12, "fast": 3e-2}  # likewise, by the precision it was computed in
 DRAWN = 2  # samples of each group
 PASSES = 8  # through the model; where a budget would need more, not all gradients are compared whole
+_UNSEEN = 3.0  # turned entries: none among m samples still leaves 3/m for each, at 95 %
 _TILE = 1 << 16  # entries in float64 that stay in cache
 
 
@@ -142,11 +142,22 @@ class Truth:
         self.right += self._products(H, H)
 
     def turned_norm(self) -> float:
-        """Return what signs that rounding may have turned do to the job's Gram, ‖E‖_F (`turned`)."""
+        """Return ‖E‖_F, in the mean over draws and from above, of what turned signs may do to the job's Gram.
+
+        A sign of column j turned in an entry p changes K_ij by twice G_ip, by independent amounts for every p. Those of
+        the drawn samples that rounding might turn count as turned, and three more of entries of mean size; fewer where
+        arithmetic is finer, which turns fewer.
+        """
+        frame, m, w = self.frame, len(self.drawn), self.frame.width
         compared, every = (sum(self.selected[n].numel() for n in names) for names in (self.compared, self.selected))
+        others = torch.ones_like(self.changed[0, ::w, ::w]) - (torch.eye(m).to(self.changed) if m > 1 else 0)
+        others = others.repeat_interleave(w, 0).repeat_interleave(w, 1)
+        mean = (self.changed * others).sum((1, 2)) / others.sum()
         left = self.left.diagonal(dim1=1, dim2=2)
-        seen = min(1.0, self.turned / UNSURE)
-        return turned_norm(self.changed, left, self.frame, len(self.drawn), compared, every, seen)
+        unseen = min(1.0, self.turned / UNSURE) * _UNSEEN / m * left.mean(1) / (compared * frame.folded)
+        rows, columns = ((stop - start) * w for start, stop in (frame.rows, frame.columns))
+        sides = 2 if frame.transform == "sign" else 1
+        return float((4.0 * sides * rows * columns * every / compared * (mean + unseen)).max().sqrt())
 
     def _products(self, G: Tensor, H: Tensor) -> Tensor:
         """Return (layers, m·w, m·w) inner products in float64, tile by tile."""
