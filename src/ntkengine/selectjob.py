@@ -12,7 +12,9 @@ from ntkengine.errors import InputError
 if TYPE_CHECKING:
     from ntkengine.forecast.ranking import Ranking
     from ntkengine.gram.linear import TangentFactors
+    from ntkengine.inputs.heads import HeadFit
     from ntkengine.jobparts import Job
+    from ntkengine.prepared import Prepared
 
 Progress = Callable[[float, float, str], None]
 _KNOWN = ("peft_type", "r", "lora_alpha", "target_modules", "lora_dropout", "task_type", "fan_in_fan_out")
@@ -50,7 +52,6 @@ def run_select(
     from ntkengine.forecast.candidates import SUBSETS, layer_of, named_subsets
     from ntkengine.forecast.subsets import rank_subsets
     from ntkengine.gram.engine import compute_gram
-    from ntkengine.gram.linear import tangent_factors
     from ntkengine.inputs.parameters import select_parameters
     from ntkengine.jobchecks import check_early
     from ntkengine.prepared import Prepared, quiet
@@ -80,41 +81,17 @@ def run_select(
         raise InputError("gram.params: expected weights in numbered layers of the model among them, found none")
     if subsets != "greedy":
         named_subsets(subsets, [n.rpartition(".")[0] for n in names])  # too many are refused before the sweep
-    room = job.gram.memory_gib
-    call: dict[str, Any] = {"params": names, "readout": readout, "memory_gib": room}
-    factors: Any
-
+    call: dict[str, Any] = {"params": names, "readout": readout, "memory_gib": job.gram.memory_gib}
     steps = 3 if kernels else 2
 
     def step(number: int) -> Progress:
         return lambda done, total, stage: tell(done, total, f"step {number} of {steps}: {stage}")
 
-    def named(stage: str) -> Progress:
-        first = step(1)
-        first(0.0, 1.0, stage)
-        return lambda done, total, _: first(done, total, stage)
-
-    if held is None and fit is not None:
-        folds = len(fit.weights) - 1
-        for k, (W, _) in enumerate(fit.weights[:-1]):
-            if not W.any():
-                raise InputError(
-                    f"data.train: expected two labels among the examples without fold {k + 1} of {folds}, found one; "
-                    "give more of each, or data.eval"
-                )
-        call["memory_gib"] = None if room is None else room / folds
-
-        def under(k: int) -> TangentFactors:
-            return tangent_factors(
-                model, prepared.inputs, **call, progress=named(f"factors without fold {k + 1} of {folds}")
-            )
-
-        factors = fit.each_fold(model, under)
-    else:
-        factors = tangent_factors(model, prepared.inputs, prepared.eval_inputs, **call, progress=named("factors"))
+    out_of_fold = fit if held is None else None
+    factors = _factors(prepared, out_of_fold, call, step(1))
     gram = None
     if kernels:
-        call |= {"memory_gib": room, "per_module": True, "progress": step(2)}
+        call |= {"per_module": True, "progress": step(2)}
         gram = compute_gram(model, prepared.inputs, **call, eval_inputs=prepared.eval_inputs)
     return rank_subsets(
         gram,
@@ -122,7 +99,7 @@ def run_select(
         subsets,
         recipe=recipe,
         factors=factors,
-        fold=fit.fold if held is None and fit is not None else None,
+        fold=None if out_of_fold is None else out_of_fold.fold,
         rank=adapter.get("r", 8),
         alpha=adapter.get("lora_alpha"),
         eval_targets=held,
@@ -130,6 +107,44 @@ def run_select(
         size=size,
         progress=step(steps),
     )
+
+
+def _factors(
+    prepared: Prepared, out_of_fold: HeadFit | None, call: Mapping[str, Any], progress: Progress
+) -> TangentFactors | list[TangentFactors]:
+    """Return factors of train and eval examples; or of train examples alone, under each fold's head.
+
+    Args:
+        prepared: the job's model and examples.
+        out_of_fold: the fitted head, where examples are scored out of their folds.
+        call: of `tangent_factors`.
+        progress: called with (done, in all, stage).
+
+    Raises:
+        InputError: a head that saw one label only.
+    """
+    from ntkengine.gram.linear import tangent_factors
+
+    def named(stage: str) -> Progress:
+        progress(0.0, 1.0, stage)
+        return lambda done, total, _: progress(done, total, stage)
+
+    if out_of_fold is None:
+        return tangent_factors(prepared.model, prepared.inputs, prepared.eval_inputs, **call, progress=named("factors"))
+    folds, room = len(out_of_fold.weights) - 1, call["memory_gib"]
+    for k, (W, _) in enumerate(out_of_fold.weights[:-1]):
+        if not W.any():
+            raise InputError(
+                f"data.train: expected two labels among the examples without fold {k + 1} of {folds}, found one; "
+                "give more of each, or data.eval"
+            )
+    share = {**call, "memory_gib": None if room is None else room / folds}
+
+    def under(k: int) -> TangentFactors:
+        stage = f"factors without fold {k + 1} of {folds}"
+        return tangent_factors(prepared.model, prepared.inputs, **share, progress=named(stage))
+
+    return out_of_fold.each_fold(prepared.model, under)
 
 
 def _refuse(adapter: Mapping[str, Any]) -> None:
