@@ -54,15 +54,12 @@ class Item:
         return {**{k: v for k, v in asdict(self).items() if k != "name"}, "found": self.found or None}
 
 
-def examine(folder: Path | None = None) -> list[Item]:
-    """Return the state of everything a job may need.
-
-    Args:
-        folder: where Gram files would be written; default the current one.
+def examine() -> list[Item]:
+    """Return the state of everything a job may need, its Gram file in the current folder.
 
     Cost: seconds: libraries are imported, and MPI is asked in a process of its own.
     """
-    folder = Path.cwd() if folder is None else folder
+    folder = Path.cwd()
     items = [_python(), *(_needed(name) for name in _NEEDED)]
     if any(item.name == "torch" and item.state == "ok" for item in items):
         items += _torch()

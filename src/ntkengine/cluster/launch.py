@@ -60,7 +60,7 @@ def launched() -> Team | None:
 
 
 @contextmanager
-def one_voice(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
+def one_voice(team: Team | None, log_dir: Path | None) -> Iterator[None]:
     """Within the block only rank 0 prints, and an error ends all ranks.
 
     What all ranks have heard of is raised on all, after MPI was shut down in order, so that the launcher has nothing to
@@ -68,7 +68,7 @@ def one_voice(team: Team | None, log_dir: Path | None = None) -> Iterator[None]:
 
     Args:
         team: the ranks; None: nothing is done.
-        log_dir: where each other rank's output goes, to `rank-<n>.log`; by default nowhere.
+        log_dir: where each other rank's output goes, to `rank-<n>.log`; None: nowhere.
     """
     if team is None:
         yield

@@ -16,7 +16,7 @@ _PAIR_BYTES = 4 << 20  # temporary products of a lookup
 _COMMON = 4  # a token that one in so many samples has (a position, [CLS]) is summed as features: no scattered additions
 
 
-def add_lookup(summed: tuple[Tensor, Tensor, Tensor], S: int, total: Accumulator, root: Tensor | None = None) -> None:
+def add_lookup(summed: tuple[Tensor, Tensor, Tensor], S: int, total: Accumulator, root: Tensor | None) -> None:
     """Take inner products of each sample's rows, summed by token, only between samples that share a token."""
     frame, w = total.frame, total.frame.width
     rows, samples, tokens = summed  # (M, C, I), sorted by token

@@ -94,7 +94,7 @@ class Accumulator:
         for layer, (x, y) in enumerate(parts, first):
             self._add_products(layer, x, x if same else y)
 
-    def add_planes(self, phi: Planes, other: Planes | None = None) -> None:
+    def add_planes(self, phi: Planes, other: Planes | None) -> None:
         """Add the inner products of a tile of tangent features as kernels write them.
 
         Args:

@@ -11,7 +11,7 @@ from ntkengine.errors import InputError
 _PATIENCE_S = 10.0
 
 
-def check_source(path_or_id: str | Path, allow_pickle: bool = False) -> str:
+def check_source(path_or_id: str | Path, allow_pickle: bool) -> str:
     """Return a model's folder or hub id as text, of an adapter that of the model below, after refusing what is neither.
 
     Args:

@@ -42,7 +42,7 @@ def kernel_of(X: Any) -> np.ndarray:
     return as_matrix(_array(X if scipy.sparse.issparse(X) else matrix_of(X)))
 
 
-def check_ridge(X: Any, ridge: float, weight: float = 1.0) -> None:
+def check_ridge(X: Any, ridge: float, weight: float) -> None:
     """Refuse a ridge below the noise that a kernel carries; warn of one that is less than `FAR` times it.
 
     Args:

@@ -43,7 +43,7 @@ class Krylov:
         limit: int,
         seed: int,
         noise: float,
-        block: int = 1,
+        block: int,
     ) -> None:
         self.operator, self.k, self.which, self.tol, self.limit, self.noise = operator, k, which, tol, limit, noise
         self.rows = operator.shape[0]

@@ -100,12 +100,12 @@ class Latched(io.RawIOBase):
 
 
 @contextmanager
-def appearing(path: Path, partial: Path | None = None, *, over: bool = False) -> Iterator[tuple[h5py.File, Latched]]:
+def appearing(path: Path, partial: Path | None, *, over: bool = False) -> Iterator[tuple[h5py.File, Latched]]:
     """Give an HDF5 file to write that appears under its name once complete and on the disk.
 
     Args:
         path: the name.
-        partial: the name until then, on the same file system; default beside it.
+        partial: the name until then, on the same file system; None: beside it.
         over: take the place of a file of that name.
 
     Raises:

@@ -28,7 +28,7 @@ _PACKED = 1100  # deflate cannot pack a byte into less than a 1032nd
 _CHUNK = 1 << 24  # bytes; tiles are far smaller
 
 
-def vet(file: h5py.File, path: Path, *, whole: bool = True) -> None:
+def vet(file: h5py.File, path: Path, *, whole: bool) -> None:
     """Refuse a file with something in it that a Gram file never has.
 
     Args:

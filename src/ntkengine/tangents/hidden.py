@@ -21,7 +21,7 @@ class Hidden:
         place: one of `PLACES`. `"disk"`: a temporary file without a name, in $TMPDIR, gone when the sweep ends.
     """
 
-    def __init__(self, place: str = "device") -> None:
+    def __init__(self, place: str) -> None:
         self.place = place
         self._kept: dict[tuple[int, int], Any] = {}
         self._file = tempfile.TemporaryFile(prefix="ntkengine-") if place == "disk" else None  # noqa: SIM115
