@@ -6,7 +6,7 @@ Shapes: N examples, C outputs, P parameters, k vectors, n examples of a microbat
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -247,20 +247,9 @@ class TangentProducts:
                 rows.update(zip(chunk.rows.tolist(), f.double().cpu().numpy(), strict=True))
         return np.stack([rows[i] for i in range(len(rows))])
 
-    def _running(self) -> _Running:
-        return _Running(self._task, self._foreign)
-
-
-class _Running(ExitStack):
-    """The task with its model frozen, in eval mode, and in operations that can be differentiated twice."""
-
-    def __init__(self, task: Task, foreign: bool) -> None:
-        super().__init__()
-        self._task, self._foreign = task, foreign
-
-    def __enter__(self) -> Task:  # type: ignore[override]
-        super().__enter__()
-        self.enter_context(evaluation(self._task.model))
-        self.enter_context(sdpa_kernel(SDPBackend.MATH))
-        self.enter_context(unrounded(self._task.dtype, foreign=self._foreign))
-        return self._task
+    @contextmanager
+    def _running(self) -> Iterator[Task]:
+        """Within the block, have the model frozen, in eval mode, and in operations that can be differentiated twice."""
+        task = self._task
+        with evaluation(task.model), sdpa_kernel(SDPBackend.MATH), unrounded(task.dtype, foreign=self._foreign):
+            yield task
