@@ -16,9 +16,8 @@ from ntkengine.gram.frame import Frame
 from ntkengine.gram.kernels import BLOCK, FEATURE_BYTES
 from ntkengine.gram.layout import Needs
 from ntkengine.gram.plan import Plan, PlanRow
-from ntkengine.gram.strategies import COLUMNS, choose, copied
+from ntkengine.gram.strategies import COLUMNS, choose, copied, kind_of
 from ntkengine.gram.tiles import TILE_BYTES
-from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.attributes import stored_weight
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
@@ -72,8 +71,8 @@ def make_plan(
         shape = structure.shapes[path.parameter]
         kinds, kind = structure.kinds(path.parameter), structure.factor_kind(path.parameter)
         T = structure.tokens_of(path.parameter, samples.mean_tokens)
-        unsigned = frame.transform in SIGNS and path.parameter in structure.negligible
-        strategy, flops = choose("zero" if unsigned else kind, shape, T, S, frame)
+        wanted = kind_of(path.parameter, kind, frame, structure.negligible)
+        strategy, flops = choose(wanted, shape, T, S, frame)
         held = S * C * shape[0] * shape[1] if kind == "dense" else S * T * (shape[1] + C * shape[0])
         held = S * T * C * shape[1] if kind == "lookup" else held
         shown = "+".join(sorted({_SHOWN.get(k, k) for k in kinds}))
@@ -141,7 +140,7 @@ def needs_of(
     sketches: Mapping[str, Sketch],
     *,
     kernels: bool,
-    double: bool = False,
+    double: bool,
 ) -> Needs:
     """Return what a planned job takes.
 

@@ -79,10 +79,9 @@ def planned(
         team.same(structure.told(), "are the machines and versions the same?", CheckFailed)
     probed = time.perf_counter() - began
     frame = task.frame(structure.outputs)
-    one = 1 if structure.one_by_one else None
 
     def microbatches(tokens: int) -> Samples:
-        return Samples(task.samples.groups, microbatch_tokens=tokens, microbatch=one, trim=structure.trim)
+        return Samples(task.samples.groups, **structure.microbatches(tokens))
 
     sketches = choose_sketches(structure, task.samples, sketch, seed)
     plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, sketches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ntkengine.cluster.comm import Team
 from ntkengine.cluster.shards import deal
@@ -57,9 +56,7 @@ def sum_spread(
         Exception: on every rank, what failed on any.
     """
     shards = deal(samples, team.size)
-    one = 1 if structure.one_by_one else None
-    few: dict[str, Any] = {"microbatch_tokens": layout.microbatch_tokens, "microbatch": one, "trim": structure.trim}
-    local = shards[team.rank].part(samples, **few)
+    local = shards[team.rank].part(samples, **structure.microbatches(layout.microbatch_tokens))
     sizes = {name: size / team.size for name, size in factor_bytes.items()}
     spreading = Spreading(
         team,
@@ -81,7 +78,7 @@ def sum_spread(
     if spreading.keeper is not None:
         with team.together():
             spreading.keeper.start(spreading)
-    steps = len(local.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
+    steps = len(local.chunks) * structure.swept
     mine = pass_flops * shards[team.rank].tokens / sum(shard.tokens for shard in shards)
     sweep = Sweep(
         task.model,

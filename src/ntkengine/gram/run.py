@@ -17,10 +17,9 @@ from ntkengine.gram.blocks import TOTAL
 from ntkengine.gram.frame import Frame
 from ntkengine.gram.keeper import Keeper
 from ntkengine.gram.layout import Layout
-from ntkengine.gram.strategies import choose, contract
+from ntkengine.gram.strategies import choose, contract, kind_of
 from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Accumulator
-from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.inputs.parameters import module_of
 from ntkengine.products import unrouted
@@ -148,7 +147,7 @@ def sum_gram(
     if sums.done:
         tick(sum(flops for _, _, flops, _ in sums.done.values()), "checkpoint")
     before, spent = sums.pass_seconds, 0.0
-    steps = len(samples.chunks) * (structure.stack.head - min(structure.paths, default=0) + 1)
+    steps = len(samples.chunks) * structure.swept
     layout = layout or Layout()
 
     def passed() -> None:
@@ -202,8 +201,7 @@ def _add(
     roots: Mapping[str, Tensor] | None,
     room: float,
 ) -> None:
-    unsigned = frame.transform in SIGNS and factors.name in sweep.structure.negligible
-    kind = "zero" if unsigned else factors.kind
+    kind = kind_of(factors.name, factors.kind, frame, sweep.structure.negligible)
     entry = sweep.dtype.itemsize
     strategy, flops = choose(kind, factors.shape, factors.tokens, samples.total, frame, room=room, entry=entry)
     sums.done[factors.name] = strategy, factors.tokens, flops, 0.0

@@ -158,9 +158,7 @@ def check_ranks(ranks: Any, gpus_per_node: Any, network: Any) -> None:
 
 def _tokens(shard: Shard, samples: Samples, structure: Structure, layout: Layout) -> list[tuple[int, int]]:
     """Return (samples, tokens with the padding of their microbatches) of a shard's halves."""
-    one = 1 if structure.one_by_one else None
-    options: dict[str, Any] = {"microbatch_tokens": layout.microbatch_tokens, "microbatch": one, "trim": structure.trim}
-    local = shard.part(samples, **options)
+    local = shard.part(samples, **structure.microbatches(layout.microbatch_tokens))
     widths = np.concatenate([np.full(c.n, local.widths(c.group)[c.rows].max()) for c in local.chunks])
     mine = np.concatenate([shard.positions(g) for g in range(len(samples.sizes))])
     found = []

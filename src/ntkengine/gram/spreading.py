@@ -21,10 +21,9 @@ from ntkengine.gram.frame import Frame
 from ntkengine.gram.panels import Meeting, Panels, meetings
 from ntkengine.gram.run import root_of
 from ntkengine.gram.spread import Spread, Work
-from ntkengine.gram.strategies import choose, contract
+from ntkengine.gram.strategies import choose, contract, kind_of
 from ntkengine.gram.teamwork import SpreadKeeper
 from ntkengine.gram.tiles import Accumulator, Workspace
-from ntkengine.gram.transforms import SIGNS
 from ntkengine.inputs.batches import Samples
 from ntkengine.products import unrouted
 from ntkengine.tangents.factors import ParameterFactors
@@ -196,8 +195,7 @@ class Spreading:
         for i, own in enumerate(bundle):
             began = time.perf_counter()
             joined = join([there[p][i] if p in there else self.parcels.own(own, p) for p in meeting.axis])
-            unsigned = self.frame.transform in SIGNS and own.name in self.structure.negligible
-            kind = "zero" if unsigned else joined.kind
+            kind = kind_of(own.name, joined.kind, self.frame, self.structure.negligible)
             strategy, flops = choose(kind, joined.shape, joined.tokens, meeting.size, *meeting.frames)
             panels = self.panels(self._part(own.name))
             totals = panels.totals[w]

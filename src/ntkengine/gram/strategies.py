@@ -13,7 +13,7 @@ Shape suffixes: S samples, C outputs, T tokens, R and I rows and columns of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -74,6 +74,18 @@ def choose(
     if fits and costs["ghost"] < costs["materialise"] + slow:
         return "ghost", costs["ghost"]
     return "materialise", costs["materialise"]
+
+
+def kind_of(name: str, kind: str, frame: Frame, negligible: Collection[str]) -> str:
+    """Return what `choose` is told of a parameter's factors: "zero" too where they would be signs of rounding.
+
+    Args:
+        name: of the parameter.
+        kind: of its factors.
+        frame: the wanted Gram.
+        negligible: parameters whose gradient is nothing but rounding.
+    """
+    return "zero" if frame.transform in SIGNS and name in negligible else kind
 
 
 def copied(shape: tuple[int, int], tokens: int, samples: int, frame: Frame, entry: int) -> float:
@@ -143,7 +155,7 @@ def _by_layer(factors: ParameterFactors, frame: Frame) -> Iterator[tuple[int, Pa
 
 
 def feature_tiles(
-    factors: ParameterFactors, frame: Frame, root: Tensor | None = None, workspace: Workspace | None = None
+    factors: ParameterFactors, frame: Frame, root: Tensor | None, workspace: Workspace | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield tangent features (S, C, p), blocks of a parameter's rows and columns, in a buffer that is reused.
 

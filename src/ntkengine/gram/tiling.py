@@ -80,13 +80,8 @@ def _tiles(samples: Samples, start: int, stop: int, size: int) -> list[Tile]:
 
 def _part(samples: Samples, tiles: list[Tile], structure: Structure, layout: Layout) -> Samples:
     """Return the samples of some tiles, in the same order: they are sorted by length already."""
-    one = 1 if structure.one_by_one else None
-    return samples.part(
-        [(g, np.arange(start, stop)) for g, start, stop in tiles],
-        microbatch_tokens=layout.microbatch_tokens,
-        microbatch=one,
-        trim=structure.trim,
-    )
+    rows = [(g, np.arange(start, stop)) for g, start, stop in tiles]
+    return samples.part(rows, **structure.microbatches(layout.microbatch_tokens))
 
 
 def _add(

@@ -50,6 +50,8 @@ class Structure:
         expand: modules of which an output with one row stands for all samples (`capture.Recorder`).
         foreign: kernels of other libraries run, which need the digits they ask for.
         tokens: by parameter: token axis of its factors on the probed samples.
+        per_call: by parameter: how often one call of its module uses it, where that may be several times.
+        held: by segment: bytes of one token's activations in its graph.
     """
 
     stack: Stack
@@ -77,6 +79,15 @@ class Structure:
         plain = ("shapes", "unused", "negligible", "transposed", "one_by_one", "trim", "outputs", "tokens")
         sets = {"blocks": self.stack.names, "expand": sorted(self.expand)}
         return found | sets | {name: getattr(self, name) for name in plain}
+
+    @property
+    def swept(self) -> int:
+        """How many segments a sweep runs, from the head down to the last with selected parameters."""
+        return self.stack.head - min(self.paths, default=0) + 1
+
+    def microbatches(self, tokens: int) -> dict[str, Any]:
+        """Return how `Samples` makes the microbatches of a sweep, of at most so many tokens."""
+        return {"microbatch_tokens": tokens, "microbatch": 1 if self.one_by_one else None, "trim": self.trim}
 
     def kinds(self, parameter: str) -> set[str]:
         """Return the path kinds of a parameter in all segments."""
