@@ -132,6 +132,23 @@ def estimate_noise(
     relative = float(np.linalg.norm(error)) / scale if scale else 0.0
     noise = Noise(max(norm, floor), relative, len(picked[0][1]), float(off.max()))
     worst = max(0.0 if sketched else relative, float(off.max() / (np.abs(true).max() or 1.0)))
+    _judge(noise, worst, frame, expected=float("inf") if sketched else expected, limit=limit)
+    return noise
+
+
+def _judge(noise: Noise, worst: float, frame: Frame, *, expected: float, limit: float) -> None:
+    """Refuse, or warn of, what was found by recomputing.
+
+    Args:
+        noise: found.
+        worst: relative error of the Gram or of f.
+        frame: the job's.
+        expected: relative error of the Gram above which a warning is logged.
+        limit: relative error that is no rounding any more.
+
+    Raises:
+        CheckFailed: an error above the limit.
+    """
     if worst > limit:
         if frame.transform in SIGNS:
             raise CheckFailed(
@@ -145,14 +162,13 @@ def estimate_noise(
             f"unusable (precision='exact' tells){constant}"
         )
         raise CheckFailed(msg)
-    if noise.relative > expected and not sketched:
+    if noise.relative > expected:
         log.warning(
             "this Gram is known to a relative %.0e only: the model rounds more than most (`ntkengine doctor --model` "
             "measures it); for more, run inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH) or with "
             "precision='exact'",
             noise.relative,
         )
-    return noise
 
 
 def recomputed(samples: int, *, sketched: bool) -> int:

@@ -3,9 +3,8 @@
 Forward once under frozen weights, recording what enters each block; then from the head down re-run each block with
 gradients only with respect to activations, and read off the factors of its parameters.
 Cost: one forward, one recomputed forward, C activation-only backwards. Memory: hidden states N·T·d·L (or in a file),
-cotangents N·C·T·d, and the factors of one segment, or of part of one.
-Microbatches whose activations fit a budget keep them instead, and are spared
-the recomputed forward. Shape suffixes: n samples of a microbatch, C outputs, T tokens.
+cotangents N·C·T·d, and the factors of one segment, or of part of one. Microbatches whose activations fit a budget keep
+them instead, and are spared the recomputed forward.
 """
 
 from __future__ import annotations
