@@ -1,4 +1,4 @@
-"""What a flag may be, for shell completion: names alone, so that a shell does not wait for libraries.
+"""What a flag may be, for shell completion too: names alone, so that a shell does not wait for libraries.
 
 A test holds them against the registries of the rooms they belong to.
 """
@@ -6,6 +6,8 @@ A test holds them against the registries of the rooms they belong to.
 from __future__ import annotations
 
 from collections.abc import Callable
+
+from ntkengine.arguments import number
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "--readout": ("logits", "margin", "loss"),
@@ -34,3 +36,19 @@ def completing(name: str) -> Callable[[str], list[str]]:
         return [choice for choice in CHOICES[name] if choice.startswith(incomplete)]
 
     return complete
+
+
+def word_or_number(name: str, given: str | None) -> str | float | None:
+    """Return one of a flag's words as it is, anything else as a number > 0; None as it is.
+
+    Raises:
+        InputError: neither.
+    """
+    words = CHOICES[name]
+    if given is None or given in words:
+        return given
+    try:
+        found: str | float = float(given)
+    except ValueError:
+        found = given
+    return number(name, found, above=0, what=f"{', '.join(map(repr, words))} or a number")

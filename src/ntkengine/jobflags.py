@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ntkengine.arguments import number
-from ntkengine.choices import completing
+from ntkengine.choices import completing, word_or_number
 from ntkengine.errors import InputError
 from ntkengine.textfile import parse_json, reason_of
 
@@ -133,7 +132,7 @@ def collect(
             "truncate": truncate,
             "template": template,
         },
-        "head": {"fit": fit_head, "ridge": _penalty(head_ridge), "seed": seed},
+        "head": {"fit": fit_head, "ridge": word_or_number("--head-ridge", head_ridge), "seed": seed},
         "gram": {
             "readout": readout,
             "words": None if words is None else words.split(","),
@@ -183,13 +182,3 @@ def _adapter(given: str | None) -> dict[str, Any]:
 
 def _names(given: str | None) -> list[str] | None:
     return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
-
-
-def _penalty(given: str | None) -> str | float | None:
-    if given in (None, "loo"):
-        return given
-    try:
-        found: str | float = float(given)
-    except ValueError:
-        found = given
-    return number("--head-ridge", found, above=0, what="'loo' or a number")

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ntkengine.arguments import choice, number, whole
-from ntkengine.choices import completing
+from ntkengine.arguments import choice, whole
+from ntkengine.choices import completing, word_or_number
 from ntkengine.console import answered, print_json, remark, show
 from ntkengine.errors import InputError
 from ntkengine.filecommands import GramFile, Json
@@ -139,13 +139,7 @@ def report(
 
 
 def _ridge(given: str | None) -> str | float:
-    if given is None or given in ("loo", "gcv"):
-        return given or "loo"
-    try:
-        found: str | float = float(given)
-    except ValueError:
-        found = given
-    return number("--ridge", found, above=0, what="'loo', 'gcv' or a number")
+    return word_or_number("--ridge", given) or "loo"
 
 
 def _sketch(gram: Any) -> dict[str, Any]:
