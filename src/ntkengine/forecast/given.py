@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from ntkengine.arguments import meta_of, number, real_array
 from ntkengine.digits import above
 from ntkengine.errors import InputError
-from ntkengine.ridge.solve import as_columns
+from ntkengine.ridge.checks import as_columns
 from ntkengine.spectrum.matrices import EPS
 from ntkengine.targets import refuse_bits
 

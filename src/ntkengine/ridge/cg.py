@@ -14,7 +14,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from ntkengine.arguments import number, whole
 from ntkengine.errors import InputError, NotConverged
-from ntkengine.ridge.solve import as_columns
+from ntkengine.ridge.checks import as_columns
 from ntkengine.spectrum.operators import multiply
 from ntkengine.spectrum.panels import operator_of
 

@@ -1,4 +1,4 @@
-"""What the estimators refuse, in one place.
+"""What solvers and estimators refuse, in one place.
 
 Shapes: n rows of a training kernel, t rows of a test kernel.
 """
@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+from numpy.typing import ArrayLike
 from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_array, column_or_1d
 
-from ntkengine.arguments import matrix_of, real_array, without_tensors
+from ntkengine.arguments import matrix_of, real_array, whole, without_tensors
 from ntkengine.digits import above
 from ntkengine.errors import InputError
 from ntkengine.spectrum import as_matrix
@@ -188,3 +189,54 @@ def as_weights(weights: Any, examples: int) -> np.ndarray:
         raise InputError("sample_weight: expected finite numbers >= 0, not all zero")
     check_size("sample_weight", float(found.max()))
     return found
+
+
+def as_columns(name: str, values: ArrayLike, rows: int, *, any_size: bool = False) -> np.ndarray:
+    """Return values as finite float64 columns, (rows, m).
+
+    Args:
+        name: what to call it in a message.
+        values: (rows,) or (rows, m).
+        rows: how many rows it must have.
+        any_size: also numbers whose squares leave float64.
+
+    Returns:
+        (rows, m) float64.
+
+    Raises:
+        InputError: another shape, not numeric, not finite, or too small or large to be squared.
+    """
+    array = real_array(name, values).astype(np.float64, copy=False)
+    if array.ndim not in (1, 2) or array.shape[0] != rows or not array.size:
+        raise InputError(f"{name}: expected shape ({rows},) or ({rows}, m), got {array.shape}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name}: expected finite numbers, row {int(np.argwhere(~np.isfinite(array))[0][0])} is not")
+    if not any_size:
+        check_size(name, float(np.abs(array).max()))
+    return array.reshape(rows, -1)
+
+
+def fold_labels(name: str, folds: ArrayLike, rows: int) -> np.ndarray:
+    """Return the fold of each row, (rows,) numbers or words.
+
+    Raises:
+        InputError: another shape, or a row without one.
+    """
+    words = np.asarray(folds) if all(isinstance(x, str) for x in np.ravel(np.asarray(folds, dtype=object))) else None
+    labels = real_array(name, folds) if words is None else words
+    if labels.shape != (rows,):
+        raise InputError(f"{name}: expected shape ({rows},), got {labels.shape}")
+    if (labels != labels).any():
+        raise InputError(f"{name}: expected a fold for every row, row {int(np.argmax(labels != labels))} has NaN")
+    return labels
+
+
+def check_block(block: int, rows: int, columns: int) -> int:
+    """Return the rows an example owns; InputError where they do not divide the rows there are."""
+    block = whole("block", block, 1)
+    if rows % block or (block > 1 and columns != 1):
+        raise InputError(
+            f"block: expected a divisor of {rows} rows, with one column when above 1; "
+            f"got {block} with {columns} columns"
+        )
+    return block

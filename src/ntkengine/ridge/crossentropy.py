@@ -42,7 +42,7 @@ class CrossEntropy:
         self.rounding = len(matrix) * EPS * float(np.abs(self.values).max())
         kept = self.values > self.rounding
         self.Phi = vectors[:, kept] * np.sqrt(self.values[kept] / ridge)
-        self.codes, self.weights, self.f0, self.ridge = codes, weights[:, None], f0, ridge
+        self.weights, self.f0, self.ridge = weights[:, None], f0, ridge
         self.one = f0.shape[1] == 1
         self.targets = codes[:, None] * 1.0 if self.one else (codes[:, None] == np.arange(f0.shape[1])) * 1.0
         self.width = len(f0) * f0.shape[1] // len(matrix)  # columns of θ: 1 on the full layout

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 
 from ntkengine.arguments import number
 from ntkengine.errors import InputError, NonFinite
-from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
+from ntkengine.ridge.checks import as_columns, check_block
+from ntkengine.ridge.solve import solve_blocks
 from ntkengine.spectrum import as_matrix
 from ntkengine.spectrum.matrices import EPS
 

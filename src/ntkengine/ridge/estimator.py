@@ -13,11 +13,20 @@ from sklearn.utils.validation import check_is_fitted
 from ntkengine.arguments import choice, flag, matrix_of, meta_of, number, real_array
 from ntkengine.errors import InputError
 from ntkengine.ridge.cg import conjugate_gradients
-from ntkengine.ridge.checks import as_weights, check_cross, check_ridge, check_target, kernel_of, with_classes
+from ntkengine.ridge.checks import (
+    as_columns,
+    as_weights,
+    check_cross,
+    check_ridge,
+    check_target,
+    fold_labels,
+    kernel_of,
+    with_classes,
+)
 from ntkengine.ridge.direct import cholesky_solve
 from ntkengine.ridge.nystrom import preconditioner
 from ntkengine.ridge.outofcore import cholesky_on_disk
-from ntkengine.ridge.solve import RidgePath, as_columns, fold_labels, restored
+from ntkengine.ridge.solve import RidgePath, restored
 from ntkengine.ridge.tuning import RidgeCurve, choose, draw_folds, ridge_curve, ridge_grid
 from ntkengine.spectrum import DenseOperator, noise_of
 from ntkengine.spectrum.panels import IN_MEMORY, PanelOperator, is_on_disk, operator_of

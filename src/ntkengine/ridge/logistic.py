@@ -16,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from ntkengine.arguments import flag, number, real_array, whole
 from ntkengine.errors import InputError, NotConverged
 from ntkengine.ridge.checks import (
+    as_columns,
     as_weights,
     check_cross,
     check_ridge,
@@ -25,7 +26,6 @@ from ntkengine.ridge.checks import (
     with_classes,
 )
 from ntkengine.ridge.crossentropy import CrossEntropy
-from ntkengine.ridge.solve import as_columns
 from ntkengine.spectrum.checks import SIZES
 from ntkengine.spectrum.matrices import EPS
 

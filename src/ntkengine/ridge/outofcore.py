@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike
 
 from ntkengine.arguments import flag, matrix_of, number
 from ntkengine.errors import InputError, NonFinite
+from ntkengine.ridge.checks import as_columns, check_block
 from ntkengine.ridge.direct import CholeskySolution, check_pivots, check_residual, check_unrefined, draw_probes
-from ntkengine.ridge.solve import as_columns, check_block, solve_blocks
+from ntkengine.ridge.solve import solve_blocks
 from ntkengine.spectrum.checks import check_size, check_stored
 from ntkengine.spectrum.matrices import EPS, declared_noise
 

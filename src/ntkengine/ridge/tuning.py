@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 
 from ntkengine.arguments import choice, number, real_array, whole
 from ntkengine.errors import InputError
-from ntkengine.ridge.solve import SINGULAR, RidgePath, check_block
+from ntkengine.ridge.checks import check_block
+from ntkengine.ridge.solve import SINGULAR, RidgePath
 from ntkengine.spectrum.checks import check_size
 
 
