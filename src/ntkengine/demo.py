@@ -66,8 +66,8 @@ def run_demo(
     from ntkengine.assets import fetch_demo, movie_snippets
     from ntkengine.gramfiles import forecast_file, report_files
     from ntkengine.jobs import run_gram
+    from ntkengine.report.drawing import require
     from ntkengine.report.findings import comparison_table, module_table
-    from ntkengine.report.plots import require
     from ntkengine.report.tables import gram_table
     from ntkengine.store import open_gram
 

@@ -16,6 +16,7 @@ from ntkengine.errors import InputError
 from ntkengine.forecast.bounds import displacement_bound
 from ntkengine.forecast.rows import forecast_rows
 from ntkengine.forecast.simulate import Simulation
+from ntkengine.report.plots import forecast_figures
 from ntkengine.spectrum import ConditionNumber, Estimate
 from ntkengine.spectrum.functions import dimension_from_eigenvalues
 
@@ -240,8 +241,6 @@ class Forecast:
 
     def figures(self) -> dict[str, Any]:
         """Return matplotlib figures by name."""
-        from ntkengine.report.plots import forecast_figures  # so that forecasting does not need matplotlib
-
         return forecast_figures(self)
 
 

@@ -1,19 +1,17 @@
-"""Figures of a forecast. The only matplotlib import, made when a figure is drawn."""
+"""Figures of forecasts, rankings and fine-tunings."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ntkengine import digits
-from ntkengine.errors import InputError
+from ntkengine.report.drawing import PALETTE, blank, finished
+from ntkengine.report.modulesfigure import modules_figure
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072b2", "#d55e00", "#009e73", "#b2182b", "#7a7a7a"
-_KINDS = 9  # module kinds with a colour of their own
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def forecast_figures(forecast: Any) -> dict[str, Any]:
@@ -46,7 +44,7 @@ def spectrum_figure(eigenvalues: np.ndarray, noise: float, condition: str) -> An
         noise: error of each.
         condition: the condition number as text, for the title.
     """
-    figure, axes = _figure()
+    figure, axes = blank()
     above = eigenvalues > max(noise, 0.0)
     rank = np.arange(1, len(eigenvalues) + 1)
     positive = eigenvalues > 0
@@ -62,12 +60,12 @@ def spectrum_figure(eigenvalues: np.ndarray, noise: float, condition: str) -> An
     axes.set(
         xlabel="rank", ylabel="eigenvalue (gradient²)", title=f"Spectrum: condition number {condition.split(' (')[0]}"
     )
-    return _finish(figure)
+    return finished(figure)
 
 
 def risk_figure(forecast: Any) -> Any:
     """Return the errors along the ridge path, with the chosen ridge and the leave-one-out interval there."""
-    figure, axes = _figure()
+    figure, axes = blank()
     lines = (
         ("train", forecast.train_mse, _GREY, ":"),
         ("leave-one-out", forecast.loo_mse, _BLUE, "-"),
@@ -96,13 +94,13 @@ def risk_figure(forecast: Any) -> Any:
     axes.set(
         xlabel="ridge (gradient²)", ylabel="mean squared error", title="Kernel ridge regression along the ridge path"
     )
-    return _finish(figure)
+    return finished(figure)
 
 
 def curve_figure(forecast: Any) -> Any:
     """Return the forecast loss, and the accuracy below it where targets name classes, against training time."""
     accuracies = forecast.curve_train_accuracy is not None or forecast.curve_eval_accuracy is not None
-    figure, first = _figure(rows=2 if accuracies else 1)
+    figure, first = blank(rows=2 if accuracies else 1)
     axes = list(first) if accuracies else [first]
     panels = (
         ("loss, mean of ½‖f − y‖²", forecast.curve_train_loss, forecast.curve_eval_loss),
@@ -119,7 +117,7 @@ def curve_figure(forecast: Any) -> Any:
     axes[0].set_ylim(bottom=0)
     axes[0].set_title("Forecast training curve (gradient flow)")
     axes[-1].set_xlabel("time: learning rate × full-batch steps")
-    return _finish(figure)
+    return finished(figure)
 
 
 def selection_figure(names: Sequence[str], losses: Sequence[tuple[float, float, float]]) -> Any:
@@ -130,13 +128,13 @@ def selection_figure(names: Sequence[str], losses: Sequence[tuple[float, float, 
         losses: (value, low, high) of each.
     """
     value, low, high = np.array(losses).T
-    figure, ax = _figure(height=1.2 + 0.28 * len(names))
+    figure, ax = blank(height=1.2 + 0.28 * len(names))
     place = np.arange(len(names))[::-1]
-    ax.errorbar(value, place, xerr=[value - low, high - value], fmt="o", ms=4, lw=1, color=_palette(0))
+    ax.errorbar(value, place, xerr=[value - low, high - value], fmt="o", ms=4, lw=1, color=PALETTE[0])
     ax.set_yticks(place, [name if len(name) <= 40 else f"{name[:37]}…" for name in names])
     ax.set_xlabel("forecast eval loss, 90 % interval")
     ax.set_title("Which modules to adapt")
-    return _finish(figure)
+    return finished(figure)
 
 
 def training_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
@@ -150,112 +148,8 @@ def training_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]
     """
     if not curves or not all(len(x) for x, _ in curves.values()):
         raise ValueError(f"curves: expected at least one with at least one point, got {list(curves)}")
-    figure, ax = _figure()
+    figure, ax = blank()
     for i, (name, (steps, losses)) in enumerate(curves.items()):
-        ax.plot(steps, losses, "o--" if "linear" in name else "o-", ms=3, color=_palette(i % 2), label=name)
+        ax.plot(steps, losses, "o--" if "linear" in name else "o-", ms=3, color=PALETTE[i % 2], label=name)
     ax.set(xlabel="step", ylabel="mean loss", title="Measured while fine-tuning")
-    return _finish(figure)
-
-
-def modules_figure(shares: Mapping[str, float]) -> Any:
-    """Return each module's share of the trace: one bar a layer, stacked by kind, and one bar a kind.
-
-    Args:
-        shares: share by module name; they sum to 1.
-    """
-    layers, kinds = _grouped(shares)
-    names = sorted(kinds, key=lambda kind: -kinds[kind])
-    told = names[:_KINDS]
-    colours = {kind: _palette(i) for i, kind in enumerate(told)}
-    height = max(2.6, 0.24 * len(layers) + 0.2 * len(told) + 1.6)
-    figure, (ax, by_kind) = _figure(rows=2, height=height, ratios=(max(len(layers), 2), max(len(told), 2)))
-    for i, parts in enumerate(layers.values()):
-        left = 0.0
-        for kind in sorted(parts, key=lambda kind: -kinds[kind]):
-            ax.barh(
-                i, 100 * parts[kind], left=100 * left, color=colours.get(kind, "#cccccc"), edgecolor="white", lw=0.4
-            )
-            left += parts[kind]
-    ax.set_yticks(range(len(layers)), list(layers), fontsize=7)
-    ax.invert_yaxis()
-    figure.suptitle("Share of the trace by layer (top) and by kind of module (bottom)", fontsize=10)
-    rest = sum(kinds[kind] for kind in names[_KINDS:])
-    rows = [(kind, kinds[kind], colours[kind]) for kind in told]
-    if rest > 0:
-        rows.append((f"{len(names) - _KINDS} others", rest, "#cccccc"))
-    by_kind.barh(range(len(rows)), [100 * r[1] for r in rows], color=[r[2] for r in rows])
-    by_kind.set_yticks(range(len(rows)), [_short(r[0]) for r in rows], fontsize=7)
-    by_kind.invert_yaxis()
-    by_kind.set_xlabel("share of the trace (%)")
-    return _finish(figure, legend=False)
-
-
-def _grouped(shares: Mapping[str, float]) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Return shares by layer then kind, and by kind. A layer is the first number in the name."""
-    layers: dict[str, dict[str, float]] = {}
-    kinds: dict[str, float] = {}
-    numbered = [name for name in shares if _LAYER.search(name)]
-    outside = sorted(set(shares) - set(numbered))
-    for name in [*sorted(numbered, key=lambda n: int(_number(n))), *outside]:
-        found = _LAYER.search(name)
-        kind = name[found.end() :] or "layer" if found else _own(name)
-        layer = f"layer {found[1]}" if found else _own(name).split(".")[0]
-        layers.setdefault(layer, {})
-        layers[layer][kind] = layers[layer].get(kind, 0.0) + shares[name]
-        kinds[kind] = kinds.get(kind, 0.0) + shares[name]
-    return layers, kinds
-
-
-def _number(name: str) -> str:
-    found = _LAYER.search(name)
-    return found[1] if found else "-1"
-
-
-def _own(name: str) -> str:
-    """Drop the wrapper's and the model's own prefix of a module outside the layers."""
-    parts = [part for part in name.split(".") if part not in {"base_model", "model", "transformer"}]
-    for i, part in enumerate(parts):
-        if part in {"embeddings", "pooler", "classifier", "score"}:
-            return ".".join(parts[i:])
-    return ".".join(parts) or name
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 34 else f"…{name[-33:]}"
-
-
-def _palette(index: int) -> str:
-    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#a6611a", "#4d4d4d")
-    return colours[index % len(colours)]
-
-
-def require() -> Any:
-    """Return matplotlib's Figure class.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("figures: matplotlib is not installed; pip install matplotlib") from error
-    return Figure
-
-
-def _figure(rows: int = 1, height: float | None = None, ratios: tuple[float, ...] | None = None) -> tuple[Any, Any]:
-    figure = require()(figsize=(6.4, height or (4.0 if rows == 1 else 5.2)), layout="constrained")
-    axes = figure.subplots(rows, sharex=rows > 1 and ratios is None, height_ratios=ratios)
-    for ax in np.atleast_1d(axes):
-        ax.grid(True, color="#e6e6e6", lw=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _finish(figure: Any, legend: bool = True) -> Any:
-    for ax in figure.axes:
-        ax.title.set_size(10)
-        ax.tick_params(labelsize=8)
-        if legend and ax.get_legend_handles_labels()[1]:
-            ax.legend(fontsize=7.5, frameon=False)
-    return figure
+    return finished(figure)
