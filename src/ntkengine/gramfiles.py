@@ -77,50 +77,65 @@ def report_files(paths: Sequence[str | Path], ridge: str | float = "loo") -> lis
     Raises:
         InputError: a file that is none of these, or matplotlib is not installed.
     """
-    from ntkengine.forecast import CrossFit
     from ntkengine.report import Section
-    from ntkengine.report.findings import comparison_table, forecast_table, module_table, spectrum_table
-    from ntkengine.report.plots import forecast_figures, spectrum_figure
+    from ntkengine.report.findings import comparison_table
     from ntkengine.report.selection import selection_section
-    from ntkengine.report.tables import gram_table, sketch_note
     from ntkengine.report.training import training_section
+
+    sections: list[Section | None] = [None] * len(paths)
+    forecasts: dict[str, Forecast] = {}
+    kinds = [Path(path).suffix for path in paths]
+    # Last a fine-tuning: it is held against what was forecast.
+    for i in sorted(range(len(paths)), key=lambda i: kinds[i] == ".jsonl"):
+        if kinds[i] == ".jsonl":
+            sections[i] = training_section(Path(paths[i]), forecasts)
+        elif kinds[i] == ".json":
+            sections[i] = selection_section(Path(paths[i]))
+        else:
+            sections[i], found = _gram_section(paths[i], ridge)
+            if found is not None:
+                forecasts[str(paths[i])] = found
+    side = [Section("Side by side", [comparison_table(forecasts)])] if len(forecasts) > 1 else []
+    return side + [section for section in sections if section is not None]
+
+
+def _gram_section(path: str | Path, ridge: str | float) -> tuple[Section, Forecast | None]:
+    """Return the section of a Gram file, and its forecast if there is one."""
+    from ntkengine.report import Section
+    from ntkengine.report.findings import forecast_table, module_table, spectrum_table
+    from ntkengine.report.plots import forecast_figures, spectrum_figure
+    from ntkengine.report.tables import gram_table, sketch_note
     from ntkengine.report.verdict import forecast_verdict, spectrum_verdict
     from ntkengine.spectrum import as_matrix, condition_from_eigenvalues, eigsh, noise_of
     from ntkengine.store import open_gram
 
-    sections: list[Section | None] = [None] * len(paths)
-    forecasts: dict[str, Forecast] = {}
-    runs = [Path(path).suffix == ".jsonl" for path in paths]
-    for i in sorted(range(len(paths)), key=runs.__getitem__):  # a fine-tuning is held against what was forecast
-        path = paths[i]
-        if runs[i]:
-            sections[i] = training_section(Path(path), forecasts)
-            continue
-        if Path(path).suffix == ".json":
-            sections[i] = selection_section(Path(path))
-            continue
-        gram = open_gram(path)
-        facts = gram_table(gram)
-        reason, short = "Without class targets there is no forecast.", "No targets"
-        if gram.targets is not None and gram.meta.get("head_fitted") and CrossFit.kept_in(gram) is None:
-            reason = "Its head was fitted on its examples: without held-out heads there is no forecast."
-            short = "No held-out heads"
-        elif gram.targets is not None and gram.contraction == "sum-of-outputs":
-            reason, short = "The kernel of the sum of outputs cannot forecast each.", "Sum of outputs"
-        elif gram.targets is not None:
-            found = forecasts[str(path)] = forecast_file(gram, ridge)
-            tables = [facts, forecast_table(found)]
-            if found.modules and (traces := gram.meta.get("module_trace")):
-                tables.append(module_table(found.modules, sum(traces.values())))  # of K, as `info` has it
-            figures = forecast_figures(found)
-            sections[i] = Section(str(path), tables, figures, found.assumptions, forecast_verdict(found))
-            continue
-        matrix = as_matrix(gram)
-        values = np.linalg.eigvalsh(matrix)[::-1]
-        condition = condition_from_eigenvalues(values, noise_of(gram))
-        figures = {"spectrum": spectrum_figure(values, condition.noise, str(condition))}
-        table = spectrum_table(eigsh(gram, k=min(20, len(matrix))), condition, sketch_note(gram))
-        verdict = spectrum_verdict(condition, short)
-        sections[i] = Section(str(path), [facts, table], figures, [reason], verdict)
-    side = [Section("Side by side", [comparison_table(forecasts)])] if len(forecasts) > 1 else []
-    return side + [section for section in sections if section is not None]
+    gram = open_gram(path)
+    facts, unforecast = gram_table(gram), _unforecast(gram)
+    if unforecast is None:
+        found = forecast_file(gram, ridge)
+        tables = [facts, forecast_table(found)]
+        if found.modules and (traces := gram.meta.get("module_trace")):
+            tables.append(module_table(found.modules, sum(traces.values())))  # of K, as `info` has it
+        figures, verdict = forecast_figures(found), forecast_verdict(found)
+        return Section(str(path), tables, figures, found.assumptions, verdict), found
+    reason, short = unforecast
+    matrix = as_matrix(gram)
+    values = np.linalg.eigvalsh(matrix)[::-1]
+    condition = condition_from_eigenvalues(values, noise_of(gram))
+    figures = {"spectrum": spectrum_figure(values, condition.noise, str(condition))}
+    table = spectrum_table(eigsh(gram, k=min(20, len(matrix))), condition, sketch_note(gram))
+    return Section(str(path), [facts, table], figures, [reason], spectrum_verdict(condition, short)), None
+
+
+def _unforecast(gram: Gram) -> tuple[str, str] | None:
+    """Return why a Gram has no forecast, as a sentence and in short; None where it has one."""
+    from ntkengine.forecast import CrossFit
+
+    if gram.targets is None:
+        return "Without class targets there is no forecast.", "No targets"
+    if gram.meta.get("head_fitted") and CrossFit.kept_in(gram) is None:
+        reason = "Its head was fitted on its examples: without held-out heads there is no forecast."
+        return reason, "No held-out heads"
+    if gram.contraction == "sum-of-outputs":
+        return "The kernel of the sum of outputs cannot forecast each.", "Sum of outputs"
+    return None
