@@ -181,9 +181,11 @@ def _load(
     body = [k for k in missing if k.startswith(prefix) and ".pooler." not in k] if task != "encoder" else missing
     mismatched = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ()))
     if mismatched and not body:
-        wanted = f"num_labels={num_labels}" if num_labels is not None else "its config"
-        msg = f"{source}: its head, {mismatched[0]}, has another number of outputs than {wanted} asks for; give the "
-        msg += "number it has, or, for a new head, the model saved without it (`model.base_model.save_pretrained(...)`)"
+        msg = (
+            f"{source}: its head, {mismatched[0]}, has another number of outputs than num_labels={num_labels} asks "
+            "for; give the number it has, or, for a new head, the model saved without it "
+            "(`model.base_model.save_pretrained(...)`)"
+        )
         raise InputError(msg)
     if body:
         msg = f"{source}: its weights do not cover the model: {body[0]} is missing"

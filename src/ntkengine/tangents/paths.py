@@ -150,7 +150,7 @@ _BUILDERS = {
 
 def _leaf(module: nn.Module, parameter: str, call: Call, d: Tensor) -> Tensor:
     """Return (n, C, R, I): one VJP for each sample, vmapped."""
-    n, C = d.shape[:2]
+    n = len(d)
     weight: Tensor = module.get_parameter(parameter)
     if (entry := entry_of(weight)) is not None:
         weight = RESIDENT.bring(entry, weight.dtype, weight.device)
