@@ -8,10 +8,15 @@ import torch
 from torch import nn
 
 import ntkengine as ntk
+from ntkengine.gram.again import run_again
 from ntkengine.gram.frame import Frame
+from ntkengine.gram.layout import Layout
 from ntkengine.gram.noise import _carried, _largest
 from ntkengine.gram.run import Sums
+from ntkengine.gram.task import Task
 from ntkengine.gram.tiles import Accumulator
+from ntkengine.inputs.running import evaluation
+from ntkengine.tangents.probe import probe
 from tests.brute import contracted, gradients, tiny_inputs, tiny_model, with_lora
 from tests.test_spectrum import with_spectrum
 from tests.zoo import inputs as zoo_inputs
@@ -122,3 +127,20 @@ def test_a_block_that_is_the_whole_is_exact():
     assert carried(E, K, np.arange(8)) == pytest.approx(1e-3)
     assert _largest(summed(K), (1, 8))[0] == pytest.approx(8.0, rel=0.02)
     assert carried(np.zeros((2, 2)), np.zeros((8, 8)), np.arange(2)) == 0.0
+
+
+@pytest.mark.parametrize("room", [float("inf"), 1 << 22, 1])
+def test_rows_run_again_within_any_room_are_the_same(room):
+    model, inputs = built("bert", 12)
+    task = Task.prepare(model, inputs, None, None, "logits", "all", "trace", "sgd", "exact")
+    with evaluation(task.model):
+        structure = probe(task.model, task.selected, task.samples, task.readout, 0)
+        frame = task.frame(structure.outputs)
+        rows = np.array([1, 4, 5, 9])
+        groups = [{k: v[torch.from_numpy(rows)] for k, v in inputs.items()}]
+        sums, few = run_again(task, structure, groups, [(0, rows)], frame, Layout(keeps=True), room)
+    back = few.unsort(0)
+    truth = gradients(task.model, groups[0], task.selected)
+    K = sums.total.finish()[0].numpy()[back][:, back]
+    np.testing.assert_allclose(K, contracted(truth, truth, "trace"), rtol=1e-10)
+    assert np.isfinite(sums.outputs).all()

@@ -13,6 +13,7 @@ import numpy as np
 
 from ntkengine.cluster.comm import Team, together
 from ntkengine.errors import CheckFailed, NonFinite
+from ntkengine.gram.again import left
 from ntkengine.gram.anew import compare_anew
 from ntkengine.gram.assembly import assemble, surroundings
 from ntkengine.gram.checkpoint import Checkpoints
@@ -116,9 +117,9 @@ def computed(
                 truth.entries(sums, samples, swept.dtype)
                 compare_anew(swept, on, samples, sums, frame, layout, seed, sketched=bool(sketches))
             if truth is not None and double is not None:
-                noise = noise_in_float64(
-                    task, structure, samples, frame, sums, seed, double, precision, layout, sketched=bool(sketches)
-                )
+                room = left(task, plan, layout, memory_gib)
+                given = task, structure, samples, frame, sums, seed, double, precision, layout, room
+                noise = noise_in_float64(*given, sketched=bool(sketches))
             if truth is not None and noise is not None and task.transform in SIGNS:
                 noise = replace(noise, norm=max(noise.norm, truth.turned_norm()))
             if sketch is not None and noise is not None:

@@ -113,6 +113,7 @@ def noise_in_float64(
     double: Task,
     precision: str,
     layout: Layout,
+    room: float,
     *,
     sketched: bool,
 ) -> Noise | None:
@@ -128,6 +129,7 @@ def noise_in_float64(
         double: the task in float64.
         precision: of the job.
         layout: the job's.
+        room: bytes that it may take; infinity for a job without a bound.
         sketched: whether the Gram is a sketch.
 
     Raises:
@@ -137,16 +139,18 @@ def noise_in_float64(
     if task.transform in SIGNS:  # which rounding turns, whatever its size
         limit = max(limit, LIMIT["high"])
     same = double is task
+    other = structure.on(double.model)
+    if same:
+        other = replace(other, one_by_one=True, trim=False)
     try:
         return estimate_noise(
             double,
-            structure.on(double.model),
+            other,
             samples,
             frame,
             sums,
             layout,
-            one_by_one=structure.one_by_one or same,
-            trim=structure.trim and not same,
+            room,
             seed=seed,
             expected=expected,
             limit=limit,
@@ -156,6 +160,7 @@ def noise_in_float64(
         if same or isinstance(error, CheckFailed | InputError | RankFailed | torch.OutOfMemoryError):
             raise
         if sketched:  # its error is far above float32's
-            return noise_in_float64(task, structure, samples, frame, sums, seed, task, precision, layout, sketched=True)
+            given = task, structure, samples, frame, sums, seed, task, precision, layout, room
+            return noise_in_float64(*given, sketched=True)
         log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
         return None

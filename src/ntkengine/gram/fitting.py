@@ -62,6 +62,19 @@ def fit(
     raise InputError(msg)
 
 
+def nearest(needs: Needs, room: float, *, spill: str, base: Layout) -> Layout:
+    """Return the fastest layout within a number of bytes, or the smallest there is.
+
+    Args:
+        needs: the job's.
+        room: bytes.
+        spill: as in `fit`.
+        base: what the room alone decides.
+    """
+    layout, _ = _search(needs, room, spill, base)
+    return layout or replace(_layouts(base, needs)[-1], hidden=spill, resident_bytes=int(room / 4))
+
+
 def _within(needs: Needs, room: float, spill: str, base: Layout) -> Layout:
     """Return a layout within the room there is; the given one, with a warning, where none is."""
     wanted, free = needs.peak(base) / GIB, room / GIB

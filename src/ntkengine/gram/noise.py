@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ntkengine.errors import CheckFailed
+from ntkengine.gram.again import run_again
 from ntkengine.gram.frame import Frame, gram_rows
 from ntkengine.gram.layout import Layout
-from ntkengine.gram.run import Sums, sum_gram
+from ntkengine.gram.run import Sums
 from ntkengine.gram.spread import Spread
 from ntkengine.gram.task import Task
 from ntkengine.gram.transforms import SIGNS
@@ -49,9 +50,8 @@ def estimate_noise(
     frame: Frame,
     sums: Sums | Spread,
     layout: Layout,
+    room: float,
     *,
-    one_by_one: bool,
-    trim: bool,
     seed: int,
     expected: float,
     limit: float,
@@ -74,13 +74,13 @@ def estimate_noise(
 
     Args:
         task: the job in float64, its model frozen and in eval mode.
-        structure: from the probe, on that model.
+        structure: from the probe, on that model. A Gram that is itself float64 is recomputed in another layout, sample
+            by sample and uncut.
         samples: the job's samples.
         frame: the job's frame.
         sums: the job's finished sums.
         layout: the job's.
-        one_by_one: recompute sample by sample.
-        trim: cut padding. A Gram that is itself float64 is recomputed in another layout: sample by sample, uncut.
+        room: bytes that recomputing may take.
         seed: of the draw.
         expected: relative error above which a warning is logged.
         limit: relative error that is no rounding any more.
@@ -107,11 +107,7 @@ def estimate_noise(
     if frame.transform in SIGNS:  # a loss that is nearly zero has a gradient whose every sign rounding may turn
         picked = [(g, _with_least(r, np.abs(sums.outputs[samples.places(g)]).max(1))) for g, r in picked]
     groups = [{k: v[torch.from_numpy(r).to(v.device)] for k, v in samples.groups[g].items()} for g, r in picked]
-    tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
-    few = Samples(groups, microbatch=1 if one_by_one else None, microbatch_tokens=tokens, trim=trim, origins=picked)
-    spans = [few.span(i) for i in range(len(groups))]
-    small = Frame(spans[0], spans[-1], frame.outputs, frame.contraction, frame.transform)
-    again = sum_gram(replace(task, kernels=False), structure, few, small, keep_bytes=layout.keep_bytes)
+    again, few = run_again(task, structure, groups, picked, frame, layout, room)
     exact = again.total.finish().cpu().numpy()
     f = np.concatenate([sums.outputs[samples.places(g, r)] for g, r in picked])
     true = np.concatenate([again.outputs[few.places(i)] for i in range(len(picked))])

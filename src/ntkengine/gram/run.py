@@ -185,6 +185,7 @@ def sum_gram(
                 tick(flops, segment)
                 keeper.step(sums)
                 del factors  # before the next block's are collected
+        sums.total.workspace.clear()
         sums.outputs = sweep.outputs
         sums.pass_seconds = before + time.perf_counter() - start - spent
         keeper.finish(sums)

@@ -236,6 +236,7 @@ class Spreading:
             sums.total.add(panels)
         if self.group is None:
             sums.total.finish()
+        self.workspace.clear()
         outputs = np.zeros((self.samples.total, self.structure.outputs))
         mine = np.concatenate([self.shards[team.rank].positions(g) for g in range(len(self.samples.sizes))])
         outputs[mine] = sweep.outputs

@@ -26,6 +26,10 @@ class Workspace:
     """Memory for one tile of tangent features, kept from parameter to parameter: fresh pages cost more than sums."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of the memory."""
         self._buffer = torch.empty(0)
         self._inputs: list[Tensor] = []
         self._pairs: tuple[Frame | None, dict[tuple[int, int], Tensor]] = (None, {})

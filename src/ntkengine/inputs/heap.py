@@ -52,6 +52,13 @@ class Heap:
         if self.limit < float("inf") and self._libc is not None and _held() - self._before > self.limit:
             self._trim(0)
 
+    def taken(self) -> int:
+        """Return the bytes held above what the process held when the job began; 0 of one without a limit."""
+        if self.limit == float("inf") or self._libc is None:
+            return 0
+        self._trim(0)
+        return max(0, _held() - self._before)
+
 
 def _held() -> int:
     """Return the bytes of memory that no file backs; 0 where the system does not tell."""
