@@ -42,6 +42,9 @@ def test_gram_from_flags_then_read(run, model_folder, data, tmp_path):
     assert code == 0
     assert out.rstrip().endswith(f"{tmp_path / 'k.h5'} was complete already: nothing was computed")
     assert "time (s)" not in out
+    trained = tmp_path / "adam.toml"
+    trained.write_text('[finetune]\noptimizer = "adam"\nlearning_rate = 1e-3\n')
+    assert "- forecast does not simulate the training of [finetune]" in run("gram", trained, *flags)[1]
     code, out, err = run("gram", *flags, "--precision", "exact")
     assert (code, out) == (2, "")
     assert "gram.precision is 'high' there, 'exact' here" in err

@@ -72,14 +72,17 @@ def gram(
 
 
 def _run(team: Any, flags: dict[str, Any]) -> Any:
+    from ntkengine.jobchecks import unsimulated
     from ntkengine.jobs import run_gram
     from ntkengine.store import going_on
 
     with nullcontext() if team is None else team.together():
-        path, given, _ = collect(**flags)
+        path, given, as_json = collect(**flags)
         job = job_of(path, given)
         if job.out is None:
             raise InputError("--out: is missing; name the HDF5 file to write")
+    if not as_json and (team is None or team.root):
+        remark(unsimulated(job, job.gram.per_module))
     try:
         with showing_progress() as progress:
             return run_gram(job, progress, team=team)
