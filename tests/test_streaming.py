@@ -149,3 +149,15 @@ def test_a_short_file_is_refused(folder):
     file.write_bytes(whole[:-1000])
     with pytest.raises(InputError, match="is not a safetensors file .*file not fully covered"):
         ntk.load_model(folder, num_labels=3, stream=True)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_of_fewer_digits_than_its_file_is_what_loading_it_gives(tmp_path, lora):
+    tiny_model("llama").save_pretrained(tmp_path)
+    peft = {"peft_type": "LORA", "r": 2, "target_modules": LORA["llama"], "init_lora_weights": False} if lora else None
+    loaded, streamed = (ntk.load_model(tmp_path, 3, peft, "bfloat16", stream=s) for s in (False, True))
+    assert [p.dtype for p in streamed.parameters()] == [p.dtype for p in loaded.parameters()]
+    assert [b.dtype for b in streamed.buffers()] == [b.dtype for b in loaded.buffers()]
+    inputs = tiny_inputs(loaded, [5, 3, 7], 7)
+    grams = [ntk.compute_gram(m, inputs, precision="exact") for m in (loaded, streamed)]
+    assert max(relative_error(grams[1].values, grams[0].values)) < 1e-13

@@ -17,7 +17,8 @@ from ntkengine.arguments import SEEDS, whole
 from ntkengine.errors import InputError
 from ntkengine.inputs.adapters import adapted, peft_config, with_saved
 from ntkengine.inputs.hub import adapter_folder, check_source, hub_answers
-from ntkengine.inputs.streaming import converted, entry_of, load_streamed
+from ntkengine.inputs.streaming import converted, entry_of
+from ntkengine.inputs.unloaded import load_streamed
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def load_model(
             source = str(tuned)
     for name, value in (("ntk_tokenizer", tokenizer), ("ntk_source", source), ("ntk_head_new", bool(missing))):
         setattr(model, name, value)
-    return (converted(model, _DTYPES[dtype], where) if stream else model.to(where)).eval()
+    return (converted(model, None, where) if stream else model.to(where)).eval()
 
 
 def check_model(num_labels: int, dtype: str, device: str) -> torch.device:

@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ntkengine.errors import InputError
 from ntkengine.inputs.resident import RESIDENT, Key, brought_ahead
-from ntkengine.inputs.weights import Entry, Held, entries
+from ntkengine.inputs.weights import Entry, Held
 
 STREAMED = 1 << 18  # entries; smaller parameters and vectors are loaded
 
@@ -65,64 +63,6 @@ def is_streamed(model: nn.Module) -> bool:
     return any(entry_of(p) is not None for p in model.parameters())
 
 
-def load_streamed(
-    folder: Path, auto: Any, dtype: torch.dtype, trust_remote_code: bool, options: dict[str, Any]
-) -> tuple[nn.Module, list[str]]:
-    """Return a model whose large weights stay in the folder's files, and the head parameters these do not hold.
-
-    Args:
-        folder: a model directory with safetensors files.
-        auto: a transformers Auto class.
-        dtype: what weights are brought in.
-        trust_remote_code: run code that comes with the model.
-        options: for its configuration, such as `num_labels`.
-
-    Raises:
-        InputError: a body parameter that no file holds under its name and shape.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    with init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
-    model.tie_weights()
-    found, prefix = entries(folder), f"{model.base_model_prefix}."
-    places: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]] = {}
-    for owner, module in model.named_modules():
-        for local, p in module._parameters.items():
-            if p is not None:
-                name = f"{owner}.{local}" if owner else local
-                places.setdefault(id(p), (p, []))[1].append((name, module, local))
-    missing = []
-    for p, uses in places.values():
-        names = [n for name, _, _ in uses for n in (name, name.removeprefix(prefix), prefix + name)]
-        entry = next((found[n] for n in names if n in found), None)
-        if entry is None and uses[0][0].startswith(prefix):
-            msg = f"{folder}: stream=True: no file holds {uses[0][0]} under that name; load it without stream"
-            raise InputError(msg)
-        if entry is not None and entry.shape != tuple(p.shape):
-            got = f"{entry.shape} in {entry.path}"
-            msg = f"{folder}: {uses[0][0]}: expected shape {tuple(p.shape)}, got {got}"
-            raise InputError(msg)
-        if entry is None:
-            value = nn.Parameter(torch.empty(p.shape, dtype=dtype))
-            missing.append(uses[0][0])
-        elif p.ndim > 1 and p.numel() >= STREAMED:
-            value = placeholder(p.shape, dtype, "cpu", entry)
-        else:
-            value = nn.Parameter(entry.read().to(dtype))
-        for _, module, local in uses:
-            module._parameters[local] = value
-    for module in {name.rpartition(".")[0] for name in missing}:
-        head = model.get_submodule(module)
-        for flag in (head, *head.parameters(recurse=False)):
-            flag._is_hf_initialized = False
-        model._init_weights(head)
-    attach(model)
-    return model, sorted(missing)
-
-
 def brings(hook: Any) -> bool:
     """Whether a module's hook is one that brings its weights."""
     return isinstance(getattr(hook, "__self__", None), _Bring)
@@ -140,7 +80,7 @@ def attach(model: nn.Module) -> None:
 
 def converted(
     model: nn.Module,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | None = None,
     *,
     lazy: bool = False,
@@ -149,7 +89,7 @@ def converted(
 
     Args:
         model: the model.
-        dtype: for its floating parameters and buffers.
+        dtype: for its floating parameters and buffers; None: each its own.
         device: where to; default where it is.
         lazy: convert a large weight only while its module runs, so that the copy takes hardly any memory.
     """
@@ -158,22 +98,22 @@ def converted(
     memo: dict[int, Any] = {} if keep is None else {id(keep): keep}
     left = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and v.grad_fn is not None]
     memo |= {id(v): v.detach() for v in left}
-    streamed = [(p, entry) for p in model.parameters() if (entry := entry_of(p)) is not None]
+    streamed = [(p, _as_rounded(p, entry)) for p in model.parameters() if (entry := entry_of(p)) is not None]
     held = [p for p in model.parameters() if type(p) is nn.Parameter and entry_of(p) is None and p.is_floating_point()]
     streamed += [(p, Held(p)) for p in held if lazy and p.ndim > 1 and p.numel() >= STREAMED]
     later = {id(p) for p, _ in streamed}
     for p in held:  # converted at once, not copied and then converted
         if id(p) not in later:
-            value = p.detach().to(device or p.device, dtype, copy=True)
+            value = p.detach().to(device or p.device, dtype or p.dtype, copy=True)
             memo[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)
     for p, entry in streamed:
-        memo[id(p)] = placeholder(p.shape, dtype, device or p.device, entry).requires_grad_(p.requires_grad)
+        memo[id(p)] = placeholder(p.shape, dtype or p.dtype, device or p.device, entry).requires_grad_(p.requires_grad)
     other = copy.deepcopy(model, memo)
     imaginary = torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def moved(x: Tensor) -> Tensor:
-        wanted = dtype if x.is_floating_point() else imaginary if x.is_complex() else x.dtype
-        return x.to(device or x.device, wanted)
+        wanted = dtype if x.is_floating_point() else imaginary if x.is_complex() else None
+        return x.to(device or x.device, x.dtype if dtype is None else wanted or x.dtype)
 
     attach(other)
     left_out = [
@@ -192,6 +132,11 @@ def converted(
             if isinstance(value, Tensor):
                 setattr(module, name, moved(value))
     return other
+
+
+def _as_rounded(p: nn.Parameter, entry: Entry | Held) -> Entry | Held:
+    """Return a streamed parameter's entry, its weight rounded to the dtype the parameter has."""
+    return entry.through(p.dtype) if isinstance(entry, Entry) else entry
 
 
 class _Bring:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ class Entry:
         offset: of its first byte.
         nbytes: its bytes.
         stamp: of the file when its header was read (`stamp_of`); another one means other weights.
+        rounded: dtypes it is rounded to on its way, one after the other.
     """
 
     path: str
@@ -59,9 +60,15 @@ class Entry:
     offset: int
     nbytes: int
     stamp: tuple[int, int, int]
+    rounded: tuple[torch.dtype, ...] = ()
+
+    def through(self, dtype: torch.dtype) -> Entry:
+        """Return the entry with its weight as a model in that dtype has it, whatever it is brought in."""
+        last = self.rounded[-1] if self.rounded else self.dtype
+        return self if torch.promote_types(last, dtype) == dtype else replace(self, rounded=(*self.rounded, dtype))
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return rows [start, stop) of the tensor in the file's dtype; what lies around it is read ahead."""
+        """Return rows [start, stop) of the tensor as rounded; what lies around it is read ahead."""
         rows = self.shape[0] if self.shape else 1
         stop = rows if stop is None else stop
         if not self.nbytes:
@@ -69,12 +76,18 @@ class Entry:
         row = self.nbytes // rows
         raw = bytearray((stop - start) * row)
         self._fill(memoryview(raw), start * row)
-        return torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:])
+        return self._round(torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:]))
 
     def read_to(self, buffer: Tensor) -> Tensor:
         """Return the tensor in a buffer of as many bytes; what lies around it is read ahead."""
         self._fill(buffer.numpy().data, 0)
-        return buffer.view(self.dtype).view(self.shape)
+        return self._round(buffer.view(self.dtype).view(self.shape))
+
+    def _round(self, weight: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():  # under `unrounded` nothing would be rounded
+            for dtype in self.rounded:
+                weight = weight.to(dtype)
+        return weight
 
     def _fill(self, view: memoryview, start: int) -> None:
         fd = os.open(self.path, os.O_RDONLY)
