@@ -33,7 +33,7 @@ def weights():
 @pytest.fixture
 def keys(weights, tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
-    found = entries(tmp_path)
+    found = entries(tmp_path.glob("*.safetensors"))
     return [(found[name], torch.float32, CPU) for name in weights]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,16 @@ def test_a_model_of_fewer_digits_than_its_file_is_what_loading_it_gives(tmp_path
     inputs = tiny_inputs(loaded, [5, 3, 7], 7)
     grams = [ntk.compute_gram(m, inputs, precision="exact") for m in (loaded, streamed)]
     assert max(relative_error(grams[1].values, grams[0].values)) < 1e-13
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_files_that_lie_beside_the_model_are_not_read(tmp_path, shards):
+    tiny_model("bert", seed=5).save_pretrained(tmp_path / "other")
+    tiny_model("bert").save_pretrained(tmp_path / "it", max_shard_size="60KB" if shards else "1GB")
+    for name in ("model-00009-of-00009", "model.fp16", "optimizer"):
+        shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "it" / f"{name}.safetensors")
+    loaded, streamed = (ntk.load_model(tmp_path / "it", num_labels=3, stream=s) for s in (False, True))
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+    (tmp_path / "it" / f"model.safetensors{'.index.json' * shards}").unlink()
+    with pytest.raises(InputError, match=r"stream=True needs model.safetensors or model.safetensors.index.json"):
+        ntk.load_model(tmp_path / "it", num_labels=3, stream=True)

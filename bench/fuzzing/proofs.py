@@ -149,7 +149,7 @@ def prove_safetensors(work: Path, seeds: Path) -> None:
     from ntkengine.inputs.weights import entries
 
     del seeds
-    tensors = {name: entry.read() for name, entry in entries(work).items()}
+    tensors = {name: entry.read() for name, entry in entries(work.glob("*.safetensors")).items()}
     try:
         wanted = load_file(work / "model.safetensors")
     except SafetensorError as error:

@@ -5,6 +5,7 @@ What `from_pretrained` would make of the same folder: its choice of files, its n
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import nn
 from ntkengine.errors import InputError
 from ntkengine.inputs import streaming
 from ntkengine.inputs.weights import entries
+
+_NAMES = "model.safetensors", "model.safetensors.index.json"  # the first that is there
 
 
 def load_streamed(
@@ -38,7 +41,7 @@ def load_streamed(
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
-    found, prefix = entries(folder), f"{model.base_model_prefix}."
+    found, prefix = entries(_files(folder, config)), f"{model.base_model_prefix}."
     places: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]] = {}
     for owner, module in model.named_modules():
         for local, p in module._parameters.items():
@@ -72,3 +75,20 @@ def load_streamed(
         model._init_weights(head)
     streaming.attach(model)
     return model, sorted(missing)
+
+
+def _files(folder: Path, config: Any) -> list[Path]:
+    """Return the files that make up the model, whatever others lie beside them."""
+    given = getattr(config, "transformers_weights", None)
+    index = next((folder / n for n in (given, *_NAMES) if n is not None and (folder / n).is_file()), None)
+    if index is None:
+        msg = f"{folder}: stream=True needs {' or '.join(_NAMES)}"
+        raise InputError(msg)
+    if index.suffix != ".json":
+        return [index]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [folder / name for name in names]
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        msg = f"{index}: expected which file has which weight, under weight_map ({' '.join(str(error).split())[:100]})"
+        raise InputError(msg) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -126,14 +127,14 @@ class Held:
         return self.weight.detach()[start:stop]
 
 
-def entries(folder: Path) -> dict[str, Entry]:
-    """Return the tensors of a folder's safetensors files, by name.
+def entries(paths: Iterable[Path]) -> dict[str, Entry]:
+    """Return the tensors of safetensors files, by name; of a name in several the last.
 
     Raises:
         InputError: a file that is not safetensors, or a dtype that is not a plain float.
     """
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         try:
             with safe_open(path, framework="pt"):  # the library checks the whole header
                 pass
