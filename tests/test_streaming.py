@@ -15,6 +15,7 @@ from ntkengine.inputs import streaming
 from ntkengine.inputs.fingerprint import fingerprint_model
 from tests import zoo
 from tests.brute import relative_error, tiny_inputs, tiny_model
+from tests.tiny import edit_config
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +177,57 @@ def test_files_that_lie_beside_the_model_are_not_read(tmp_path, shards):
     (tmp_path / "it" / f"model.safetensors{'.index.json' * shards}").unlink()
     with pytest.raises(InputError, match=r"stream=True needs model.safetensors or model.safetensors.index.json"):
         ntk.load_model(tmp_path / "it", num_labels=3, stream=True)
+
+
+def pair(folder, dtype="float32", task="sequence-classification"):
+    """The model of a folder, loaded and streamed."""
+    return [ntk.load_model(folder, num_labels=3, dtype=dtype, task=task, stream=s) for s in (False, True)]
+
+
+def test_names_that_loading_changes(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(vocab_size=97, **sizes)).save_pretrained(tmp_path / "renamed")
+    loaded, streamed = pair(tmp_path / "renamed", task="causal-lm")
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+    zoo.model("mixtral").save_pretrained(tmp_path / "joined")
+    with pytest.raises(InputError, match="no file holds .*experts.* under that name; load it without stream"):
+        ntk.load_model(tmp_path / "joined", num_labels=3, stream=True)
+
+
+def test_weights_that_loading_quantises(folder):
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(InputError, match="its weights are quantised; load it without stream"):
+        ntk.load_model(folder, num_labels=3, stream=True)
+
+
+def test_dtypes_that_a_model_keeps(tmp_path):
+    zoo.model("t5").save_pretrained(tmp_path)
+    loaded, streamed = pair(tmp_path, "float16")
+    assert {p.dtype for p in streamed.parameters()} == {torch.float16, torch.float32}
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+
+
+def test_tied_weights_that_differ_are_refused(tmp_path):
+    config = tf.LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    model = tf.LlamaForCausalLM(config)  # not tied
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(InputError, match="embed_tokens.weight and lm_head.weight are tied by its config, and differ"):
+        ntk.load_model(tmp_path, task="causal-lm", stream=True)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    loaded, streamed = pair(tmp_path, task="causal-lm")
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+    assert streamed.lm_head.weight is streamed.model.embed_tokens.weight
+
+
+def test_buffers_are_read_too(tmp_path):
+    config = tf.ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    model = tf.ResNetModel(config)
+    for name, b in model.named_buffers():
+        b.add_(3 if name.endswith("tracked") else torch.rand_like(b))
+    model.save_pretrained(tmp_path)
+    loaded, streamed = pair(tmp_path, task="encoder")
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)

@@ -6,6 +6,8 @@ What `from_pretrained` would make of the same folder: its choice of files, its n
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 
 from ntkengine.errors import InputError
 from ntkengine.inputs import streaming
-from ntkengine.inputs.weights import entries
+from ntkengine.inputs.weights import Entry, entries
 
 _NAMES = "model.safetensors", "model.safetensors.index.json"  # the first that is there
 
@@ -38,10 +40,14 @@ def load_streamed(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{folder}: its weights are quantised; load it without stream")
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
-    found, prefix = entries(_files(folder, config)), f"{model.base_model_prefix}."
+    prefix, there = f"{model.base_model_prefix}.", model.state_dict()
+    found = _by_name(entries(_files(folder, config)), model, there)
+    kept = {re.compile(part.replace("*", ".*")): d for part, d in model._get_dtype_plan(dtype).items()}
     places: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]] = {}
     for owner, module in model.named_modules():
         for local, p in module._parameters.items():
@@ -50,24 +56,28 @@ def load_streamed(
                 places.setdefault(id(p), (p, []))[1].append((name, module, local))
     missing = []
     for p, uses in places.values():
-        names = [n for name, _, _ in uses for n in (name, name.removeprefix(prefix), prefix + name)]
-        entry = next((found[n] for n in names if n in found), None)
-        if entry is None and uses[0][0].startswith(prefix):
-            msg = f"{folder}: stream=True: no file holds {uses[0][0]} under that name; load it without stream"
-            raise InputError(msg)
+        names = [name for name, _, _ in uses]
+        entry = _one_of(names, found, folder)
+        wanted = next((d for part, d in kept.items() if part.search(names[0])), p.dtype)
+        if entry is None and names[0].startswith(prefix):
+            raise InputError(_not_there(folder, names[0]))
         if entry is not None and entry.shape != tuple(p.shape):
             got = f"{entry.shape} in {entry.path}"
-            msg = f"{folder}: {uses[0][0]}: expected shape {tuple(p.shape)}, got {got}"
+            msg = f"{folder}: {names[0]}: expected shape {tuple(p.shape)}, got {got}"
+            raise InputError(msg)
+        if entry is not None and not entry.dtype.is_floating_point:
+            msg = f"{entry.path}: {names[0]} has dtype {str(entry.dtype)[6:]}; stream=True reads plain floats"
             raise InputError(msg)
         if entry is None:
-            value = nn.Parameter(torch.empty(p.shape, dtype=dtype))
-            missing.append(uses[0][0])
+            value = nn.Parameter(torch.empty(p.shape, dtype=wanted))
+            missing.append(names[0])
         elif p.ndim > 1 and p.numel() >= streaming.STREAMED:
-            value = streaming.placeholder(p.shape, dtype, "cpu", entry)
+            value = streaming.placeholder(p.shape, wanted, "cpu", entry)
         else:
-            value = nn.Parameter(entry.read().to(dtype))
+            value = nn.Parameter(entry.read().to(wanted))
         for _, module, local in uses:
             module._parameters[local] = value
+    _fill_buffers(model, found, there, folder)
     for module in {name.rpartition(".")[0] for name in missing}:
         head = model.get_submodule(module)
         for flag in (head, *head.parameters(recurse=False)):
@@ -75,6 +85,56 @@ def load_streamed(
         model._init_weights(head)
     streaming.attach(model)
     return model, sorted(missing)
+
+
+def _by_name(found: Mapping[str, Entry], model: Any, there: Mapping[str, Any]) -> dict[str, Entry]:
+    """Return tensors by the model's own names for them; none that loading would put together from several, or change.
+
+    Args:
+        found: by their names in the files.
+        model: without weights.
+        there: the model's own names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    changes = get_model_conversion_mapping(model)
+    renamings = [x for x in changes if isinstance(x, WeightRenaming)]
+    converters = [x for x in changes if isinstance(x, WeightConverter)]
+    named = {}
+    for name, entry in found.items():
+        own, change = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(there))
+        if own not in there and name in there:
+            own, change = name, None
+        if change is None:
+            named[own] = entry
+    return named
+
+
+def _one_of(names: list[str], found: Mapping[str, Entry], folder: Path) -> Entry | None:
+    """Return the tensor of a parameter with these names, None without; of tied weights that differ there is no one."""
+    held = [name for name in names if name in found]
+    for name in held[1:]:
+        if not torch.equal(found[name].read(), found[held[0]].read()):
+            msg = f"{folder}: {held[0]} and {name} are tied by its config, and differ in its files; load it without "
+            raise InputError(msg + "stream")
+    return found[held[0]] if held else None
+
+
+def _fill_buffers(model: nn.Module, found: Mapping[str, Entry], there: Mapping[str, Any], folder: Path) -> None:
+    """Read the buffers that are saved along with weights."""
+    for name, buffer in model.named_buffers():
+        if name in found:
+            if found[name].shape != tuple(buffer.shape):
+                msg = f"{folder}: {name}: expected shape {tuple(buffer.shape)}, got {found[name].shape}"
+                raise InputError(msg)
+            buffer.copy_(found[name].read())
+        elif name in there and not name.endswith("position_ids"):
+            raise InputError(_not_there(folder, name))
+
+
+def _not_there(folder: Path, name: str) -> str:
+    return f"{folder}: stream=True: no file holds {name} under that name; load it without stream"
 
 
 def _files(folder: Path, config: Any) -> list[Path]:

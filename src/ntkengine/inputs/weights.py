@@ -15,6 +15,8 @@ from torch import Tensor
 from ntkengine.errors import InputError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES |= {"BOOL": torch.bool}
 _AHEAD = 256 << 20  # bytes the operating system is asked to read ahead, either way
 
 
@@ -77,7 +79,8 @@ class Entry:
         row = self.nbytes // rows
         raw = bytearray((stop - start) * row)
         self._fill(memoryview(raw), start * row)
-        return self._round(torch.frombuffer(raw, dtype=self.dtype).view(stop - start, *self.shape[1:]))
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        return self._round(torch.frombuffer(raw, dtype=self.dtype).view(shape))
 
     def read_to(self, buffer: Tensor) -> Tensor:
         """Return the tensor in a buffer of as many bytes; what lies around it is read ahead."""
@@ -131,7 +134,7 @@ def entries(paths: Iterable[Path]) -> dict[str, Entry]:
     """Return the tensors of safetensors files, by name; of a name in several the last.
 
     Raises:
-        InputError: a file that is not safetensors, or a dtype that is not a plain float.
+        InputError: a file that is not safetensors, or a dtype that is neither a plain float nor whole numbers.
     """
     found = {}
     for path in paths:
