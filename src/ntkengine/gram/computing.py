@@ -37,6 +37,7 @@ from ntkengine.inputs.heap import HEAP
 from ntkengine.inputs.parameters import module_of
 from ntkengine.inputs.running import evaluation
 from ntkengine.inputs.seen import seen_before
+from ntkengine.inputs.streaming import told_of_streaming
 from ntkengine.tangents.sketch import Sketch
 from ntkengine.tangents.structure import Structure
 from ntkengine.tangents.trial import check_repeats
@@ -69,6 +70,7 @@ def computed(
     began = time.perf_counter()
     HEAP.begin(heap_limit(memory_gib))
     with ExitStack() as running:
+        running.enter_context(told_of_streaming(task.model))
         running.enter_context(evaluation(task.model))
         structure, plan, layout, samples, sketches = planned(
             task,

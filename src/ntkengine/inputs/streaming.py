@@ -9,8 +9,8 @@ conversions therefore see an ordinary model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkengine.errors import NonFinite
 from ntkengine.inputs.resident import RESIDENT, Key, brought_ahead
 from ntkengine.inputs.weights import Entry, Held
 
@@ -61,6 +62,22 @@ def turn_entries(model: nn.Module, device: torch.device) -> int | None:
 def is_streamed(model: nn.Module) -> bool:
     """Whether any parameter stays in its file."""
     return any(entry_of(p) is not None for p in model.parameters())
+
+
+@contextmanager
+def told_of_streaming(model: nn.Module) -> Iterator[None]:
+    """Within the block, of a streamed model, what is not finite says that a weight left in its file may be why.
+
+    Raises:
+        NonFinite: in place of it.
+    """
+    try:
+        yield
+    except NonFinite as error:
+        if not is_streamed(model):
+            raise
+        msg = f"{error}; a weight left in its file is NaN where another module than its own reads it: load the model "
+        raise NonFinite(msg + "without stream") from error
 
 
 def brings(hook: Any) -> bool:
