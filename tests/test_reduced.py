@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,25 @@ def test_right_jobs_pass(name, transform):
     with checking(*given[:2], readout=given[2], transform=transform) as truth:
         truth.sweep()
     assert ntk.compute_gram(*given[:2], readout=given[2], params="all", transform=transform).noise > 0
+
+
+@pytest.mark.usefixtures("reduced")
+def test_what_goes_wrong_in_batches_only_is_in_the_noise(monkeypatch):
+    model, run, wrong = tiny_model("bert"), Sweep._run, "bert.encoder.layer.0.attention.self.value.weight"
+    inputs = tiny_inputs(model, zoo.LENGTHS * 6, 12)
+    right = ntk.compute_gram(model, inputs, params="all")
+
+    def left_out(self, segment, i, chunk, *given, **more):
+        found = run(self, segment, i, chunk, *given, **more)
+        if chunk.n > 3 and wrong in found:
+            found[wrong] = []
+        return found
+
+    monkeypatch.setattr(Sweep, "_run", left_out)
+    gram = ntk.compute_gram(model, inputs, params="all")
+    error = np.linalg.norm(gram.values - right.values, 2)
+    assert 1e-4 < error / np.linalg.norm(right.values, 2) < 1e-2
+    assert gram.noise > error
 
 
 def test_a_streamed_model_is_compared_in_one_pass(tmp_path, monkeypatch):

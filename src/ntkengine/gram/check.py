@@ -114,7 +114,7 @@ class Check(Truth):
 
     def _entries(self, got: Tensor, rows: Sequence[int], columns: Sequence[int], dtype: torch.dtype) -> None:
         """Compare the job's own entries between drawn samples, by their numbers."""
-        if len(self.compared) < len(self.selected):
+        if self.reduced:
             return  # entries of the Gram sum over all parameters
         i, j = (
             torch.from_numpy(gram_rows(np.array(x, dtype=int), self.frame.width)).to(self.device)

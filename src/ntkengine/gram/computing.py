@@ -121,7 +121,7 @@ def computed(
             if truth is not None and double is not None:
                 room = left(task, plan, layout, memory_gib)
                 given = task, structure, samples, frame, sums, seed, double, precision, layout, room
-                noise = noise_in_float64(*given, sketched=bool(sketches))
+                noise = noise_in_float64(*given, sketched=bool(sketches), alone=truth.reduced)
             if truth is not None and noise is not None and task.transform in SIGNS:
                 noise = replace(noise, norm=max(noise.norm, truth.turned_norm()))
             if sketch is not None and noise is not None:

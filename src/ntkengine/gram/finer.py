@@ -116,6 +116,7 @@ def noise_in_float64(
     room: float,
     *,
     sketched: bool,
+    alone: bool,
 ) -> Noise | None:
     """Return the noise of a finished Gram, measured in float64; None, with a warning, where the model has none.
 
@@ -131,6 +132,7 @@ def noise_in_float64(
         layout: the job's.
         room: bytes that it may take; infinity for a job without a bound.
         sketched: whether the Gram is a sketch.
+        alone: whether examples are recomputed one by one, as where no entry of the Gram was compared with autograd's.
 
     Raises:
         CheckFailed: as `estimate_noise`.
@@ -140,8 +142,7 @@ def noise_in_float64(
         limit = max(limit, LIMIT["high"])
     same = double is task
     other = structure.on(double.model)
-    if same:
-        other = replace(other, one_by_one=True, trim=False)
+    other = replace(other, one_by_one=other.one_by_one or same or alone, trim=other.trim and not same)
     try:
         return estimate_noise(
             double,
@@ -161,6 +162,6 @@ def noise_in_float64(
             raise
         if sketched:  # its error is far above float32's
             given = task, structure, samples, frame, sums, seed, task, precision, layout, room
-            return noise_in_float64(*given, sketched=True)
+            return noise_in_float64(*given, sketched=True, alone=alone)
         log.warning("the model does not run in float64 (%s): the noise of this Gram is unknown", str(error)[:200])
         return None

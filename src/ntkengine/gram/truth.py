@@ -101,6 +101,11 @@ class Truth:
                         for sum_of_products in (self.total, self.left, self.right):
                             sum_of_products += self.parts[name]
 
+    @property
+    def reduced(self) -> bool:
+        """Whether of some parameters only a few numbers are compared."""
+        return len(self.compared) < len(self.selected)
+
     def _choose(self, seed: int, rng: np.random.Generator) -> list[list[str]]:
         """Return parameters to compare whole, by pass; how the others are reduced is noted."""
         places = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
