@@ -78,11 +78,7 @@ def load_streamed(
         for _, module, local in uses:
             module._parameters[local] = value
     _fill_buffers(model, found, there, folder)
-    for module in {name.rpartition(".")[0] for name in missing}:
-        head = model.get_submodule(module)
-        for flag in (head, *head.parameters(recurse=False)):
-            flag._is_hf_initialized = False
-        model._init_weights(head)
+    _draw(model, missing)
     streaming.attach(model)
     return model, sorted(missing)
 
@@ -109,6 +105,17 @@ def _by_name(found: Mapping[str, Entry], model: Any, there: Mapping[str, Any]) -
         if change is None:
             named[own] = entry
     return named
+
+
+def _draw(model: Any, missing: list[str]) -> None:
+    """Give the parameters that no file holds their start, in the model's order, with the numbers loading would draw."""
+    owners = {name.rpartition(".")[0] for name in missing}
+    for name, module in model.named_modules():
+        module._is_hf_initialized = not any(f"{o}.".startswith(f"{name}." if name else "") for o in owners)
+    for name, p in model.named_parameters():
+        p._is_hf_initialized = name not in missing
+    if missing:
+        model.initialize_weights()
 
 
 def _one_of(names: list[str], found: Mapping[str, Entry], folder: Path) -> Entry | None:
