@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 
 import ntkengine as ntk
 from ntkengine.errors import InputError, NonFinite
@@ -189,6 +190,14 @@ def test_names_that_loading_changes(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(vocab_size=97, **sizes)).save_pretrained(tmp_path / "renamed")
     loaded, streamed = pair(tmp_path / "renamed", task="causal-lm")
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+    tiny_model("bert").save_pretrained(tmp_path / "older")
+    file = tmp_path / "older" / "model.safetensors"
+    held = {
+        k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v for k, v in load_file(file).items()
+    }
+    save_file(held | {"bert.embeddings.position_ids": torch.arange(64)[None]}, file, {"format": "pt"})
+    loaded, streamed = pair(tmp_path / "older")
     assert fingerprint_model(loaded) == fingerprint_model(streamed)
     zoo.model("mixtral").save_pretrained(tmp_path / "joined")
     with pytest.raises(InputError, match="no file holds .*experts.* under that name; load it without stream"):

@@ -83,7 +83,7 @@ def load_streamed(
     return model, sorted(missing)
 
 
-def _by_name(found: Mapping[str, Entry], model: Any, there: Mapping[str, Any]) -> dict[str, Entry]:
+def _by_name(found: Mapping[str, Entry], model: Any, there: dict[str, Any]) -> dict[str, Entry]:
     """Return tensors by the model's own names for them; none that loading would put together from several, or change.
 
     Args:
@@ -99,7 +99,7 @@ def _by_name(found: Mapping[str, Entry], model: Any, there: Mapping[str, Any]) -
     converters = [x for x in changes if isinstance(x, WeightConverter)]
     named = {}
     for name, entry in found.items():
-        own, change = rename_source_key(name, renamings, converters, model.base_model_prefix, dict(there))
+        own, change = rename_source_key(name, renamings, converters, model.base_model_prefix, there)
         if own not in there and name in there:
             own, change = name, None
         if change is None:
