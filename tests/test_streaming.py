@@ -140,6 +140,16 @@ def test_a_weight_used_outside_its_module_is_not_silently_wrong(folder):
         ntk.compute_gram(Peeks(model, big.removesuffix(".weight")), {"ids": ids}, params=["all", f"!model.{big}"])
 
 
+def test_a_hook_of_an_embedding_reads_its_whole_table(folder):
+    loaded, streamed = pair(folder)
+    norms = []
+    for model in (loaded, streamed):
+        table = model.get_input_embeddings()
+        table.requires_grad_(False).register_forward_pre_hook(lambda m, _: norms.append(m.weight.norm()))
+        model(**tiny_inputs(model, [3, 2], 3))
+    assert torch.equal(*norms)
+
+
 def test_a_short_file_is_refused(folder):
     file = next(folder.glob("*.safetensors"))
     whole = file.read_bytes()

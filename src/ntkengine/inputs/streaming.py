@@ -171,7 +171,8 @@ class _Bring:
             entry = entry_of(p)
             if p is None or entry is None:
                 continue
-            rows = args[0] if args and type(module).forward is nn.Embedding.forward and not p.requires_grad else None
+            alone = type(module).forward is nn.Embedding.forward and len(module._forward_pre_hooks) == 1
+            rows = args[0] if args and alone and not p.requires_grad else None  # other hooks may read more of it
             weight = _rows(p, entry, rows) if isinstance(rows, Tensor) else RESIDENT.bring(entry, p.dtype, p.device)
             live[weight.untyped_storage().data_ptr()] = partial(RESIDENT.bring, entry, p.dtype, p.device)
             # An instance attribute hides the parameter from the module's forward, and only there.
