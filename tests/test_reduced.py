@@ -82,17 +82,17 @@ def test_right_jobs_pass(name, transform):
 
 @pytest.mark.usefixtures("reduced")
 def test_what_goes_wrong_in_batches_only_is_in_the_noise(monkeypatch):
-    model, run, wrong = tiny_model("bert"), Sweep._run, "bert.encoder.layer.0.attention.self.value.weight"
+    model, run, wrong = tiny_model("bert"), Passes.run, "bert.encoder.layer.0.attention.self.value.weight"
     inputs = tiny_inputs(model, zoo.LENGTHS * 6, 12)
     right = ntk.compute_gram(model, inputs, params="all")
 
-    def left_out(self, segment, i, chunk, *given, **more):
-        found = run(self, segment, i, chunk, *given, **more)
-        if chunk.n > 3 and wrong in found:
+    def left_out(self, segment, i, paths, *, last):
+        found = run(self, segment, i, paths, last=last)
+        if self.samples.chunks[i].n > 3 and wrong in found:
             found[wrong] = []
         return found
 
-    monkeypatch.setattr(Sweep, "_run", left_out)
+    monkeypatch.setattr(Passes, "run", left_out)
     gram = ntk.compute_gram(model, inputs, params="all")
     error = np.linalg.norm(gram.values - right.values, 2)
     assert 1e-4 < error / np.linalg.norm(right.values, 2) < 1e-2
