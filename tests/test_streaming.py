@@ -214,6 +214,14 @@ def test_names_that_loading_changes(tmp_path):
         ntk.load_model(tmp_path / "joined", num_labels=3, stream=True)
 
 
+def test_no_part_of_a_bare_model_is_made_up(tmp_path):
+    zoo.model("mixtral").save_pretrained(tmp_path / "joined")
+    zoo.model("bert-mlm").save_pretrained(tmp_path / "unpooled")
+    for name, part in (("joined", "layers.0.mlp.experts.gate_up_proj"), ("unpooled", "pooler.dense.weight")):
+        with pytest.raises(InputError, match=f"no file holds {part} under that name; load it without stream"):
+            ntk.load_model(tmp_path / name, task="encoder", stream=True)
+
+
 def test_weights_that_loading_quantises(folder):
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with pytest.raises(InputError, match="its weights are quantised; load it without stream"):

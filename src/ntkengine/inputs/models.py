@@ -149,7 +149,8 @@ def _load(
         raise InputError(msg)
     try:
         if stream:
-            return load_streamed(Path(source), auto, _DTYPES[dtype], known["trust_remote_code"], options)
+            trust, bare = known["trust_remote_code"], task == "encoder"
+            return load_streamed(Path(source), auto, _DTYPES[dtype], trust, options, bare=bare)
         model, info = auto.from_pretrained(
             source,
             dtype=_DTYPES[dtype],

@@ -22,7 +22,7 @@ _NAMES = "model.safetensors", "model.safetensors.index.json"  # the first that i
 
 
 def load_streamed(
-    folder: Path, auto: Any, dtype: torch.dtype, trust_remote_code: bool, options: dict[str, Any]
+    folder: Path, auto: Any, dtype: torch.dtype, trust_remote_code: bool, options: dict[str, Any], *, bare: bool = False
 ) -> tuple[nn.Module, list[str]]:
     """Return a model whose large weights stay in the folder's files, and the head parameters these do not hold.
 
@@ -32,6 +32,7 @@ def load_streamed(
         dtype: what weights are brought in.
         trust_remote_code: run code that comes with the model.
         options: for its configuration, such as `num_labels`.
+        bare: the model is a body without a head: all of it has to be in the files.
 
     Raises:
         InputError: a body parameter that no file holds under its name and shape.
@@ -45,7 +46,7 @@ def load_streamed(
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
-    prefix, there = f"{model.base_model_prefix}.", model.state_dict()
+    prefix, there = "" if bare else f"{model.base_model_prefix}.", model.state_dict()
     found = _by_name(entries(_files(folder, config)), model, there)
     kept = {re.compile(part.replace("*", ".*")): d for part, d in model._get_dtype_plan(dtype).items()}
     places: dict[int, tuple[nn.Parameter, list[tuple[str, nn.Module, str]]]] = {}
