@@ -214,6 +214,28 @@ def test_names_that_loading_changes(tmp_path):
         ntk.load_model(tmp_path / "joined", num_labels=3, stream=True)
 
 
+def test_of_two_names_for_one_weight_the_one_that_loading_takes_is_read(tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "encoder.layer.0.attention.self.query.weight"
+    held = load_file(file)
+    gamma = {"bert.embeddings.LayerNorm.gamma": held["bert.embeddings.LayerNorm.weight"] + 1}
+    save_file(held | {name: held[f"bert.{name}"] + 1} | gamma, file, {"format": "pt"})
+    loaded, streamed = pair(tmp_path)
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+
+
+def test_a_buffer_that_loading_makes_itself_is_not_read(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    rounded = model.model.rotary_emb.inv_freq.bfloat16().float()
+    save_file(load_file(file) | {"model.rotary_emb.inv_freq": rounded}, file, {"format": "pt"})
+    loaded, streamed = pair(tmp_path)
+    assert torch.equal(loaded.model.rotary_emb.inv_freq, streamed.model.rotary_emb.inv_freq)
+    inputs = tiny_inputs(loaded, [5, 3, 7], 7)
+    assert torch.equal(loaded(**inputs).logits, streamed(**inputs).logits)
+
+
 def test_no_part_of_a_bare_model_is_made_up(tmp_path):
     zoo.model("mixtral").save_pretrained(tmp_path / "joined")
     zoo.model("bert-mlm").save_pretrained(tmp_path / "unpooled")

@@ -87,24 +87,26 @@ def load_streamed(
 def _by_name(found: Mapping[str, Entry], model: Any, there: dict[str, Any]) -> dict[str, Entry]:
     """Return tensors by the model's own names for them; none that loading would put together from several, or change.
 
+    Loading takes names in its own order, and of two that come to the same the first; it has no use for any other.
+
     Args:
         found: by their names in the files.
         model: without weights.
         there: the model's own names.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     changes = get_model_conversion_mapping(model)
     renamings = [x for x in changes if isinstance(x, WeightRenaming)]
     converters = [x for x in changes if isinstance(x, WeightConverter)]
-    named = {}
-    for name, entry in found.items():
+    named: dict[str, Entry] = {}
+    for name in sorted(found, key=dot_natural_key):
         own, change = rename_source_key(name, renamings, converters, model.base_model_prefix, there)
         if own not in there and name in there:
-            own, change = name, None
-        if change is None:
-            named[own] = entry
+            own, change = rename_source_key(name, [], [], model.base_model_prefix, there)
+        if change is None and own in there:
+            named.setdefault(own, found[name])
     return named
 
 
