@@ -191,6 +191,21 @@ def test_files_that_lie_beside_the_model_are_not_read(tmp_path, shards):
         ntk.load_model(tmp_path / "it", num_labels=3, stream=True)
 
 
+def test_the_file_that_a_config_names_is_the_one(tmp_path):
+    for name, seed in (("it", 0), ("other", 5)):
+        tiny_model("bert", seed=seed).save_pretrained(tmp_path / name)
+    mine = (tmp_path / "it" / "model.safetensors").rename(tmp_path / "it" / "mine.safetensors")
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "it")
+    edit_config(tmp_path / "it", transformers_weights="mine.safetensors")
+    loaded, streamed = pair(tmp_path / "it")
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+    mine.unlink()
+    for name in ("mine.safetensors", "../other/model.safetensors"):
+        edit_config(tmp_path / "it", transformers_weights=name)
+        with pytest.raises(InputError, match=f"stream=True needs {name}, its config's transformers_weights, in the f"):
+            ntk.load_model(tmp_path / "it", num_labels=3, stream=True)
+
+
 def pair(folder, dtype="float32", task="sequence-classification"):
     """The model of a folder, loaded and streamed."""
     return [ntk.load_model(folder, num_labels=3, dtype=dtype, task=task, stream=s) for s in (False, True)]

@@ -6,6 +6,7 @@ What `from_pretrained` would make of the same folder: its choice of files, its n
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,9 +151,11 @@ def _not_there(folder: Path, name: str) -> str:
 def _files(folder: Path, config: Any) -> list[Path]:
     """Return the files that make up the model, whatever others lie beside them."""
     given = getattr(config, "transformers_weights", None)
-    index = next((folder / n for n in (given, *_NAMES) if n is not None and (folder / n).is_file()), None)
-    if index is None:
-        msg = f"{folder}: stream=True needs {' or '.join(_NAMES)}"
+    names = _NAMES if given is None else (given,)
+    index = next((folder / n for n in names if (folder / n).is_file()), None)
+    if index is None or not Path(os.path.abspath(index)).is_relative_to(os.path.abspath(folder)):
+        asked = " or ".join(names) if given is None else f"{given}, its config's transformers_weights, in the folder"
+        msg = f"{folder}: stream=True needs {asked}"
         raise InputError(msg)
     if index.suffix != ".json":
         return [index]
