@@ -265,6 +265,14 @@ def test_weights_that_loading_quantises(folder):
         ntk.load_model(folder, num_labels=3, stream=True)
 
 
+def test_an_adapter_beside_the_model_is_not_left_out(folder):
+    peft = {"peft_type": "LORA", "r": 2, "target_modules": LORA[folder.name]}
+    ntk.load_model(folder, num_labels=3, peft=peft).save_pretrained(folder)
+    assert any("lora_A" in name for name, _ in ntk.load_model(folder, num_labels=3).named_parameters())
+    with pytest.raises(InputError, match="holds an adapter beside its model; load it without stream"):
+        ntk.load_model(folder, num_labels=3, stream=True)
+
+
 def test_dtypes_that_a_model_keeps(tmp_path):
     zoo.model("t5").save_pretrained(tmp_path)
     loaded, streamed = pair(tmp_path, "float16")

@@ -36,7 +36,7 @@ def load_streamed(
         bare: the model is a body without a head: all of it has to be in the files.
 
     Raises:
-        InputError: a body parameter that no file holds under its name and shape.
+        InputError: a body parameter that no file holds under its name and shape, quantised weights, an adapter.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -44,6 +44,8 @@ def load_streamed(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{folder}: its weights are quantised; load it without stream")
+    if (folder / "adapter_config.json").is_file():  # which loading puts on the model
+        raise InputError(f"{folder}: holds an adapter beside its model; load it without stream")
     with init_empty_weights(include_buffers=False):
         model = auto.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
@@ -151,10 +153,10 @@ def _not_there(folder: Path, name: str) -> str:
 def _files(folder: Path, config: Any) -> list[Path]:
     """Return the files that make up the model, whatever others lie beside them."""
     given = getattr(config, "transformers_weights", None)
-    names = _NAMES if given is None else (given,)
-    index = next((folder / n for n in names if (folder / n).is_file()), None)
+    choice = _NAMES if given is None else (given,)
+    index = next((folder / n for n in choice if (folder / n).is_file()), None)
     if index is None or not Path(os.path.abspath(index)).is_relative_to(os.path.abspath(folder)):
-        asked = " or ".join(names) if given is None else f"{given}, its config's transformers_weights, in the folder"
+        asked = " or ".join(choice) if given is None else f"{given}, its config's transformers_weights, in the folder"
         msg = f"{folder}: stream=True needs {asked}"
         raise InputError(msg)
     if index.suffix != ".json":
