@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 
 import numpy as np
@@ -119,6 +121,22 @@ def test_what_is_left_in_a_file_is_not_trained_nor_displaced(folder):
     runs = [ntk.fine_tune(m, inputs, y, learning_rate=1e-3, params=rest) for m in (loaded, model)]
     assert runs[0].history[-1].displacement > 0
     assert np.allclose(runs[0].outputs, runs[1].outputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_reads_the_same_file(folder, copied):
+    model = ntk.load_model(folder, num_labels=3, stream=True)
+    next(model.parameters()).requires_grad_(False)
+    other, inputs = copied(model), tiny_inputs(model, [3, 7], 7)
+    assert all(streaming.entry_of(p) == streaming.entry_of(q) for p, q in both(model, other))
+    assert all(p.requires_grad == q.requires_grad and p is not q for p, q in both(model, other))
+    assert torch.equal(model(**inputs).logits, other(**inputs).logits)
+    again = copy.deepcopy(other)
+    assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+
+
+def both(model, other):
+    return zip(model.parameters(), other.parameters(), strict=True)
 
 
 class Peeks(torch.nn.Module):

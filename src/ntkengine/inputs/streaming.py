@@ -25,12 +25,31 @@ from ntkengine.inputs.weights import Entry, Held
 STREAMED = 1 << 18  # entries; smaller parameters and vectors are loaded
 
 
+class _Placeholder(nn.Parameter):
+    """A streamed parameter. A copy has its file too, or a copy of its weight."""
+
+    ntk_entry: Entry | Held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        make, (*parts, entry, wanted) = self.__reduce_ex__(2)
+        entry = entry if isinstance(entry, Entry) else copy.deepcopy(entry, memo)
+        memo[id(self)] = other = make(*parts, entry, wanted)
+        return other
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return placeholder, (tuple(self.shape), self.dtype, self.device, self.ntk_entry, self.requires_grad)
+
+
 def placeholder(
-    shape: Iterable[int], dtype: torch.dtype, device: torch.device | str, entry: Entry | Held
+    shape: Iterable[int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    entry: Entry | Held,
+    requires_grad: bool = True,
 ) -> nn.Parameter:
     """Return a parameter of that shape that takes no memory and reads as NaN; its weight is `entry`."""
-    p = nn.Parameter(torch.full((), float("nan"), dtype=dtype, device=device).expand(*shape), requires_grad=True)
-    p.ntk_entry = entry  # type: ignore[attr-defined]
+    p = _Placeholder(torch.full((), float("nan"), dtype=dtype, device=device).expand(*shape), requires_grad)
+    p.ntk_entry = entry
     return p
 
 
