@@ -269,6 +269,15 @@ def test_a_buffer_that_loading_makes_itself_is_not_read(tmp_path):
     assert torch.equal(loaded(**inputs).logits, streamed(**inputs).logits)
 
 
+def test_a_buffer_that_is_not_saved_has_the_digits_that_loading_gives_it(tmp_path):
+    config = tf.GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64)
+    tf.GPTJForCausalLM(config).save_pretrained(tmp_path)
+    loaded, streamed = pair(tmp_path, "bfloat16", task="causal-lm")
+    tables = [m.transformer.h[0].attn.embed_positions for m in (loaded, streamed)]
+    assert torch.equal(*tables)
+    assert fingerprint_model(loaded) == fingerprint_model(streamed)
+
+
 def test_no_part_of_a_bare_model_is_made_up(tmp_path):
     zoo.model("mixtral").save_pretrained(tmp_path / "joined")
     zoo.model("bert-mlm").save_pretrained(tmp_path / "unpooled")

@@ -114,14 +114,13 @@ def _by_name(found: Mapping[str, Entry], model: Any, there: dict[str, Any]) -> d
 
 
 def _draw(model: Any, missing: list[str]) -> None:
-    """Give the parameters that no file holds their start, in the model's order, with the numbers loading would draw."""
-    owners = {name.rpartition(".")[0] for name in missing}
-    for name, module in model.named_modules():
-        module._is_hf_initialized = not any(f"{o}.".startswith(f"{name}." if name else "") for o in owners)
-    for name, p in model.named_parameters():
-        p._is_hf_initialized = name not in missing
-    if missing:
-        model.initialize_weights()
+    """Give what no file holds its start, as loading does: parameters its numbers, and buffers that are not saved."""
+    made = {name for name, _ in model.named_non_persistent_buffers()} | set(missing)
+    for module in model.modules():
+        module._is_hf_initialized = False
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        x._is_hf_initialized = name not in made
+    model.initialize_weights()
 
 
 def _one_of(names: list[str], found: Mapping[str, Entry], folder: Path) -> Entry | None:
