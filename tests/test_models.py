@@ -143,6 +143,14 @@ def test_weights_that_cannot_be_used(saved):
         load_model(saved)
 
 
+@pytest.mark.parametrize(("task", "prefix"), [("sequence-classification", "bert."), ("encoder", "")])
+def test_a_weight_of_another_shape_is_named(saved, task, prefix):
+    edit_config(saved, intermediate_size=48)
+    told = rf"{prefix}encoder.layer.0.intermediate.dense.bias: expected shape \(48,\), .* got \(64,\)"
+    with pytest.raises(InputError, match=told):
+        load_model(saved, task=task)
+
+
 def test_hub_out_of_reach(monkeypatch):
     def nobody(*_, **__):
         raise OSError("no network")

@@ -181,10 +181,15 @@ def _load(
     # A pooler is part of the head when the weights come from a model trained without one.
     missing = sorted(k for k in info["missing_keys"] if not k.endswith("position_ids"))
     body = [k for k in missing if k.startswith(prefix) and ".pooler." not in k] if task != "encoder" else missing
-    mismatched = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys", ()))
+    mismatched = {str(name): shapes for name, *shapes in info.get("mismatched_keys", ())}
+    of_body = [k for k in mismatched if k.startswith(prefix) or task != "sequence-classification"]
+    if of_body and not body:
+        got, expected = (tuple(shape) for shape in mismatched[min(of_body)])
+        msg = f"{source}: {min(of_body)}: expected shape {expected}, as its config has it, got {got}"
+        raise InputError(msg)
     if mismatched and not body:
         msg = (
-            f"{source}: its head, {mismatched[0]}, has another number of outputs than num_labels={num_labels} asks "
+            f"{source}: its head, {min(mismatched)}, has another number of outputs than num_labels={num_labels} asks "
             "for; give the number it has, or, for a new head, the model saved without it "
             "(`model.base_model.save_pretrained(...)`)"
         )
