@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 
@@ -276,6 +277,46 @@ def test_a_buffer_that_is_not_saved_has_the_digits_that_loading_gives_it(tmp_pat
     tables = [m.transformer.h[0].attn.embed_positions for m in (loaded, streamed)]
     assert torch.equal(*tables)
     assert fingerprint_model(loaded) == fingerprint_model(streamed)
+
+
+OWN_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput as Output
+
+class Config(PretrainedConfig):
+    model_type = "own"
+
+class Own(PreTrainedModel):
+    config_class, base_model_prefix, all_tied_weights_keys = Config, "body", {}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = torch.nn.Embedding(97, 32)
+        self.score = torch.nn.Linear(32, config.num_labels)
+        self.register_buffer("table", torch.arange(32) / 7, persistent=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+    def forward(self, input_ids, attention_mask=None):
+        return Output(logits=self.score(torch.tanh(self.body(input_ids) * self.table).mean(1)))
+"""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_buffer_that_loading_leaves_unset_is_what_its_own_code_makes(tmp_path, stream, dtype):
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    torch.manual_seed(0)
+    sizes = {"body.weight": (97, 32), "score.weight": (2, 32), "score.bias": (2,)}
+    held = {name: torch.randn(size) for name, size in sizes.items()}
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+    model = ntk.load_model(tmp_path, dtype=dtype, trust_remote_code=True, stream=stream)
+    assert torch.equal(model.table, (torch.arange(32) / 7).to(model.table.dtype))
 
 
 def test_no_part_of_a_bare_model_is_made_up(tmp_path):

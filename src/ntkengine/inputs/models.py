@@ -18,7 +18,7 @@ from ntkengine.errors import InputError
 from ntkengine.inputs.adapters import adapted, peft_config, with_saved
 from ntkengine.inputs.hub import adapter_folder, check_source, hub_answers
 from ntkengine.inputs.streaming import converted, entry_of
-from ntkengine.inputs.unloaded import load_streamed
+from ntkengine.inputs.unloaded import load_streamed, make_unsaved
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +159,7 @@ def _load(
             **known,
             **options,
         )
+        make_unsaved(model)
     except InputError:
         raise
     except Exception as error:  # many kinds; each means the model cannot be used

@@ -5,6 +5,7 @@ What `from_pretrained` would make of the same folder: its choice of files, its n
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -83,6 +84,7 @@ def load_streamed(
             module._parameters[local] = value
     _fill_buffers(model, found, there, folder)
     _draw(model, missing)
+    make_unsaved(model)
     streaming.attach(model)
     return model, sorted(missing)
 
@@ -121,6 +123,22 @@ def _draw(model: Any, missing: list[str]) -> None:
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         x._is_hf_initialized = name not in made
     model.initialize_weights()
+
+
+def make_unsaved(model: Any) -> None:
+    """Give a model that comes with code of its own the buffers that are not saved, as its classes make them.
+
+    Loading expects transformers' own classes to set theirs; of others it leaves whatever was in memory.
+    """
+    from accelerate import init_empty_weights
+
+    if not model.is_custom_code():
+        return
+    with init_empty_weights(include_buffers=False):
+        other = type(model)(copy.deepcopy(model.config))
+    _draw(other, [])
+    for name, buffer in other.named_non_persistent_buffers():
+        model.get_buffer(name).copy_(buffer)
 
 
 def _one_of(names: list[str], found: Mapping[str, Entry], folder: Path) -> Entry | None:
