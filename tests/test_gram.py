@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ntkengine.gram.engine import compute_gram
-from tests.brute import KINDS, contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
+from tests.brute import KINDS, TwoLinears, contracted, gradients, relative_error, tiny_inputs, tiny_model, with_lora
 
 LENGTHS = [11, 3, 5, 7, 2, 9, 5]
 
@@ -103,6 +103,15 @@ def test_readouts():
             gram = compute_gram(model, inputs, params="all", precision="exact", readout=readout)
             assert max(relative_error(gram.values, contracted(G, G, "trace"))) < 1e-9
             assert gram.outputs.shape == (7, 1)
+
+
+@pytest.mark.parametrize("form", [lambda f: {"logits": f}, lambda f: (f, f.sum()), lambda f: f])
+def test_the_logits_of_any_output(form):
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    forms = (lambda f: f, form)
+    plain, formed = (TwoLinears(lambda m, x, g=g: g(m.two(torch.tanh(m.one(x))))) for g in forms)
+    grams = [compute_gram(m, {"x": x}, params="all", precision="exact", readout="margin") for m in (plain, formed)]
+    assert np.array_equal(grams[0].values, grams[1].values)
 
 
 def test_params_by_glob_and_list():

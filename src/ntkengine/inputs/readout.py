@@ -107,10 +107,10 @@ def encode_targets(labels: Any, readout: str, num_classes: int) -> np.ndarray:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """Return the logits tensor of a Hugging Face output, a tuple (its first entry), or a plain tensor."""
+    """Return the logits tensor of a Hugging Face output, a dict, a tuple (its first entry), or a plain tensor."""
     if isinstance(outputs, Tensor):
         return outputs
-    logits = getattr(outputs, "logits", None)
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None and isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
         logits = outputs[0]
     if not isinstance(logits, Tensor):
