@@ -159,6 +159,23 @@ def test_a_weight_used_outside_its_module_is_not_silently_wrong(folder):
         ntk.compute_gram(Peeks(model, big.removesuffix(".weight")), {"ids": ids}, params=["all", f"!model.{big}"])
 
 
+class Writes(Peeks):
+    """Scales a weight in place."""
+
+    def forward(self, ids):
+        with torch.no_grad():
+            self.model.get_submodule(self.owner).weight.div_(2)
+        return self.model(input_ids=ids).logits
+
+
+def test_a_model_that_writes_to_a_weight_left_in_a_file_is_refused(folder):
+    model = ntk.load_model(folder, num_labels=3, stream=True)
+    big = next(n for n, p in model.named_parameters() if streaming.entry_of(p) is not None and n.count(".") > 3)
+    ids = tiny_inputs(model, [12] * 5, 12)["input_ids"]
+    with pytest.raises(InputError, match="Writes writes to a weight left in its file: load the model without stream$"):
+        ntk.compute_gram(Writes(model, big.removesuffix(".weight")), {"ids": ids})
+
+
 def test_a_hook_of_an_embedding_reads_its_whole_table(folder):
     loaded, streamed = pair(folder)
     norms = []

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkengine.errors import NonFinite
+from ntkengine.errors import InputError, NonFinite
 from ntkengine.inputs.resident import RESIDENT, Key, brought_ahead
 from ntkengine.inputs.weights import Entry, Held
 
@@ -89,9 +89,15 @@ def told_of_streaming(model: nn.Module) -> Iterator[None]:
 
     Raises:
         NonFinite: in place of it.
+        InputError: the model writes to such a weight.
     """
     try:
         yield
+    except InputError as error:
+        if not is_streamed(model) or "single memory location" not in str(error):
+            raise
+        msg = f"model: {type(model).__name__} writes to a weight left in its file: load the model without stream"
+        raise InputError(msg) from error
     except NonFinite as error:
         if not is_streamed(model):
             raise
