@@ -322,18 +322,30 @@ class Own(PreTrainedModel):
 """
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_buffer_that_loading_leaves_unset_is_what_its_own_code_makes(tmp_path, stream, dtype):
+@pytest.fixture
+def own(tmp_path):
     (tmp_path / "own.py").write_text(OWN_CODE)
     classes = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Own"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
     torch.manual_seed(0)
-    sizes = {"body.weight": (97, 32), "score.weight": (2, 32), "score.bias": (2,)}
-    held = {name: torch.randn(size) for name, size in sizes.items()}
-    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
-    model = ntk.load_model(tmp_path, dtype=dtype, trust_remote_code=True, stream=stream)
+    save_file({"body.weight": torch.randn(97, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_buffer_that_loading_leaves_unset_is_what_its_own_code_makes(own, stream, dtype):
+    model = ntk.load_model(own, dtype=dtype, trust_remote_code=True, stream=stream)
     assert torch.equal(model.table, (torch.arange(32) / 7).to(model.table.dtype))
+
+
+def test_a_new_head_that_its_own_code_leaves_unset_starts_as_its_modules_do(own):
+    cases = (False, 3), (True, 3), (False, 4)
+    models = [ntk.load_model(own, trust_remote_code=True, stream=s, seed=n) for s, n in cases]
+    heads = [torch.cat([m.score.weight.flatten(), m.score.bias]).detach() for m in models]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert all(0 < float(h.abs().max()) <= 32**-0.5 for h in heads)
 
 
 def test_no_part_of_a_bare_model_is_made_up(tmp_path):

@@ -159,7 +159,7 @@ def _load(
             **known,
             **options,
         )
-        make_unsaved(model)
+        make_unsaved(model, info["missing_keys"])
     except InputError:
         raise
     except Exception as error:  # many kinds; each means the model cannot be used

@@ -84,7 +84,7 @@ def load_streamed(
             module._parameters[local] = value
     _fill_buffers(model, found, there, folder)
     _draw(model, missing)
-    make_unsaved(model)
+    make_unsaved(model, missing)
     streaming.attach(model)
     return model, sorted(missing)
 
@@ -125,10 +125,14 @@ def _draw(model: Any, missing: list[str]) -> None:
     model.initialize_weights()
 
 
-def make_unsaved(model: Any) -> None:
-    """Give a model that comes with code of its own the buffers that are not saved, as its classes make them.
+def make_unsaved(model: Any, missing: list[str]) -> None:
+    """Give a model that comes with code of its own what no file holds, as its classes make it.
 
-    Loading expects transformers' own classes to set theirs; of others it leaves whatever was in memory.
+    Loading expects transformers' own classes to set it; of others it leaves whatever was in memory.
+
+    Args:
+        model: as loaded.
+        missing: its parameters that no file holds.
     """
     from accelerate import init_empty_weights
 
@@ -139,6 +143,19 @@ def make_unsaved(model: Any) -> None:
     _draw(other, [])
     for name, buffer in other.named_non_persistent_buffers():
         model.get_buffer(name).copy_(buffer)
+    there = {name: p for name, p in model.named_parameters() if name in missing}
+    torch.manual_seed(torch.initial_seed())
+    for name, p in there.items():
+        owner, _, local = name.rpartition(".")
+        module, start = model.get_submodule(owner), torch.full_like(p, float("nan"))  # refused if it stays
+        if hasattr(module, "reset_parameters"):
+            module = copy.deepcopy(module)
+            module.reset_parameters()
+            start = module.get_parameter(local)
+        with torch.no_grad():
+            p.copy_(start)
+    if there:
+        _draw(model, list(there))
 
 
 def _one_of(names: list[str], found: Mapping[str, Entry], folder: Path) -> Entry | None:
