@@ -109,10 +109,10 @@ def forecast(
     f0_eval = None if y_eval is None else eval_offset_of(gram, eval_offset, offset, f0, y_eval.shape)
 
     values = np.sort(np.concatenate([path.eigenvalues for path in flow.paths]))[::-1]
-    given = noise_of(gram) / kernel.divisor
-    condition = condition_from_eigenvalues(values, given)
+    of_gram = noise_of(gram) / kernel.divisor
+    condition = condition_from_eigenvalues(values, of_gram)
     noise = condition.noise
-    refuse_indefinite(values, given)
+    refuse_indefinite(values, of_gram)
     tested = _tested(gram, flow, y, held, cross_fit)
     least = noise if cross_fit is None else max(noise, tested.least_ridge(noise / condition.lambda_max))
     ridges = ridge_grid(values, least)
@@ -140,11 +140,7 @@ def forecast(
     top, bottom = condition.lambda_max, condition.lambda_min
     lower, upper = risk_bounds(chosen, residual_norm, max(bottom - noise, 0.0), top + noise)
     t = default_times(N, top, bottom, noise) if times is None else checked_times(times)
-    if recipe is not None and getattr(gram, "transform", "sgd") != "sgd":
-        raise InputError(
-            f"gram: expected the plain inner product (transform 'sgd') to simulate a recipe on, got {gram.transform!r}"
-        )
-    training = None if recipe is None else simulated(gram, kernel, y, f0, y_eval, f0_eval, Recipe.of(recipe))
+    training = None if recipe is None else simulated(gram, kernel, y, f0, y_eval, f0_eval, recipe)
     words = str(meta_of(gram).get("readout", "")).startswith("LabelWords")
     curves = flow_curves(flow, y, y_eval, f0_eval, t, noise, classes)
     return Forecast(

@@ -19,7 +19,7 @@ def simulated(
     f0: np.ndarray,
     y_eval: np.ndarray | None,
     f0_eval: np.ndarray | None,
-    recipe: Recipe,
+    recipe: Recipe | dict[str, Any],
 ) -> Simulation:
     """Return the recipe simulated on a Gram, by module where it has them.
 
@@ -30,11 +30,17 @@ def simulated(
         f0: (N, C) start.
         y_eval: (M, C) or None.
         f0_eval: (M, C) or None.
-        recipe: the training.
+        recipe: the training, or a mapping of its fields.
 
     Raises:
-        InputError: Adam without per-module Grams, or "per-output" with several outputs.
+        InputError: a Gram of another inner product, Adam without per-module Grams, or "per-output" with several
+            outputs.
     """
+    if getattr(gram, "transform", "sgd") != "sgd":
+        raise InputError(
+            f"gram: expected the plain inner product (transform 'sgd') to simulate a recipe on, got {gram.transform!r}"
+        )
+    recipe = Recipe.of(recipe)
     if kernel.layout == "per-output":
         raise InputError("recipe: expected a Gram of contraction 'trace' or 'full', got 'per-output'")
     modules, crosses = getattr(gram, "modules", None) or {}, getattr(gram, "cross_modules", None) or {}
