@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ntkengine as ntk
 from ntkengine.errors import InputError, NonFinite
-from ntkengine.inputs import streaming
+from ntkengine.inputs import resident, streaming
 from ntkengine.inputs.fingerprint import fingerprint_model
 from tests import zoo
 from tests.brute import relative_error, tiny_inputs, tiny_model
@@ -202,8 +202,9 @@ def test_a_short_file_is_refused(folder):
         ntk.load_model(folder, num_labels=3, stream=True)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_model_of_fewer_digits_than_its_file_is_what_loading_it_gives(tmp_path, lora):
+@pytest.mark.parametrize(("lora", "ahead"), [(False, False), (True, False), (False, True)])
+def test_a_model_of_fewer_digits_than_its_file_is_what_loading_it_gives(tmp_path, monkeypatch, lora, ahead):
+    monkeypatch.setattr(resident, "brought_ahead", lambda _device: ahead)
     tiny_model("llama").save_pretrained(tmp_path)
     peft = {"peft_type": "LORA", "r": 2, "target_modules": LORA["llama"], "init_lora_weights": False} if lora else None
     loaded, streamed = (ntk.load_model(tmp_path, 3, peft, "bfloat16", stream=s) for s in (False, True))

@@ -140,15 +140,15 @@ class _Arrival:
     """A weight on its way: read by a thread if it is in a file, then copied on a stream beside the computing one."""
 
     def __init__(self, key: Key) -> None:
-        entry, self._dtype, self._device = key
+        self._entry, self._dtype, self._device = key
         self._on_gpu = self._device.type == "cuda"
         self._read: Future[Tensor] | None = None
         self._weight: Tensor | None = None
-        if isinstance(entry, Entry):
-            buffer = torch.empty(entry.nbytes, dtype=torch.uint8, pin_memory=self._on_gpu)
-            self._read = _readers().submit(entry.read_to, buffer)
+        if isinstance(self._entry, Entry):
+            buffer = torch.empty(self._entry.nbytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+            self._read = _readers().submit(self._entry.read_to, buffer)
         else:
-            self._copy(entry.read())
+            self._copy(self._entry.read())
 
     def go_on(self) -> None:
         """Begin to copy what has been read."""
@@ -168,11 +168,11 @@ class _Arrival:
 
     def _copy(self, source: Tensor) -> None:
         if not self._on_gpu:
-            self._weight = source.to(self._device).to(self._dtype)
+            self._weight = self._entry.as_rounded(source.to(self._device)).to(self._dtype)
             return
         beside = _beside(self._device)
-        with torch.cuda.stream(beside):
-            self._weight = source.to(self._device, non_blocking=True).to(self._dtype)
+        with torch.cuda.stream(beside):  # rounded there: a GPU is faster at it, and what a thread rounds is not pinned
+            self._weight = self._entry.as_rounded(source.to(self._device, non_blocking=True)).to(self._dtype)
         self._copied = beside.record_event()
 
 

@@ -80,14 +80,15 @@ class Entry:
         raw = bytearray((stop - start) * row)
         self._fill(memoryview(raw), start * row)
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        return self._round(torch.frombuffer(raw, dtype=self.dtype).view(shape))
+        return self.as_rounded(torch.frombuffer(raw, dtype=self.dtype).view(shape))
 
     def read_to(self, buffer: Tensor) -> Tensor:
-        """Return the tensor in a buffer of as many bytes; what lies around it is read ahead."""
+        """Return the tensor in a buffer of as many bytes, not rounded yet; what lies around it is read ahead."""
         self._fill(buffer.numpy().data, 0)
-        return self._round(buffer.view(self.dtype).view(self.shape))
+        return buffer.view(self.dtype).view(self.shape)
 
-    def _round(self, weight: Tensor) -> Tensor:
+    def as_rounded(self, weight: Tensor) -> Tensor:
+        """Return a weight in the file's dtype, on any device, as rounded."""
         with torch._C.DisableTorchFunction():  # under `unrounded` nothing would be rounded
             for dtype in self.rounded:
                 weight = weight.to(dtype)
@@ -128,6 +129,10 @@ class Held:
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows [start, stop) of it."""
         return self.weight.detach()[start:stop]
+
+    def as_rounded(self, weight: Tensor) -> Tensor:
+        """Return the weight as it is: a model in memory has rounded it."""
+        return weight
 
 
 def entries(paths: Iterable[Path]) -> dict[str, Entry]:
