@@ -23,6 +23,8 @@ from ntkengine.inputs.resident import RESIDENT
 from ntkengine.inputs.streaming import turn_entries
 from ntkengine.tangents.structure import Structure
 
+_MOST = 0.75  # of the room: for the weights of a streamed block
+
 
 def left(task: Task, plan: Plan, layout: Layout, memory_gib: float | None) -> float:
     """Return the bytes that are left to a job whose sweep is over; infinity where nothing bounds it.
@@ -76,7 +78,12 @@ def run_again(
         needs = needs_of(plan, structure, task.model, task.dtype, small, {}, kernels=False, double=False)
         needs = replace(needs, parameter=0, segment=0)  # which nobody probes
         turn = turn_entries(task.model, task.device)
-        base = bounds(room / GIB, task.dtype.itemsize, task.device, (turn or 0) * task.dtype.itemsize)
+        held = (turn or 0) * task.dtype.itemsize
+        base = bounds(room / GIB, task.dtype.itemsize, task.device, held)
+        if held < _MOST * room:  # else it would be read for every microbatch
+            base = replace(base, resident_bytes=max(base.resident_bytes, held))
+        if structure.one_by_one:
+            base = replace(base, microbatch_tokens=int(max(map(np.max, few.lengths))))
         fitted = nearest(needs, room, spill="host" if task.device.type == "cuda" else "disk", base=base)
         RESIDENT.resize(fitted.resident_bytes, turn)
         few = microbatches(fitted.microbatch_tokens)

@@ -146,11 +146,9 @@ def bounds(memory_gib: float | None, entry: int, device: torch.device | None = N
 
 def _layouts(base: Layout, needs: Needs) -> list[Layout]:
     """Return layouts from the fastest to the smallest."""
-    found = []
-    tokens = base.microbatch_tokens
-    while tokens >= _USUAL_TOKENS:
-        found.append(replace(base, microbatch_tokens=tokens))
-        tokens //= 2
+    found = [base]
+    while found[-1].microbatch_tokens >= 2 * _USUAL_TOKENS:
+        found.append(replace(base, microbatch_tokens=found[-1].microbatch_tokens // 2))
     usual = found[-1]
     largest = max((max(part.values()) for part in needs.factors if part), default=0.0)
     whole = max((sum(part.values()) for part in needs.factors), default=0.0)
@@ -159,7 +157,7 @@ def _layouts(base: Layout, needs: Needs) -> list[Layout]:
         found.append(replace(usual, factor_bytes=limit))
         limit /= 2
     found.append(replace(usual, factor_bytes=largest))
-    small = replace(usual, factor_bytes=largest, microbatch_tokens=_LEAST_TOKENS)
+    small = replace(usual, factor_bytes=largest, microbatch_tokens=min(_LEAST_TOKENS, usual.microbatch_tokens))
     found.append(small)
     tile = 0 if base.window else needs.samples // 2  # ranks do not sweep twice
     while tile >= 1:
