@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ntkengine.gram.estimates import make_plan, needs_of
-from ntkengine.gram.fitting import GIB, bounds, nearest
+from ntkengine.gram.fitting import GIB, bounds, nearest, spill_of
 from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import Layout
 from ntkengine.gram.plan import Plan
@@ -62,17 +62,16 @@ def run_again(
         layout: the job's.
         room: bytes that may be taken; infinity: as many as it takes at once.
     """
-    one = 1 if structure.one_by_one else None
 
     def microbatches(tokens: int) -> Samples:
-        return Samples(groups, microbatch=one, microbatch_tokens=tokens, trim=structure.trim, origins=origins)
+        return Samples(groups, origins=origins, **structure.microbatches(tokens))
 
     task = replace(task, kernels=False)
     tokens = max(1, layout.microbatch_tokens // (1 if layout.keeps else 2))  # float64 takes twice the room
     few = microbatches(tokens)
     small = Frame(few.span(0), few.span(len(groups) - 1), frame.outputs, frame.contraction, frame.transform)
     options: dict[str, Any] = {"keep_bytes": layout.keep_bytes}
-    fitted = replace(Layout(), microbatch_tokens=tokens)
+    fitted = Layout(microbatch_tokens=tokens)
     if room < float("inf"):
         plan = make_plan(task.model, structure, few, small, False, {})
         needs = needs_of(plan, structure, task.model, task.dtype, small, {}, kernels=False, double=False)
@@ -84,7 +83,7 @@ def run_again(
             base = replace(base, resident_bytes=max(base.resident_bytes, held))
         if structure.one_by_one:
             base = replace(base, microbatch_tokens=int(max(map(np.max, few.lengths))))
-        fitted = nearest(needs, room, spill="host" if task.device.type == "cuda" else "disk", base=base)
+        fitted = nearest(needs, room, spill=spill_of(task.device), base=base)
         RESIDENT.resize(fitted.resident_bytes, turn)
         few = microbatches(fitted.microbatch_tokens)
         options = {"keep_bytes": 0, "factor_bytes": {row.parameter: row.bytes for row in plan.parameters}}

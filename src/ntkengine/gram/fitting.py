@@ -118,6 +118,11 @@ def _filled(layout: Layout, needs: Needs, room: float) -> Layout:
     return replace(layout, resident_bytes=int(min(needs.weights, layout.resident_bytes + spare)))
 
 
+def spill_of(device: torch.device) -> str:
+    """Return where hidden states go when they do not fit where a job runs."""
+    return "host" if device.type == "cuda" else "disk"
+
+
 def heap_limit(memory_gib: float | None) -> float:
     """Return what `Heap.begin` is told before there is a plan."""
     return float("inf") if memory_gib is None else NEAR * memory_gib * GIB

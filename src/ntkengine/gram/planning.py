@@ -13,7 +13,7 @@ from ntkengine.cluster.comm import Team, together
 from ntkengine.cluster.shards import Shard, deal
 from ntkengine.errors import CheckFailed
 from ntkengine.gram.estimates import kept_microbatches, make_plan, needs_of, shorten
-from ntkengine.gram.fitting import GIB, bounds, fit
+from ntkengine.gram.fitting import GIB, bounds, fit, spill_of
 from ntkengine.gram.frame import Frame
 from ntkengine.gram.layout import Layout, Needs
 from ntkengine.gram.panels import entries, meetings
@@ -86,7 +86,7 @@ def planned(
     sketches = choose_sketches(structure, task.samples, sketch, seed)
     plan = make_plan(task.model, structure, microbatches(before.microbatch_tokens), frame, per_module, sketches)
     plan.probe_seconds = probed
-    spill = "host" if task.device.type == "cuda" else "disk"
+    spill = spill_of(task.device)
     ranks = shared_by if team is None else team.size
     if ranks == 1:
         needs = needs_of(plan, structure, task.model, dtype, frame, sketches, kernels=task.kernels, double=double)
